@@ -1,0 +1,33 @@
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint doctor lock clean
+
+PY := .venv/bin/python
+PYTEST_ARGS ?=
+LOCK_EXTRAS := dev,hf
+export PYTHON
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+venv: ## .venv with the locked packages; does nothing where it is up to date (PYTHON=/path chooses the Python)
+	@sh .ci/venv.sh
+
+demo: venv ## trains, resumes and samples a small HMoE on Shakespeare, and draws its report
+	@$(PY) examples/demo.py
+
+test: venv ## the whole test suite (PYTEST_ARGS="-k plan -x" narrows it)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: venv ## ruff
+	@$(PY) -m ruff check .
+
+doctor: ## what this machine has, what a run will use, how to mend what is broken; installs nothing
+	@if $(PY) -c '' 2>/dev/null; then $(PY) tools/doctor.py; else python3 tools/doctor.py; fi
+
+lock: venv ## requirements.lock anew from .venv, after setup.py's ranges are installed
+	@$(PY) -m pip install -q --no-build-isolation -e '.[$(LOCK_EXTRAS)]'
+	@$(PY) .ci/lock.py
+
+clean: ## removes caches and builds; keeps .venv, data and runs
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""Batches, loss and datasets, on megatron.core.datasets.
+
+Every tensor-parallel rank builds the loaders itself (Megatron's ``is_distributed`` providers): samples depend on the
+data-parallel rank only, so all ranks of a tensor-parallel group read the same batch and none is broadcast.
+Legend: B samples of a micro-batch, S sequence length.
+"""
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.training import get_args, get_timers, get_tokenizer
+from megatron.training.utils.common_utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
+    """Next micro-batch of this rank, [B, S] each; all None on pipeline stages that need none."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    sample = next(data_iterator)
+    device = torch.cuda.current_device()
+    batch = {key: sample[key].to(device, non_blocking=True) if key in sample else None for key in BATCH_KEYS}
+    if get_args().context_parallel_size > 1:
+        sliced = get_batch_on_this_cp_rank(
+            {**batch, "cu_seqlens": None}, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        )
+        batch = {key: sliced[key] for key in BATCH_KEYS}
+    return batch
+
+
+def loss_func(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor):
+    """(sum of the losses of the counted tokens, their number, the pair to be averaged and logged)."""
+    mask = loss_mask_BS.view(-1).float()
+    loss = (losses_BS.view(-1).float() * mask).sum()
+    num_tokens = mask.sum().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
+
+
+def forward_step(data_iterator, model):
+    """One micro-batch through ``model``; returns its output and the loss function, as Megatron's schedules want them."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    loss_mask_BS = batch["loss_mask"]
+    output = model(
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"], loss_mask=loss_mask_BS
+    )
+    return output, lambda losses_BS: loss_func(loss_mask_BS, losses_BS)
+
+
+def dataset_config(args) -> GPTDatasetConfig:
+    """Dataset settings from Megatron's data flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # Attention is causal without a mask; a mask is built only where documents must not see each other.
+        create_attention_mask=args.reset_attention_mask,
+    )
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    """(train, validation, test) datasets of at least ``num_samples`` each (Megatron's provider interface)."""
+    args = get_args()
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(
+        dataset, num_samples, lambda: is_first_or_last_pipeline_stage(vp_stage), dataset_config(args)
+    ).build()
+
+
+datasets_provider.is_distributed = True

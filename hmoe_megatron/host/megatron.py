@@ -1,0 +1,81 @@
+"""Patches of Megatron itself. Imports Megatron when they run, not before."""
+import copy
+import functools
+import queue
+import warnings
+
+import torch
+
+from .registry import patch, replace
+
+
+@patch
+def megatron_without_cuda():
+    """initialize_megatron asserts torch.cuda.is_available(), but has an argument to go without, which
+    pretrain() does not pass on."""
+    import megatron.training.training  # noqa: F401  it takes initialize_megatron by name
+    from megatron.training import initialize
+    replace(initialize, "initialize_megatron",
+            functools.partial(initialize.initialize_megatron, allow_no_cuda=True))
+
+
+@patch
+def no_fusion_warmup():
+    """The warm-up of fused kernels runs on device="cuda" and draws random numbers; nothing is fused here."""
+    from megatron.training import initialize
+    replace(initialize, "_warmup_jit_function", lambda tp_size=None: None)
+
+
+@patch
+def megatron_rng_state():
+    """Megatron's own setter takes the device's generator from a list that is empty without a GPU, and is put
+    off until CUDA starts: it never sets anything."""
+    from megatron.core.tensor_parallel import random
+    replace(random, "_set_cuda_rng_state",
+            lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state))
+
+
+@patch
+def sequence_parallel_norm():
+    """torch's norm, the only one without Transformer Engine or Apex, is refused under sequence parallelism
+    because nobody marks its parameters. Marked, their gradients are summed over the tensor parallel ranks as
+    those of TE's are."""
+    from megatron.core.transformer import torch_norm
+    stock = torch_norm.WrappedTorchNorm.__new__
+
+    def new(cls, config, *args, **kwargs):
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = stock(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+    replace(torch_norm.WrappedTorchNorm, "__new__", new)
+
+
+@patch
+def queue_of_a_synchronous_save():
+    """A save starts a manager process, which imports the main script again (11 s at the first save on a CPU),
+    for a queue between processes. A synchronous save writes in this process: a plain queue does. An
+    asynchronous one keeps the manager."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    stock = TorchDistSaveShardedStrategy.save
+
+    @functools.wraps(stock)
+    def save(self, sharded_state_dict, checkpoint_dir):
+        shared, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+        try:
+            return stock(self, sharded_state_dict, checkpoint_dir)
+        finally:
+            filesystem_async._results_queue = shared
+    replace(TorchDistSaveShardedStrategy, "save", save)
+
+
+@patch
+def quiet_pin_memory():
+    """Megatron's DataLoader asks for pinned memory, has no flag against it, and torch warns at every
+    epoch."""
+    replace(warnings, "filters", list(warnings.filters))
+    message = "'pin_memory' argument is set as true but no accelerator is found"
+    warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,68 @@
+"""Defects of Megatron-Core 0.19.2 that a machine with a GPU has as well. Each repair has its own
+condition."""
+import functools
+import os
+
+import torch
+
+
+def repair_dataset_helpers():
+    """True if repaired. compile_helpers() runs `make` in the package, and the wheel has the compiled helpers
+    but no Makefile: the run would end there. Without a Makefile there is nothing to compile."""
+    from megatron.core.datasets import utils
+    if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "Makefile")):
+        return False
+    utils.compile_helpers = lambda: None
+    return True
+
+
+def repair_distributed_optimizer():
+    """True if repaired. With torch's Adam, that is without Transformer Engine and Apex, the distributed
+    optimizer can neither save before its first step nor resume:
+    - state_dict() asserts one `step` over all states, and there is no state yet;
+    - _set_main_param_and_optimizer_states() copies into parameters that require a gradient, and copies every
+      state from a checkpoint that does not hold `step`;
+    - load_state_dict() gives all parameters one `step` tensor, which Adam then raises once for each of them:
+      the second step after a resume is wrong in silence.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return False
+    optimizer = distrib_optimizer.DistributedOptimizer
+    if not getattr(optimizer.state_dict, "repaired", False):
+        optimizer.state_dict = _with_state(optimizer.state_dict)
+        optimizer.load_state_dict = _with_own_steps(optimizer.load_state_dict)
+        optimizer._set_main_param_and_optimizer_states = _without_step(
+            optimizer._set_main_param_and_optimizer_states)
+    return True
+
+
+def _with_state(stock):
+    @functools.wraps(stock)
+    def state_dict(self):
+        adam = self.optimizer
+        if isinstance(adam, torch.optim.Adam) and not adam.state:
+            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return stock(self)
+    state_dict.repaired = True
+    return state_dict
+
+
+def _with_own_steps(stock):
+    @functools.wraps(stock)
+    def load_state_dict(self, state_dict):
+        stock(self, state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+    return load_state_dict
+
+
+def _without_step(stock):
+    @functools.wraps(stock)
+    @torch.no_grad()
+    def set_states(self, model_param, tensors):
+        return stock(self, model_param, {"step": None, **tensors})
+    return set_states

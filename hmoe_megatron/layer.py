@@ -1,0 +1,61 @@
+"""The MoE layer: Megatron's, with slots in place of experts and a router that doesn't know it.
+
+Legend: T tokens, E logical experts, S slots over all expert-parallel ranks.
+"""
+
+import copy
+from functools import partial
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+from hmoe_megatron.experts import HMoEExperts
+from hmoe_megatron.router import HMoERouter
+from hmoe_megatron.slots import slot2expert, to_slots
+
+
+class HMoELayer(MoELayer):
+    """MoELayer whose dispatcher counts slots and whose router, losses and experts count logical experts.
+
+    ``config.num_moe_experts`` is the number of logical experts; the layer hands Megatron's own parts a copy that holds
+    the number of slots instead. ``layer`` is the decoder layer from 0, known to the spec only: Megatron tells a layer
+    its number after construction, too late for parameters that depend on it.
+    """
+
+    def __init__(self, config, submodules=None, layer_number=None, pg_collection=None, is_mtp_layer=False, name=None,
+                 *, layer: int):  # fmt: skip
+        if is_mtp_layer:
+            raise ValueError("--mtp-num-layers: multi-token-prediction layers with unequal experts are not implemented")
+        pieces_by_rank = config.hmoe.pieces(layer)
+        slots = slot2expert(pieces_by_rank, config.num_moe_experts)
+        slot_config = copy.copy(config)
+        slot_config.num_moe_experts = len(slots)
+        if config.hmoe.settings.router == "topp" or config.hmoe.has_cuts(layer):
+            # A token then fills a varying number of slots. With a capacity factor that is not None the alltoall
+            # dispatcher sizes its buffers by the routing map instead of tokens * K; nothing is dropped.
+            slot_config.moe_expert_capacity_factor = 1.0
+        logical = MoESubmodules(
+            experts=lambda n, _, *, pg_collection, name=None: HMoEExperts(
+                n, config, layer=layer, pg_collection=pg_collection, name=name
+            ),
+            shared_experts=submodules.shared_experts,
+            router=lambda *, config, pg_collection, is_mtp_layer, _logical=config: HMoERouter(
+                _logical, pg_collection, is_mtp_layer, layer=layer
+            ),
+        )
+        super().__init__(slot_config, logical, layer_number, pg_collection, is_mtp_layer, name)
+        identity = slots == list(range(config.num_moe_experts))
+        self.register_buffer("slot2expert_S", None if identity else torch.tensor(slots), persistent=False)
+
+    def route(self, hidden_states, padding_mask=None):
+        """Probabilities and routing map of the slots, [T, S] each, from the router's [T, E]."""
+        probs_TE, routing_map_TE = super().route(hidden_states, padding_mask)
+        if self.slot2expert_S is None:
+            return probs_TE, routing_map_TE
+        index_S = self.slot2expert_S.to(probs_TE.device)
+        return to_slots(probs_TE, index_S), to_slots(routing_map_TE, index_S)
+
+
+def hmoe_layer(shared_experts, layer: int):
+    """Builder of the MLP submodule of decoder layer ``layer`` (from 0), for a transformer layer's spec."""
+    return partial(HMoELayer, layer=layer, submodules=MoESubmodules(experts=None, shared_experts=shared_experts))

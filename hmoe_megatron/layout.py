@@ -1,0 +1,41 @@
+"""What every MoE layer of a model must know beyond Megatron's config: widths, plan, compute backend, counters."""
+
+import dataclasses
+
+from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.gemm import ExpertCompute
+from hmoe_megatron.placement.plan import PlacementPlan
+from hmoe_megatron.stats import RoutingStats
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayout:
+    """Rides on Megatron's TransformerConfig as ``config.hmoe``.
+
+    widths: decoder layer (from 0) -> width of each logical expert. plan: one LayerPlan a MoE layer, in the order of
+    the layers. seed: of the experts' initial weights.
+    """
+
+    settings: HMoEConfig
+    widths: dict[int, tuple[int, ...]]
+    plan: PlacementPlan
+    compute: ExpertCompute
+    stats: RoutingStats
+    seed: int
+
+    @property
+    def layers(self) -> list[int]:
+        """Decoder layers (from 0) that hold experts."""
+        return list(self.widths)
+
+    def pieces(self, layer: int):
+        """Pieces of each expert-parallel rank in decoder layer ``layer``."""
+        return self.plan.layers[self.layers.index(layer)].pieces
+
+    def has_cuts(self, layer: int) -> bool:
+        """Whether an expert of the layer lives in more than one piece."""
+        return sum(map(len, self.pieces(layer))) > len(self.widths[layer])
+
+    def slots(self) -> int:
+        """Most slots a layer needs over all ranks."""
+        return max(len(plan.pieces) * max(1, max(map(len, plan.pieces))) for plan in self.plan.layers)

@@ -1,0 +1,150 @@
+"""Reading a plan file that may be damaged, hostile, or made for another run.
+
+Every check returns its problems as sentences, so one error can name all of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text, widths_fingerprint
+
+SCHEMA = 1
+MAX_FILE_BYTES = 64 << 20
+MAX_RANKS = 65_536
+MAX_PROBLEMS = 20
+MAX_AMOUNT = 1e300  # of a load or a prediction
+RANK_FIELDS = ("cost", "tokens", "flops", "params")
+_TOP_FIELDS = ("schema", "widths_fingerprint", "ep_size", "layers", "sha256")
+_LAYER_FIELDS = ("widths", "tokens", "pieces", "predicted")
+
+
+def parse_json(text: str):
+    def no_repeats(pairs):
+        if len(fields := dict(pairs)) < len(pairs):
+            raise ValueError("a field is there twice")
+        return fields
+
+    def no_constants(name):
+        raise ValueError(f"{name} is no number here")
+
+    if len(text) > MAX_FILE_BYTES:
+        raise ValueError(f"placement plan: over {MAX_FILE_BYTES} bytes, too large to be one")
+    try:
+        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants)
+    except RecursionError:
+        raise ValueError("placement plan: nested too deeply to be one") from None
+    except ValueError as error:
+        raise ValueError(f"placement plan: not read as JSON: {str(error)[:200]}") from None
+
+
+def form_problems(body) -> list[str]:
+    """What keeps parsed JSON from having the fields, types and lengths of a plan."""
+    if problems := _field_problems("the file", body, _TOP_FIELDS):
+        return problems
+    if not _is_int(body["schema"], SCHEMA, SCHEMA):
+        return [f"schema {_shown(body['schema'])}: this version reads {SCHEMA}; make the plan again"]
+    ranks = body["ep_size"]
+    problems = [f"{name} is not text" for name in ("widths_fingerprint", "sha256")
+                if type(body[name]) is not str]
+    if not _is_int(ranks, 1, MAX_RANKS):
+        problems.append(f"ep_size {_shown(ranks)} is not a whole number from 1 to {MAX_RANKS}")
+    if type(body["layers"]) is not list or not 1 <= len(body["layers"]) <= MAX_LAYERS:
+        problems.append(f"layers is not a list of 1 to {MAX_LAYERS}")
+    if problems:
+        return problems
+    for number, layer in enumerate(body["layers"]):
+        where = f"layer {number}"
+        found = _field_problems(where, layer, _LAYER_FIELDS) or _field_problems(
+            f"{where} predicted", layer["predicted"], (*RANK_FIELDS, "bound"))
+        problems += found or _layer_form_problems(where, layer, ranks)
+    return problems
+
+
+def _layer_form_problems(where: str, layer: dict, ranks: int) -> list[str]:
+    widths, predicted = layer["widths"], layer["predicted"]
+    experts = len(widths) if type(widths) is list else 0
+
+    def rows(value, length, is_item) -> bool:
+        return type(value) is list and len(value) == length and all(map(is_item, value))
+
+    def is_piece(value) -> bool:
+        return rows(value, 3, lambda x: _is_int(x, 0, MAX_TOTAL_WIDTH))
+
+    checks = {
+        f"widths is not a list of 1 to {MAX_EXPERTS} positive whole numbers":
+            1 <= experts <= MAX_EXPERTS and rows(widths, experts, lambda F: _is_int(F, 1, MAX_TOTAL_WIDTH)),
+        f"tokens is not a list of {experts} numbers, 0 or more": rows(layer["tokens"], experts, _is_amount),
+        f"pieces is not a list for each of {ranks} ranks of [expert, lo, hi]":
+            rows(layer["pieces"], ranks, lambda rank: type(rank) is list and all(map(is_piece, rank))),
+        "predicted bound is not a number, 0 or more": _is_amount(predicted["bound"]),
+        f"predicted params is not a list of {ranks} whole numbers, 0 or more":
+            rows(predicted["params"], ranks, lambda n: _is_int(n, 0, int(MAX_AMOUNT))),
+    } | {
+        f"predicted {name} is not a list of {ranks} numbers, 0 or more":
+            rows(predicted[name], ranks, _is_amount)
+        for name in RANK_FIELDS if name != "params"
+    }
+    return [f"{where}: {problem}" for problem, holds in checks.items() if not holds]
+
+
+def _field_problems(where: str, value, names: Sequence[str]) -> list[str]:
+    if type(value) is not dict:
+        return [f"{where} is not a JSON object"]
+    return ([f"{where}: unknown field {name!r:.80}" for name in value if name not in names]
+            + [f"{where}: field {name!r} is missing" for name in names if name not in value])
+
+
+def content_problems(body: dict) -> list[str]:
+    """Damage that the form does not show."""
+    problems = []
+    content = {name: body[name] for name in body if name != "sha256"}
+    if body["sha256"] != checksum(content):
+        problems.append("altered after it was written (sha256 does not match); make the plan again")
+    if body["widths_fingerprint"] != widths_fingerprint([layer["widths"] for layer in body["layers"]]):
+        problems.append(f"widths_fingerprint {_shown(body['widths_fingerprint'])} is not that of its widths")
+    return problems
+
+
+def mismatches(body: dict, widths_LE: Sequence[Sequence[int]] | None, ep_size: int | None) -> list[str]:
+    """How a plan differs from the run it shall serve."""
+    problems = []
+    if ep_size is not None and body["ep_size"] != ep_size:
+        problems.append(f"made for {body['ep_size']} ranks, but --expert-model-parallel-size {ep_size}; make "
+                        "the plan again, or use --hmoe-placement auto")
+    if widths_LE is None:
+        return problems
+    if len(body["layers"]) != len(widths_LE):
+        problems.append(f"made for {len(body['layers'])} MoE layers, the model has {len(widths_LE)}")
+    differ = [n for n, (layer, widths) in enumerate(zip(body["layers"], widths_LE, strict=False))
+              if layer["widths"] != list(widths)]
+    if differ:
+        planned, wanted = body["layers"][differ[0]]["widths"], list(widths_LE[differ[0]])
+        problems.append(f"made for other widths (--hmoe-widths) in layers {ranges_text(differ)}: "
+                        f"{planned!s:.120} in layer {differ[0]}, the model has {wanted!s:.120}")
+    return problems
+
+
+def _is_int(value, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most  # `type`, for True is an int to isinstance
+
+
+def _is_amount(value) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MAX_AMOUNT
+
+
+def _shown(value) -> str:
+    return f"{value!r:.80}" if type(value) in (str, int, float, bool) else type(value).__name__
+
+
+def canonical(value) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def checksum(content: dict) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+def listed(what: str, problems: list[str]) -> str:
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return f"{what}: " + "; ".join(problems[:MAX_PROBLEMS] + more)

@@ -1,0 +1,86 @@
+"""Parameters, FLOPs and memory by the real widths.
+
+Megatron's own reports multiply one width by the number of experts. Here they are handed the widths that the layers
+really have and the width that tokens really activate.
+"""
+
+import argparse
+import copy
+import dataclasses
+
+from hmoe_megatron.config import HMoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model: those every token uses, and those of the routed experts."""
+
+    always_active: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.always_active + self.experts
+
+
+def expert_parameters(hidden_size: int, width: float) -> float:
+    """Parameters of SwiGLU experts of a summed width: gate, up and down projections."""
+    return 3 * hidden_size * width
+
+
+def parameter_counts(args: argparse.Namespace, widths: dict[int, tuple[int, ...]]) -> ParameterCounts:
+    """Count the model that ``args`` (Megatron's, validated) and ``widths`` (decoder layer -> widths) describe."""
+    hidden, heads_width = args.hidden_size, args.num_attention_heads * args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    qkv_width = heads_width + 2 * groups * args.kv_channels
+    norm = hidden * (1 if args.normalization == "RMSNorm" else 2)
+    attention = hidden * (qkv_width + heads_width) + (qkv_width if args.add_qkv_bias else 0)
+    if args.qk_layernorm:
+        attention += 2 * args.kv_channels * norm // hidden
+    router = len(next(iter(widths.values()))) * hidden
+    shared_width = args.moe_shared_expert_intermediate_size or 0
+    shared = expert_parameters(hidden, shared_width) + (hidden if args.moe_shared_expert_gate and shared_width else 0)
+    dense = expert_parameters(hidden, args.ffn_hidden_size)
+    embedding = args.padded_vocab_size * hidden * (2 if args.untie_embeddings_and_output_weights else 1)
+    if args.position_embedding_type == "learned_absolute":
+        embedding += args.max_position_embeddings * hidden
+    moe, layers = len(widths), args.num_layers
+    always = layers * (attention + 2 * norm) + (layers - moe) * dense + moe * (router + shared) + embedding + norm
+    return ParameterCounts(int(always), int(expert_parameters(hidden, sum(map(sum, widths.values())))))
+
+
+def expected_active_width(settings: HMoEConfig, topk: int, widths: tuple[int, ...]) -> float:
+    """Width a token activates in a layer if routing were uniform: what reports use until it has been measured."""
+    mean = sum(widths) / len(widths)
+    if settings.router == "topk":
+        return topk * mean
+    uniform = -(-settings.top_p * len(widths) // 1)  # the fewest of equal probabilities that reach top_p
+    return min(uniform, settings.max_experts_per_token or len(widths)) * mean
+
+
+def report_real_widths(widths: dict[int, tuple[int, ...]], active_width) -> None:
+    """Make Megatron's FLOPs and memory reports use the real widths.
+
+    active_width: function without arguments, the width a token activates in a MoE layer, mean over MoE layers, latest
+    measurement. Megatron reads ``args.moe_ffn_hidden_size`` and ``args.moe_router_topk`` in the middle of its
+    functions and offers no seam, so the two functions are wrapped where the training loop looks them up.
+    """
+    from megatron.training import training
+
+    stock_flops, stock_memory = training.num_floating_point_operations, training.report_theoretical_memory
+    mean_width = sum(map(sum, widths.values())) / sum(map(len, widths.values()))
+
+    def seen_by_reports(args, width, topk):
+        seen = copy.copy(args)
+        seen.moe_ffn_hidden_size, seen.moe_router_topk = width, topk
+        return seen
+
+    def num_floating_point_operations(args, *more, **named):
+        return stock_flops(seen_by_reports(args, active_width(), 1), *more, **named)
+
+    def report_theoretical_memory(args, *more, **named):
+        return stock_memory(seen_by_reports(args, mean_width, active_width() / mean_width), *more, **named)
+
+    training.num_floating_point_operations = num_floating_point_operations
+    training.report_theoretical_memory = report_theoretical_memory

@@ -1,0 +1,87 @@
+"""The router over logical experts: Megatron's Top-K, Top-P, and the HMoE losses.
+
+Legend: T tokens on this rank, E logical experts.
+"""
+
+import torch
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.router import TopKRouter
+
+from hmoe_megatron.losses import load_balance, p_penalty, router_entropy
+
+LOSS_NAMES = ("p_penalty_loss", "load_balance_loss", "router_entropy_loss")
+
+
+def top_p_routing(
+    probs_TE: torch.Tensor, top_p: float, max_experts: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest experts a token whose probabilities add up to ``top_p`` (arXiv 2403.07652), renormalised.
+
+    probs_TE: float32 softmax over all experts. Returns (weights_TE float32, each row summing to 1; routing_map_TE bool).
+    A token always has one expert or more, at most ``max_experts``; among equal probabilities the lower expert wins.
+    """
+    sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
+    keep_TE = (sorted_TE.cumsum(dim=-1) - sorted_TE) < top_p
+    keep_TE[:, 0] = True  # also where a NaN makes every comparison false
+    if max_experts is not None:
+        keep_TE[:, max_experts:] = False
+    routing_map_TE = torch.zeros_like(keep_TE).scatter(1, order_TE, keep_TE)
+    chosen_TE = probs_TE * routing_map_TE
+    return chosen_TE / chosen_TE.sum(dim=-1, keepdim=True), routing_map_TE
+
+
+class HMoERouter(TopKRouter):
+    """Megatron's router with ``config.num_moe_experts`` logical experts; knows nothing of slots, pieces or ranks."""
+
+    def __init__(self, config, pg_collection=None, is_mtp_layer=False, *, layer: int):
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.layer = layer
+        self.hmoe = config.hmoe.settings
+        self.stats = config.hmoe.stats
+        widths = torch.tensor(config.hmoe.widths[layer], dtype=torch.float32)
+        self.register_buffer("relative_width_E", widths / widths.mean(), persistent=False)
+
+    def routing(self, logits, padding_mask=None):
+        """Route (see TopKRouter.routing), attach the HMoE losses to the probabilities, count tokens for telemetry."""
+        logits_TE = logits.view(-1, self.config.num_moe_experts)
+        flat_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        if self.hmoe.router == "topp":
+            logits_TE = self.apply_z_loss(logits_TE, padding_mask=flat_mask_T)
+            weights_TE, routing_map_TE = top_p_routing(
+                torch.softmax(logits_TE, dim=-1, dtype=torch.float32), self.hmoe.top_p, self.hmoe.max_experts_per_token
+            )
+            weights_TE = weights_TE.type_as(logits)
+        else:
+            weights_TE, routing_map_TE = super().routing(logits, padding_mask)
+        if self.training and torch.is_grad_enabled():  # so once a step under recompute, and not in evaluation
+            weights_TE = self._attach_losses(weights_TE, routing_map_TE, logits_TE, flat_mask_T)
+        return weights_TE, routing_map_TE
+
+    def _attach_losses(self, weights_TE, routing_map_TE, logits_TE, padding_mask_T):
+        valid_T = None if padding_mask_T is None else ~padding_mask_T
+        counted_TE = routing_map_TE if valid_T is None else routing_map_TE & valid_T.unsqueeze(-1)
+        counts_E = counted_TE.sum(dim=0)
+        local_tokens = weights_TE.shape[0] if valid_T is None else valid_T.sum()
+        self.stats.record(self.layer, counts_E, local_tokens)
+
+        hmoe = self.hmoe
+        if not (hmoe.p_penalty_coeff or hmoe.load_balance_coeff or hmoe.entropy_coeff):
+            return weights_TE
+        counts_E = reduce_from_tensor_model_parallel_region(counts_E, self.tp_cp_group)
+        num_tokens = local_tokens * self.tp_cp_group.size()
+        if valid_T is not None:
+            num_tokens = reduce_from_tensor_model_parallel_region(local_tokens, self.tp_cp_group)
+        log_probs_TE = torch.log_softmax(logits_TE, dim=-1, dtype=torch.float32)
+        probs_TE = log_probs_TE.exp()
+        prob_sum_E = (probs_TE if valid_T is None else probs_TE * valid_T.unsqueeze(-1)).sum(dim=0)
+        losses = (
+            (hmoe.p_penalty_coeff, lambda: p_penalty(counts_E, prob_sum_E, self.relative_width_E, num_tokens)),
+            (hmoe.load_balance_coeff, lambda: load_balance(counts_E, prob_sum_E, num_tokens)),
+            (hmoe.entropy_coeff, lambda: router_entropy(log_probs_TE, valid_T, num_tokens)),
+        )
+        for name, (coeff, loss) in zip(LOSS_NAMES, losses, strict=True):
+            if coeff:
+                weights_TE = self.attach_and_log_load_balancing_loss(
+                    weights_TE, coeff, loss() * coeff, name, self.tp_cp_group, valid_token_count=local_tokens
+                )
+        return weights_TE

@@ -1,0 +1,74 @@
+"""What the layers count while they run, on the device, without a device-to-host copy until it is asked for.
+
+Legend: L MoE layers, E logical experts.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import torch
+
+
+class RoutingStats:
+    """Tokens of every expert of every MoE layer, and the time of this rank's expert compute.
+
+    ``timing`` switches the time measurement on; it is off on steps that do not log.
+    """
+
+    def __init__(self, layers: list[int], num_experts: int):
+        self._row = {layer: row for row, layer in enumerate(layers)}
+        self._shape = (len(layers), num_experts + 1)  # the last column counts the tokens routed
+        self._totals = None
+        self._intervals = []
+        self.timing = True
+
+    def record(self, layer: int, counts_E: torch.Tensor, num_tokens: torch.Tensor | int) -> None:
+        """Add one micro-batch of this rank: tokens that chose each expert of ``layer``, tokens routed."""
+        totals = self._on(counts_E.device)[self._row[layer]]
+        totals[:-1] += counts_E
+        totals[-1] += num_tokens
+
+    def _on(self, device):
+        if self._totals is None:
+            # float64 holds counts exactly up to 2^53, and every backend reduces it.
+            self._totals = torch.zeros(self._shape, dtype=torch.float64, device=device)
+        return self._totals
+
+    @contextlib.contextmanager
+    def expert_time(self, x_RH):
+        """Time the block, and the backward pass from the gradient of ``.output`` to the gradient of ``x_RH``."""
+        timed = SimpleNamespace(output=None)
+        if not self.timing:
+            yield timed
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield timed
+        end.record()
+        self._intervals.append((start, end))
+        if torch.is_grad_enabled() and x_RH.requires_grad:
+            backward_start, backward_end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+            def finish(_):
+                backward_end.record()
+                self._intervals.append((backward_start, backward_end))
+
+            timed.output.register_hook(lambda _: backward_start.record())
+            x_RH.register_hook(finish)
+
+    def take(self, groups, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(counts_LE, tokens_L) since the last call, float64 on the CPU, summed over each process group in turn."""
+        totals = self._on(device).clone()
+        self._totals.zero_()
+        for group in groups:
+            torch.distributed.all_reduce(totals, group=group)
+        totals = totals.cpu()
+        return totals[:, :-1], totals[:, -1]
+
+    def take_expert_time_ms(self) -> float:
+        """Milliseconds this rank spent in its experts, forward and backward, in the steps timed since the last call."""
+        if self._intervals:
+            torch.cuda.synchronize()
+        elapsed_ms = sum(start.elapsed_time(end) for start, end in self._intervals)
+        self._intervals.clear()
+        return elapsed_ms

@@ -1,0 +1,184 @@
+"""From a command line to a running ``megatron.training.pretrain``: arguments, layout, model config, loop."""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from hmoe_megatron import host
+from hmoe_megatron.config import (
+    HMoEConfig,
+    add_hmoe_arguments,
+    check_megatron_arguments,
+    hmoe_config_from_args,
+    widths_from_args,
+)
+from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.layout import ExpertLayout
+from hmoe_megatron.placement.plan import PlacementPlan
+from hmoe_megatron.placement.solver import contiguous_plan, plan_model
+from hmoe_megatron.placement.table import plan_table
+from hmoe_megatron.reports import expected_active_width, parameter_counts, report_real_widths
+from hmoe_megatron.stats import RoutingStats
+
+PLAN_FILE = "placement_plan.json"
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, ExpertLayout]:
+    """Parse and check Megatron's and HMoE's flags, and lay out the experts.
+
+    Returns Megatron's validated arguments, not yet made global, and the layout. No process group is started. Raises
+    ValueError, with every problem it found, for settings that can't work.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    given = sys.argv
+    sys.argv = [given[0], *host.cpu_argv(given[1:] if argv is None else argv)]
+    try:
+        args = parse_args(add_hmoe_arguments)
+    finally:
+        sys.argv = given
+    settings = hmoe_config_from_args(args)
+    check_megatron_arguments(args, settings)
+    layout = expert_layout(args, settings)
+    # Megatron checks that --num-experts divides by the expert-parallel size, and sizes a default width by it: show it
+    # the slots, which do, and a width that no layer uses.
+    args.num_experts, args.moe_ffn_hidden_size = layout.slots(), max(max(w) for w in layout.widths.values())
+    args.ffn_hidden_size = args.ffn_hidden_size or args.moe_ffn_hidden_size
+    logical = len(next(iter(layout.widths.values())))
+    validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    args.num_experts = logical
+    return args, layout
+
+
+def expert_layout(args: argparse.Namespace, settings: HMoEConfig) -> ExpertLayout:
+    """Widths, plan, backend and counters of the model that the flags describe."""
+    widths = widths_from_args(args, settings)
+    if not widths:
+        raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
+    plan = placement_plan(args, settings, widths)
+    return ExpertLayout(
+        settings=settings,
+        widths=widths,
+        plan=plan,
+        compute=expert_compute(settings.gemm_backend, host.has_gpu()),
+        stats=RoutingStats(list(widths), args.num_experts),
+        seed=args.seed,
+    )
+
+
+def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> PlacementPlan:
+    """The plan that ``--hmoe-placement`` asks for, for every expert-parallel rank and MoE layer."""
+    widths_LE, ranks = tuple(widths.values()), args.expert_model_parallel_size
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    # Nothing is measured before a run: None expects the same number of tokens for every expert.
+    if settings.placement == "contiguous":
+        plan = contiguous_plan(widths_LE, ranks, None, hidden_size=args.hidden_size)
+    elif settings.placement == "auto":
+        plan = plan_model(
+            None, widths_LE, ranks, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
+            hidden_size=args.hidden_size,
+        )  # fmt: skip
+    else:
+        plan = PlacementPlan.load(settings.placement, widths_LE, ranks)
+    for layer, layer_plan in zip(widths, plan.layers, strict=True):
+        for piece in (piece for pieces in layer_plan.pieces for piece in pieces):
+            if piece.width % expert_tp:
+                raise ValueError(
+                    f"layer {layer}: expert {piece.expert} [{piece.lo}:{piece.hi}) has width {piece.width}, which does "
+                    f"not divide by --expert-tensor-parallel-size {expert_tp}: use --hmoe-width-multiple {expert_tp}"
+                )
+    return plan
+
+
+def model_config(args: argparse.Namespace, layout: ExpertLayout):
+    """Megatron's GPTModelConfig with HMoE's layer specs; ``layout`` rides on its TransformerConfig as ``hmoe``."""
+    from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+
+    from hmoe_megatron.specs import hmoe_block_spec
+
+    transformer = core_transformer_config_from_args(args)
+    transformer.hmoe = layout
+    # Layers of different widths can't be stacked in one checkpoint key. (The spelling is Megatron's.)
+    transformer.hetereogenous_dist_checkpoint = True
+    config = gpt_config_from_args(args, config=transformer)
+    config.transformer_layer_spec = hmoe_block_spec
+    return config
+
+
+def run_directory(args: argparse.Namespace, settings: HMoEConfig) -> Path | None:
+    """Where the plan and the telemetry go: ``--hmoe-run-dir``, else ``--save``, else nowhere."""
+    directory = settings.run_dir or args.save
+    return Path(directory) if directory else None
+
+
+def train(args: argparse.Namespace, layout: ExpertLayout) -> None:
+    """Train: everything from here on needs the process group, which Megatron starts."""
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
+
+    from hmoe_megatron.data import datasets_provider, forward_step
+    from hmoe_megatron.telemetry import HMoEMetricsTracker
+
+    set_global_variables(args)
+    config = model_config(args, layout)
+    parameters, run_dir = parameter_counts(args, layout.widths), run_directory(args, layout.settings)
+    tracker = HMoEMetricsTracker(layout, args.hidden_size, parameters, args.log_interval, run_dir)
+    set_moe_metrics_tracker(tracker)
+    expected = sum(
+        expected_active_width(layout.settings, args.moe_router_topk, widths) for widths in layout.widths.values()
+    ) / len(layout.widths)
+    report_real_widths(layout.widths, lambda: tracker.active_width or expected)
+    if args.rank == 0:
+        announce(layout, parameters, run_dir)
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def announce(layout: ExpertLayout, parameters, run_dir: Path | None) -> None:
+    """Print the plan and the parameter counts, and write the plan beside the run. Rank 0."""
+    print(plan_table(layout.plan))
+    print(
+        f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "
+        f"active in every token {parameters.always_active / 1e6:.2f} M",
+        flush=True,
+    )
+    if run_dir:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        layout.plan.save(run_dir / PLAN_FILE)
+        print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
+
+
+def alone_without_torchrun() -> None:
+    """Let one process start without torchrun: it is a world of one."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of pretrain_hmoe.py. Returns the exit code: 2 for settings that can't work."""
+    host.apply()
+    host.repair_dataset_helpers()
+    host.repair_distributed_optimizer()
+    alone_without_torchrun()
+    try:
+        args, layout = parse_arguments(argv)
+    except (ValueError, AssertionError) as error:
+        if int(os.environ["RANK"]) == 0:
+            print(f"pretrain_hmoe.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    train(args, layout)
+    return 0

@@ -1,0 +1,168 @@
+"""`run_ranks`: run a function on several gloo ranks from an ordinary pytest function.
+
+    def gather(offset):                       # at module level: ranks import it by name
+        ...
+        return torch.distributed.get_rank() + offset
+
+    def test_gather():
+        assert run_ranks(2, gather, 10) == [10, 11]
+
+Ranks are forked from a server that has torch and Megatron imported (`preloaded`), so that a rank starts in
+well under a second. They meet through a file, not a port.
+"""
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+GRACE_S = 2.0  # for the other ranks after one failed or the time was up
+LOG_TAIL_LINES = 60
+
+
+def run_ranks(world_size, function, *args, timeout_s=60.0, **kwargs):
+    """Return [function(*args, **kwargs) on rank 0, on rank 1, ...].
+
+    `function` is a module-level function; it, its arguments and its results must pickle. torch.distributed is
+    initialised with gloo, the host is applied, RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set and
+    the environment is the caller's. The exception of the rank that failed first is raised here, its traceback
+    and the end of its output in the notes; the other ranks are killed. TimeoutError after `timeout_s`, with
+    the stack of every rank that was still running.
+    """
+    call = pickle.dumps((function, args, kwargs))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        folder = Path(folder)
+        context = _context()
+        shared = world_size, str(folder), call, dict(os.environ), timeout_s
+        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world_size)]
+        try:
+            for rank in ranks:
+                rank.start()
+            _wait(ranks, timeout_s)
+            _raise_first_error(folder, ranks, timeout_s)
+        finally:
+            for rank in ranks:
+                _kill(rank)
+        return [_read(folder / f"{rank}.result") for rank in range(world_size)]
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preloaded"])
+    # The server does not take over sys.path before Python 3.12.5.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _wait(ranks, timeout_s):
+    """Until all ended, or GRACE_S after the first failed, or GRACE_S after the time was up."""
+    deadline = time.monotonic() + timeout_s + GRACE_S
+    running = list(ranks)
+    while running and (left_s := deadline - time.monotonic()) > 0:
+        wait([rank.sentinel for rank in running], timeout=left_s)
+        if any(rank.exitcode for rank in running):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        running = [rank for rank in running if rank.exitcode is None]
+
+
+def _raise_first_error(folder, ranks, timeout_s):
+    errors = [_read(file) for file in folder.glob("*.error")]
+    if errors:
+        _, number, error = min(errors, key=lambda item: item[0])
+        error.add_note(f"output of rank {number}:\n{_log(folder, number)}")
+        raise error
+    failed = [number for number, rank in enumerate(ranks) if rank.exitcode != 0]
+    if failed:
+        logs = "\n".join(f"rank {number}, exit code {ranks[number].exitcode}:\n{_log(folder, number)}"
+                         for number in failed)
+        if any("Timeout (" in _log(folder, number) or ranks[number].exitcode is None for number in failed):
+            raise TimeoutError(f"ranks {failed} still ran after {timeout_s} s\n{logs}")
+        raise RuntimeError(f"ranks {failed} died\n{logs}")
+
+
+def _log(folder, number):
+    file = folder / f"{number}.log"
+    return "\n".join(file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if file.exists() else ""
+
+
+def _kill(rank):
+    """Kill a rank and what it started (it leads a process group of its own)."""
+    if rank.pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
+    if rank.exitcode is None:
+        rank.kill()
+    rank.join()
+
+
+def _rank(rank, world_size, folder, call, environment, timeout_s):
+    """Body of one rank. Ends the process by itself after `timeout_s`, also when the test process is gone."""
+    os.setpgid(0, 0)
+    folder = Path(folder)
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                      LOCAL_WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    try:
+        import torch.distributed
+
+        from hmoe_megatron import host
+
+        from . import preloaded  # noqa: F401
+
+        host.prepare_environment()
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
+                                             world_size=world_size)
+        function, args, kwargs = pickle.loads(call)
+        _write(folder / f"{rank}.result", function(*args, **kwargs))
+        # No rank takes its connections away while another still talks to it.
+        torch.distributed.barrier()
+    except BaseException as error:
+        raised_at_s = time.time()
+        error.add_note(f"on rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            notes = error.__notes__
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+            error.__notes__ = notes
+        _write(folder / f"{rank}.error", (raised_at_s, rank, error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _write(file, value):
+    import torch
+    temporary = file.with_suffix(".part")
+    torch.save(value, temporary)
+    os.replace(temporary, file)
+
+
+def _read(file):
+    """What our own rank wrote. Not by pickle alone: a tensor that Megatron's process pickled imports Megatron
+    here."""
+    import torch
+    return torch.load(file, weights_only=False)

@@ -1,0 +1,277 @@
+"""Every patch of the host has a check here that passes with it and fails when any one of its replacements is
+undone."""
+import os
+import time
+import traceback
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hmoe_megatron import host
+from tests.distributed.ranks import run_ranks
+
+CHECKS = {}
+
+
+def check(function):
+    """Register the check of the patch of the same name; it gets an empty folder that both ranks share."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+@check
+def cuda_device_is_the_cpu(folder):
+    torch.cuda.set_device(torch.distributed.get_rank())
+    assert torch.cuda.device_count() == 2
+    assert torch.zeros(1, device=torch.cuda.current_device()).device.type == "cpu"
+
+
+@check
+def cuda_device_properties(folder):
+    from megatron.training.utils import get_device_arch_version
+    assert get_device_arch_version() == 0
+    assert torch.cuda.get_device_properties(0).total_memory > 2**30
+
+
+@check
+def cuda_streams(folder):
+    side, start = torch.cuda.Stream(device="cuda"), torch.cuda.Event(enable_timing=True)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        start.record()
+        time.sleep(0.05)
+        end = side.record_event()
+    torch.cuda.current_stream().wait_event(end)
+    torch.cuda.synchronize()
+    assert 50 <= start.elapsed_time(end) < 5000  # milliseconds
+    assert not torch.cuda.is_current_stream_capturing()
+
+
+@check
+def cuda_memory(folder):
+    before_bytes = torch.cuda.memory_allocated()
+    held = torch.ones(2**25)
+    assert 100 * 2**20 < torch.cuda.memory_allocated() - before_bytes < 160 * 2**20
+    for current, peak in (("memory_allocated", "max_memory_allocated"), ("memory_reserved", "max_memory_reserved")):
+        current_bytes = getattr(torch.cuda, current)()
+        assert getattr(torch.cuda, peak)() >= current_bytes > held.nbytes
+    assert {"reserved_bytes.all.current", "allocated_bytes.all.current", "allocated_bytes.all.peak",
+            "allocation.all.current"} <= torch.cuda.memory_stats().keys()
+    assert torch.cuda.device_memory_used() > held.nbytes
+
+
+@check
+def cuda_rng(folder):
+    torch.cuda.manual_seed(5)
+    first = torch.rand(4)
+    torch.manual_seed(5)
+    assert torch.equal(first, torch.rand(4))
+    state = torch.cuda.get_rng_state()
+    assert torch.equal(state, torch.cuda.random.get_rng_state())
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(first, torch.rand(4))
+
+
+@check
+def cuda_factories(folder):
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        made = [torch.empty(2, device=device), torch.empty_like(torch.zeros(2), device=device),
+                torch.ones(2, device=device), torch.tensor([1, 2], device=device), torch.zeros(2, device=device)]
+        assert {tensor.device.type for tensor in made} == {"cpu"}
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.ones(2).is_meta and torch.zeros(2).is_meta
+        assert torch.tensor([1]).is_meta and not torch.zeros(2, device="cpu").is_meta
+    assert torch.zeros(2, device="meta").is_meta and torch.empty_like(torch.zeros(2, device="meta")).is_meta
+
+
+@check
+def tensor_cuda(folder):
+    batch = torch.zeros(2)
+    assert batch.cuda(non_blocking=True) is batch
+    assert torch.nn.Linear(2, 2).cuda(torch.device("cpu")).weight.device.type == "cpu"
+
+
+@check
+def tensor_type(folder):
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 3.0)
+    clip_grad_by_total_norm_fp32([parameter], 1.0, 3 * 2**0.5)
+    torch.testing.assert_close(parameter.grad, torch.full((2,), 0.5**0.5))
+    assert parameter.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert parameter.type(torch.float64).dtype == parameter.type("torch.DoubleTensor").dtype == torch.float64
+
+
+@check
+def megatron_without_cuda(folder):
+    from megatron.training.training import initialize_megatron
+    with pytest.raises(AssertionError, match="args is not initialized"):  # past the assertion on CUDA
+        initialize_megatron()
+    assert not torch.cuda.is_available()
+
+
+@check
+def no_fusion_warmup(folder):
+    from megatron.training import global_vars
+    from megatron.training.training import set_jit_fusion_options
+    global_vars._GLOBAL_ARGS = SimpleNamespace(
+        bf16=False, fp16=False, ffn_hidden_size=8, tensor_model_parallel_size=1, seq_length=4, context_parallel_size=1,
+        micro_batch_size=1, swiglu=True, sequence_parallel=False, hidden_size=8)
+    try:
+        before = torch.get_rng_state()
+        set_jit_fusion_options(tp_size=1)
+        assert torch.equal(before, torch.get_rng_state())
+    finally:
+        global_vars._GLOBAL_ARGS = None
+
+
+@check
+def megatron_rng_state(folder):
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    tracker = CudaRNGStatesTracker()
+    tracker.add("experts", 11)
+    torch.manual_seed(3)
+    outside = torch.rand(4), torch.rand(4)
+    torch.manual_seed(3)
+    first = torch.rand(4)
+    with tracker.fork("experts"):
+        inside = torch.rand(4)
+    assert torch.equal(outside[0], first) and torch.equal(outside[1], torch.rand(4))
+    torch.manual_seed(11)
+    assert torch.equal(inside, torch.rand(4))
+
+
+@check
+def sequence_parallel_norm(folder):
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    for normalization in ("RMSNorm", "LayerNorm"):
+        for sequence_parallel in (True, False):
+            config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization=normalization,
+                                       tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+            norm = WrappedTorchNorm(config=config, hidden_size=8, eps=1e-3)
+            assert type(norm).__name__ == normalization and norm.eps == 1e-3
+            assert [parameter.sequence_parallel for parameter in norm.parameters()] == (
+                [sequence_parallel] * len(list(norm.parameters())))
+            assert config.sequence_parallel == sequence_parallel
+    config.sequence_parallel = config.memory_efficient_layer_norm = True
+    with pytest.raises(AssertionError, match="memory_efficient"):
+        WrappedTorchNorm(config=config, hidden_size=8)
+
+
+@check
+def queue_of_a_synchronous_save(folder):
+    from multiprocessing import managers
+
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def start(self, *args):
+        raise RuntimeError("a manager process was started")
+    stock, managers.BaseManager.start = managers.BaseManager.start, start
+    try:
+        dist_checkpointing.save(_sharded(torch.distributed.get_rank() + torch.arange(4.0)), folder)
+    finally:
+        managers.BaseManager.start = stock
+    assert filesystem_async._results_queue is None
+    _assert_saved(folder)
+
+
+def _sharded(values):
+    from megatron.core.dist_checkpointing import ShardedTensor
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return {"values": ShardedTensor.from_rank_offsets("values", values, (0, rank, ranks))}
+
+
+def _assert_saved(folder):
+    from megatron.core import dist_checkpointing
+    loaded = dist_checkpointing.load(_sharded(torch.zeros(4)), folder)
+    assert torch.equal(loaded["values"], torch.distributed.get_rank() + torch.arange(4.0))
+
+
+@check
+def quiet_pin_memory(folder):
+    loader = torch.utils.data.DataLoader(torch.arange(4), pin_memory=True)
+    with warnings.catch_warnings(record=True) as caught:
+        assert len(list(loader)) == 4
+    assert not caught
+
+
+@check
+def all_to_all_split_tensors(folder):
+    rank = torch.distributed.get_rank()
+    received = torch.zeros(3)
+    torch.distributed.all_to_all_single(received, torch.full((3,), float(rank)), torch.tensor([1 + rank, 2 - rank]),
+                                        input_split_sizes=torch.tensor([1 + rank, 2 - rank]))
+    assert received.tolist() == [[0, 1, 1], [0, 0, 1]][rank]
+
+
+@check
+def all_gather_uneven(folder):
+    rows = [3, 0]
+    parts = [torch.zeros(count, 2) for count in rows]
+    torch.distributed.all_gather(parts, torch.full((rows[torch.distributed.get_rank()], 2), 4.0))
+    assert torch.equal(parts[0], torch.full((3, 2), 4.0)) and parts[1].shape == (0, 2)
+    parts = [torch.zeros(2), torch.zeros(2)]
+    work = torch.distributed.all_gather(parts, torch.ones(2), async_op=True)
+    work.wait()
+    assert torch.equal(torch.cat(parts), torch.ones(4))
+    with pytest.raises(NotImplementedError, match="async_op=True"):
+        torch.distributed.all_gather([torch.zeros(1), torch.zeros(2)], torch.ones(1), async_op=True)
+
+
+def _with_and_without(name, folder):
+    """[error with the patch, {attribute: error without its replacement}], None for no error."""
+    errors = [_error(CHECKS[name], f"{folder}/with"), {}]
+    replacements = [replacement for replacement in host.REPLACED if replacement.patch == name]
+    assert replacements, "the patch replaced nothing"
+    for attribute in dict.fromkeys(replacement.attribute for replacement in replacements):
+        group = [replacement for replacement in replacements if replacement.attribute == attribute]
+        after = [getattr(replacement.owner, attribute) for replacement in group]
+        for replacement in group:
+            setattr(replacement.owner, attribute, replacement.before)
+        errors[1][attribute] = _error(CHECKS[name], f"{folder}/without_{attribute}")
+        for replacement, value in zip(group, after, strict=True):
+            setattr(replacement.owner, attribute, value)
+    return errors
+
+
+def _error(function, folder):
+    if torch.distributed.get_rank() == 0:
+        os.makedirs(folder)
+    torch.distributed.barrier()
+    try:
+        function(folder)
+    except BaseException as error:
+        line = traceback.extract_tb(error.__traceback__)[1]
+        return f"{type(error).__name__}: {error} at `{line.line}`"
+
+
+def test_every_patch_has_a_check_and_a_reason():
+    assert set(host.patches()) == set(CHECKS)
+    assert all(len(reason) > 60 for reason in host.patches().values())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_patch_works_and_each_of_its_replacements_is_needed(name, tmp_path):
+    for with_patch, without in run_ranks(2, _with_and_without, name, str(tmp_path)):
+        assert with_patch is None
+        assert without and all(without.values()), without
+
+
+def test_an_asynchronous_save_still_has_its_manager(tmp_path):
+    run_ranks(2, _save_asynchronously, str(tmp_path))
+
+
+def _save_asynchronously(folder):
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    request = dist_checkpointing.save(_sharded(torch.distributed.get_rank() + torch.arange(4.0)), folder,
+                                      async_sharded_save=True, async_strategy="mcore")
+    calls = AsyncCallsQueue()
+    calls.schedule_async_request(request)
+    calls.maybe_finalize_async_calls(blocking=True)
+    _assert_saved(folder)

@@ -1,0 +1,74 @@
+"""Equal widths and the identity plan are Megatron's own MoE, bit by bit; P-Penalty at equal widths is its load balance."""
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_run import logical_state, losses, steps
+
+EQUAL = "--hmoe-widths equal --hmoe-total-width 96 --hmoe-placement contiguous"
+STOCK = "--moe-ffn-hidden-size 24"
+# Megatron and we form the same fp32 sums in another order; the loss passes five Adam steps.
+AUX_LOSS_BOUND = 2e-5
+ONE_ULP = 1.2e-7
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_five_steps_are_bitwise_megatrons(ep, dispatcher):
+    layout = f"--expert-model-parallel-size {ep} --moe-token-dispatcher-type {dispatcher}"
+    stock = run_ranks(ep, steps, f"{layout} {STOCK}", stock=True)
+    expected = logical_state(stock)
+    for backend in ("reference", "cpu"):
+        ours = run_ranks(ep, steps, f"{layout} {EQUAL} --hmoe-p-penalty-coeff 0 --hmoe-gemm-backend {backend}")
+        assert losses(ours) == losses(stock)
+        assert ours[0]["grad_norms"] == stock[0]["grad_norms"]
+        state = logical_state(ours)
+        assert state.keys() == expected.keys()
+        assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+    assert len(set(losses(stock))) == 5, "the steps must change something"
+
+
+def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in_the_norm_only():
+    """At EP 1 Megatron keeps experts in the optimizer of the dense weights, we in their own as at EP 2, so that a
+    checkpoint loads under either. The norm is then a root of two sums instead of one: 1 ulp. No step is clipped here."""
+    stock = run_ranks(1, steps, f"{STOCK} --clip-grad 1e6", stock=True, own_optimizer=False)
+    ours = run_ranks(1, steps, f"{EQUAL} --hmoe-p-penalty-coeff 0 --clip-grad 1e6")
+    assert losses(ours) == losses(stock)
+    assert ours[0]["grad_norms"] == pytest.approx(stock[0]["grad_norms"], rel=ONE_ULP)
+    state, expected = logical_state(ours), logical_state(stock)
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("loss", ["p-penalty", "load-balance"])
+def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss):
+    layout = "--expert-model-parallel-size 2"
+    stock = run_ranks(2, steps, f"{layout} {STOCK} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1.0",
+                      stock=True)  # fmt: skip
+    without = run_ranks(2, steps, f"{layout} {STOCK}", stock=True)
+    other = {"p-penalty": "", "load-balance": "--hmoe-p-penalty-coeff 0"}[loss]
+    ours = run_ranks(2, steps, f"{layout} {EQUAL} {other} --hmoe-{loss}-coeff 0.5")  # K = 2
+    assert losses(ours) == pytest.approx(losses(stock), rel=AUX_LOSS_BOUND)
+    assert losses(without) != pytest.approx(losses(stock), rel=10 * AUX_LOSS_BOUND), "the loss must matter here"
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        "--moe-shared-expert-intermediate-size 24",
+        "--moe-shared-expert-intermediate-size 24 --moe-shared-expert-overlap --moe-token-dispatcher-type alltoall",
+        "--moe-z-loss-coeff 1e-2",
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity selective --recompute-modules moe",
+        "--calculate-per-token-loss",
+        "--moe-router-dtype fp32",
+    ],
+)
+def test_features_of_megatrons_moe_keep_working(feature):
+    layout = f"--expert-model-parallel-size 2 {feature}"
+    stock = run_ranks(2, steps, f"{layout} {STOCK}", stock=True)
+    ours = run_ranks(2, steps, f"{layout} {EQUAL} --hmoe-p-penalty-coeff 0")
+    assert losses(ours) == losses(stock)
+    state, expected = logical_state(ours), logical_state(stock)
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []

@@ -1,0 +1,101 @@
+"""Any plan trains the same model: whole experts anywhere, experts cut by width, ranks without experts."""
+
+import pytest
+import torch
+
+from tests.distributed.plans import WIDTHS, cut, save_plan, whole
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_run import EXPERTS, LAYERS, SEQUENCE, logical_state, losses, steps
+
+MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
+TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
+TOKENS = 8 * SEQUENCE  # of a global batch
+# Whole experts at one expert-parallel size, Top-2: two addends commute, so every plan is bitwise the same.
+# A cut splits a sum in two; another expert-parallel size and Top-P reorder sums. Seen over five steps: losses equal, now
+# and then 1 ulp off; weights, which Adam moves by up to 1e-2 a step, 6e-5 off at most.
+ONE_ULP = 1.2e-7
+WEIGHT_BOUND = 2e-4
+
+
+def run(tmp_path, ep, *plans, flags="", count=5, name="plan"):
+    plan = save_plan(tmp_path / f"{name}.json", *(plans if len(plans) == LAYERS else plans * LAYERS))
+    return run_ranks(
+        ep if "world" not in flags else 4, steps, f"{MODEL} --expert-model-parallel-size {ep} --hmoe-placement {plan} "
+        + flags.replace("world", ""), count, telemetry=True,
+    )  # fmt: skip
+
+
+def assert_same(state, expected, bound=0.0):
+    assert state.keys() == expected.keys()
+    worst = {name: (state[name] - expected[name]).abs().max().item() for name in state}
+    assert max(worst.values()) <= bound, max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_plans_of_whole_experts_are_bitwise_equal(tmp_path, dispatcher):
+    flags = f"--moe-token-dispatcher-type {dispatcher}"
+    plans = [
+        (whole((0, 1), (2, 3)), whole((0, 1), (2, 3))),
+        (whole((3, 0), (1, 2)), whole((2,), (0, 3, 1))),
+        (whole((), (0, 1, 2, 3)), whole((0, 2, 3), (1,))),
+    ]
+    runs = [run(tmp_path, 2, *plan, flags=flags) for plan in plans]
+    expected = logical_state(runs[0])
+    for other in runs[1:]:
+        assert losses(other) == losses(runs[0])
+        assert_same(logical_state(other), expected)
+        assert (other[0]["counts"] == runs[0][0]["counts"]).all(), "the router must not see the plan"
+    assert runs[0][0]["tokens"].tolist() == [5 * TOKENS] * LAYERS
+    assert runs[0][0]["counts"].sum() == 5 * TOKENS * 2 * LAYERS
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("router", ["", TOPP])
+def test_whole_experts_over_expert_parallel_sizes_of_one_world(tmp_path, ep, router):
+    """World size 4: expert-parallel 1, 2 and 4 against expert-parallel 2 under another plan."""
+    plans = {1: whole((0, 1, 2, 3)), 2: whole((1, 2), (3, 0)), 4: whole((2,), (), (0, 1), (3,))}
+    baseline = run(tmp_path, 2, whole((3,), (0, 1, 2)), flags=f"world {router}", name="baseline")
+    other = run(tmp_path, ep, plans[ep], flags=f"world {router}")
+    assert losses(other) == pytest.approx(losses(baseline), rel=ONE_ULP)
+    assert_same(logical_state(other), logical_state(baseline), 0.0 if ep == 2 and not router else WEIGHT_BOUND)
+    assert (other[0]["counts"][0] > 0).all()
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("router", ["", TOPP])
+def test_experts_cut_by_width(tmp_path, router, dispatcher):
+    flags = f"{router} --moe-token-dispatcher-type {dispatcher}"
+    uncut = run(tmp_path, 2, whole((0, 1), (2, 3)), flags=flags, name="uncut")
+    pieces = cut(((3, 0, 23), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 23, 64)))
+    both = run(tmp_path, 2, pieces, flags=flags)
+    assert losses(both) == pytest.approx(losses(uncut), rel=ONE_ULP)
+    assert_same(logical_state(both), logical_state(uncut), WEIGHT_BOUND)
+
+
+def test_initial_weights_do_not_depend_on_rank_or_plan(tmp_path):
+    one = run(tmp_path, 1, whole((3, 1, 0, 2)), count=0, name="one")
+    two = run(tmp_path, 2, cut(((3, 0, 23), (0, 0, 16)), ((1, 0, 32), (2, 0, 48), (3, 23, 64))), count=0, name="two")
+    assert_same(logical_state(one), logical_state(two))
+    other_seed = run(tmp_path, 1, whole((3, 1, 0, 2)), count=0, flags="--seed 4321", name="seed")
+    state, changed = logical_state(one), logical_state(other_seed)
+    experts = [name for name in state if name.startswith("expert.")]
+    assert len(experts) == 2 * EXPERTS * LAYERS
+    assert not any(torch.equal(state[name], changed[name]) for name in experts)
+    assert len({state[name].flatten()[0].item() for name in experts}) == len(experts), "experts must differ"
+
+
+def test_a_rank_whose_experts_get_no_token(tmp_path):
+    """All tokens on expert 2: the other rank, and every other expert, get none; weights without gradient stay put."""
+    flags = "--moe-router-force-biased 1e4 --moe-router-topk 1 --moe-router-pre-softmax --weight-decay 0"
+    before = run(tmp_path, 2, whole((0, 1), (2, 3)), flags=flags, count=0, name="before")
+    after = run(tmp_path, 2, whole((0, 1), (2, 3)), flags=flags, count=3, name="after")
+    counts = after[0]["counts"]
+    assert (counts.max(axis=1) >= 0.9 * 3 * TOKENS).all(), counts
+    assert (counts == 0).any(axis=1).all(), counts
+    old, new = logical_state(before), logical_state(after)
+    for layer, expert in zip(*(counts == 0).nonzero(), strict=True):
+        for matrix in ("fc1", "fc2"):
+            name = f"expert.{layer}.{expert}.{matrix}"
+            assert torch.equal(old[name], new[name]), name
+    busiest = f"expert.0.{counts[0].argmax()}.fc1"
+    assert not torch.equal(old[busiest], new[busiest])

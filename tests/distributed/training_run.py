@@ -1,0 +1,188 @@
+"""A few real training steps on gloo ranks, through Megatron's own set-up and train_step, for tests that compare runs.
+
+``steps`` is run on ranks by ``run_ranks``; ``logical_state`` puts what the ranks return back together by logical expert.
+"""
+
+import sys
+
+import torch
+
+HIDDEN, LAYERS, EXPERTS, VOCABULARY, SEQUENCE = 32, 2, 4, 128, 16
+TINY = (
+    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 4 --seq-length {SEQUENCE} "
+    f"--max-position-embeddings {SEQUENCE} --position-embedding-type rope --swiglu --disable-bias-linear "
+    f"--normalization RMSNorm --untie-embeddings-and-output-weights --num-experts {EXPERTS} --moe-router-topk 2 "
+    "--hidden-dropout 0 --attention-dropout 0 --init-method-std 0.1 --micro-batch-size 2 --global-batch-size 8 "
+    "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --train-iters 100 --clip-grad 1.0 --seed 1234 --mock-data "
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --log-interval 1 --eval-iters 0"
+).split()
+
+
+def steps(flags: str, count: int = 5, *, stock: bool = False, own_optimizer: bool = True, telemetry: bool = False) -> dict:
+    """Train ``count`` steps from TINY plus ``flags``; ``stock``: Megatron's own MoE, experts initialised as ours.
+
+    own_optimizer: stock experts have an optimizer of their own, as Megatron gives them with expert parallelism and we
+    always do; False leaves Megatron's choice.
+
+    Returns, for this rank: losses, grad_norms, dense {name: tensor}, experts {(layer, expert, matrix, lo, hi): tensor}.
+    """
+    args, config, container = _configure([*TINY, *flags.split()], stock, own_optimizer)
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.core.utils import get_model_config
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import setup_model_and_optimizer, train_step
+
+    from hmoe_megatron.data import forward_step
+
+    initialize_megatron()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, scheduler = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
+    )
+    model_config = get_model_config(model[0])
+    model_config.grad_scale_func = optimizer.scale_loss
+    from megatron.core.distributed import finalize_model_grads
+
+    model_config.finalize_model_grads_func = finalize_model_grads
+    for chunk in model:
+        chunk.train()
+    iterators = [RerunDataIterator(_batches(args)) for _ in model]
+    losses, norms = [], []
+    for iteration in range(count):
+        out = train_step(
+            forward_step, iterators if len(iterators) > 1 else iterators[0], model, optimizer, scheduler,
+            model_config, get_forward_backward_func(), iteration=iteration,
+        )  # fmt: skip
+        losses.append(float(out[0]["lm loss"]) if out[0] else None)
+        norms.append(out[5])
+    result = {"losses": losses, "grad_norms": norms, "dense": {}, "experts": {}}
+    for chunk in model:
+        _collect(chunk, result)
+    if telemetry:
+        stats = config.transformer.hmoe.stats
+        result["expert_time_ms"] = stats.take_expert_time_ms()
+        counts, tokens = stats.take([groups.tp_dp_cp, groups.pp], torch.device("cpu"))
+        result["counts"], result["tokens"] = counts.numpy(), tokens.numpy()
+    return result
+
+
+def _configure(argv, stock, own_optimizer):
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from hmoe_megatron import host
+    from hmoe_megatron.training import model_config, parse_arguments
+
+    host.repair_dataset_helpers()
+    host.repair_distributed_optimizer()
+    if stock:
+        sys.argv = ["stock", *host.cpu_argv(argv)]
+        args = parse_args()
+        validate_args(args, {})
+    else:
+        args, layout = parse_arguments(argv)
+    set_global_variables(args)
+    if stock:
+        config = gpt_config_from_args(args)
+        config.pre_wrap_hooks.append(lambda chunks: _initialize_stock_experts(chunks, args.seed, own_optimizer))
+    else:
+        config = model_config(args, layout)
+    return args, config, pretrain_cfg_container_from_args(args, config)
+
+
+def _initialize_stock_experts(chunks, seed, own_optimizer):
+    from hmoe_megatron.experts import ExpertPiece, initialize_piece
+
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            for local, mlp in enumerate(layer.mlp.experts.local_experts):
+                expert = layer.mlp.local_expert_indices[local]
+                piece = ExpertPiece(mlp.config, expert, 0, mlp.config.moe_ffn_hidden_size)
+                initialize_piece(piece, mlp.config, seed, layer.layer_number - 1, piece.hi)
+                mlp.linear_fc1.weight.data.copy_(piece.linear_fc1_weight)
+                mlp.linear_fc2.weight.data.copy_(piece.linear_fc2_weight)
+                if own_optimizer:
+                    mlp.linear_fc1.weight.allreduce = mlp.linear_fc2.weight.allreduce = False
+    return chunks
+
+
+def _batches(args):
+    """Endless micro-batches of this data-parallel rank; sample i of a step is the same under every layout."""
+    from megatron.core import mpu
+
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    micro = args.micro_batch_size
+    generator = torch.Generator().manual_seed(7)
+    while True:
+        tokens = torch.randint(0, VOCABULARY - 2, (args.global_batch_size, SEQUENCE + 1), generator=generator)
+        for start in range(rank * micro, args.global_batch_size, micro * size):
+            rows = tokens[start : start + micro]
+            yield {
+                "tokens": rows[:, :-1].contiguous(),
+                "labels": rows[:, 1:].contiguous(),
+                "loss_mask": torch.ones(micro, SEQUENCE),
+                "position_ids": torch.arange(SEQUENCE).expand(micro, -1).contiguous(),
+            }
+
+
+def _collect(chunk, result):
+    from megatron.core.utils import unwrap_model
+
+    model = unwrap_model(chunk)
+    stock, pieces = {}, {}
+    for layer in model.decoder.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        number = layer.layer_number - 1
+        if hasattr(experts, "local_experts"):
+            for local, mlp in enumerate(experts.local_experts):
+                width = mlp.linear_fc2.weight.shape[1]
+                stock[id(mlp.linear_fc1.weight)] = (number, layer.mlp.local_expert_indices[local], "fc1", 0, width)
+                stock[id(mlp.linear_fc2.weight)] = (number, layer.mlp.local_expert_indices[local], "fc2", 0, width)
+        for piece in getattr(experts, "pieces", ()):
+            pieces[id(piece.linear_fc1_weight)] = (number, piece.expert, "fc1", piece.lo, piece.hi)
+            pieces[id(piece.linear_fc2_weight)] = (number, piece.expert, "fc2", piece.lo, piece.hi)
+    for name, parameter in model.named_parameters():
+        key = stock.get(id(parameter)) or pieces.get(id(parameter))
+        value = parameter.detach().float().clone()
+        if key is None:
+            result["dense"][_global_name(name, model)] = value
+        else:
+            result["experts"][key] = value.view(2, -1, HIDDEN) if key[2] == "fc1" else value.t()
+
+
+def _global_name(name, model):
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def logical_state(ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """Weights by logical name from all ranks' results; experts whole. Fails where replicas differ or a range is missing."""
+    state, covered = {}, {}
+    for rank in ranks:
+        for name, value in rank["dense"].items():
+            if name in state and state[name].shape == value.shape:
+                assert torch.equal(state[name], value), f"{name} differs between ranks"
+            state[name] = value
+        for (layer, expert, matrix, lo, hi), value in rank["experts"].items():
+            ranges = covered.setdefault((layer, expert, matrix), {})
+            if (lo, hi) in ranges:
+                assert torch.equal(ranges[lo, hi], value), f"replicas of {(layer, expert, matrix, lo, hi)} differ"
+            ranges[lo, hi] = value
+    for (layer, expert, matrix), ranges in covered.items():
+        ordered = sorted(ranges)
+        assert ordered[0][0] == 0 and all(a[1] == b[0] for a, b in zip(ordered, ordered[1:], strict=False)), ordered
+        state[f"expert.{layer}.{expert}.{matrix}"] = torch.cat(
+            [ranges[r] for r in ordered], dim=1 if matrix == "fc1" else 0
+        )
+    return state
+
+
+def losses(ranks: list[dict]) -> list[float]:
+    """Losses of a run, from a rank of the last pipeline stage."""
+    return next(rank["losses"] for rank in reversed(ranks) if rank["losses"][0] is not None)

@@ -1,0 +1,56 @@
+"""The table: what it shows, how it folds, and that it fits."""
+
+import pytest
+
+from hmoe_megatron.placement import PlacementPlan, contiguous_plan, plan_model, plan_table
+from hmoe_megatron.widths import expert_widths, layer_widths
+
+MAIN = "arithmetic:9:23"
+
+
+def test_rows_shares_and_last_line():
+    plan = plan_model(None, layer_widths(MAIN, 3, 8, 12_288), 8, cut_multiple=16)
+    title, head, *rows, last = plan_table(plan).splitlines()
+    assert title == "layers 0-2: 8 experts on 8 ranks"
+    assert head.split() == ["rank", "pieces", "FLOPs", "%", "params", "%", "tokens", "%"]
+    assert rows[0].split() == ["0", "0", "7[0:672)", "12.50", "12.50", "16.67"] and len(rows) == 8
+    for column in (-1, -2, -3):
+        assert sum(float(row.split()[column]) for row in rows) == pytest.approx(100, abs=0.05)
+    assert last == ("max over mean of FLOPs 1.0000, 4 cuts; bound on the slowest rank 1.0000 of the mean, "
+                    "gap 0.00%")
+
+
+def test_layers_of_one_plan_fold_and_one_can_be_picked():
+    plan = contiguous_plan(layer_widths(f"0-3={MAIN};4=equal;5={MAIN}", 6, 8, 2048), 2)
+    table = plan_table(plan)
+    assert [line for line in table.splitlines() if line.startswith("layer")] == [
+        "layers 0-3: 8 experts on 2 ranks", "layer 4: 8 experts on 2 ranks", "layer 5: 8 experts on 2 ranks"]
+    assert plan_table(plan, 4) in table and plan_table(plan, 4).count("layer") == 1
+    assert plan_table(plan, 2).splitlines()[1:] == plan_table(PlacementPlan(plan.layers[:1])).splitlines()[1:]
+    assert "max over mean of FLOPs 1.2500, 0 cuts" in plan_table(plan, 0)
+    assert "gap 25.00%" in plan_table(plan, 0) and "gap 0.00%" in plan_table(plan, 4)
+    for layer in (-1, 6):
+        with pytest.raises(ValueError, match="layers 0-5"):
+            plan_table(plan, layer)
+
+
+@pytest.mark.parametrize("E, ranks", [(1, 1), (2, 5), (8, 16), (64, 17), (4096, 2), (512, 1024)])
+def test_it_fits(E, ranks):
+    widths = expert_widths(MAIN, E, 2000 * E)
+    for tokens in ([0] * E, [1000 / (e + 1) for e in range(E)]):
+        for plan in (contiguous_plan([widths], ranks, [tokens]), plan_model([tokens], [widths], min(ranks, 64))):
+            lines = plan_table(plan).splitlines()
+            assert max(map(len, lines)) <= 100 and len(lines) <= 20
+
+
+def test_the_middle_of_many_ranks_is_left_out():
+    lines = plan_table(contiguous_plan([[8] * 20], 20)).splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == [*map(str, range(8)), "...", *map(str, range(12, 20))]
+    assert "(4 ranks more)" in lines[10]
+    assert len(plan_table(contiguous_plan([[8] * 16], 16)).splitlines()) == 19
+
+
+def test_pieces_without_room_are_counted():
+    row = plan_table(contiguous_plan([[8] * 100], 1)).splitlines()[2]
+    shown = row.split(" +")[0].split()[1:]
+    assert shown == [str(e) for e in range(len(shown))] and f"+{100 - len(shown)} more" in row

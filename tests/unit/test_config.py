@@ -1,0 +1,136 @@
+"""Flags come from HMoEConfig, and every refusal says what, why and what to do."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from hmoe_megatron.config import (
+    _REQUIRED,
+    _REQUIRED_TOPP,
+    HMoEConfig,
+    add_hmoe_arguments,
+    check_megatron_arguments,
+    hmoe_config_from_args,
+    widths_from_args,
+)
+
+FLAGS = {
+    "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",
+    "--hmoe-max-experts-per-token", "--hmoe-p-penalty-coeff", "--hmoe-router-entropy-coeff",
+    "--hmoe-load-balance-coeff", "--hmoe-placement", "--hmoe-max-cuts", "--hmoe-cut-multiple", "--hmoe-gemm-backend",
+    "--hmoe-run-dir",
+}  # fmt: skip
+
+
+def parse(*argv):
+    return add_hmoe_arguments(argparse.ArgumentParser()).parse_args(argv)
+
+
+def test_the_set_of_flags():
+    """Frozen: a flag that comes, goes or is renamed is a change users see."""
+    actions = add_hmoe_arguments(argparse.ArgumentParser())._actions
+    assert {option for action in actions for option in action.option_strings if option.startswith("--hmoe")} == FLAGS
+    assert all(action.help for action in actions)
+    assert len(FLAGS) == len(dataclasses.fields(HMoEConfig))
+
+
+def test_flags_and_config_agree():
+    assert hmoe_config_from_args(parse()) == HMoEConfig()
+    config = hmoe_config_from_args(parse("--hmoe-router", "topp", "--hmoe-top-p", "0.6", "--hmoe-total-width", "128"))
+    assert (config.router, config.top_p, config.total_width) == ("topp", 0.6, 128)
+
+
+def test_the_entropy_loss_is_the_papers_with_top_p_and_off_with_top_k():
+    assert HMoEConfig().entropy_coeff == 0
+    assert HMoEConfig(router="topp", top_p=0.6).entropy_coeff == 0.03
+    assert HMoEConfig(router="topp", top_p=0.6, router_entropy_coeff=0.0).entropy_coeff == 0
+    assert HMoEConfig().p_penalty_coeff == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"p_penalty_coeff": -1.0}, "--hmoe-p-penalty-coeff -1.0: give a finite number, 0 or more"),
+        ({"load_balance_coeff": float("nan")}, "--hmoe-load-balance-coeff nan: give a finite number, 0 or more"),
+        ({"total_width": 0}, "--hmoe-total-width 0: give a whole number of at least 1"),
+        ({"cut_multiple": 0}, "--hmoe-cut-multiple 0: give a whole number of at least 1"),
+        ({"max_cuts": -1}, "--hmoe-max-cuts -1: give 0 or more"),
+        ({"router": "topp"}, "--hmoe-router topp needs --hmoe-top-p"),
+        ({"router": "topp", "top_p": 1.5}, "--hmoe-top-p 1.5: give a probability above 0, at most 1"),
+        ({"top_p": 0.5}, "--hmoe-top-p 0.5 has no effect with --hmoe-router topk"),
+        ({"max_experts_per_token": 3}, "--hmoe-max-experts-per-token 3 has no effect with --hmoe-router topk"),
+        ({"router_entropy_coeff": 0.1}, "--hmoe-router-entropy-coeff 0.1 contradicts --hmoe-router topk"),
+        ({"placement": "best"}, "--hmoe-placement 'best': give auto, contiguous, or the path of a plan file"),
+        ({"placement": "a.json", "max_cuts": 1}, "--hmoe-max-cuts 1 contradicts --hmoe-placement a.json"),
+        ({"placement": "contiguous", "max_cuts": 1}, "--hmoe-max-cuts 1 contradicts --hmoe-placement contiguous"),
+    ],
+)
+def test_contradictions_among_our_flags(settings, message):
+    with pytest.raises(ValueError) as refused:
+        HMoEConfig(**settings)
+    assert message in str(refused.value)
+
+
+def good_arguments(**changes):
+    values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*_REQUIRED, *_REQUIRED_TOPP)}
+    values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
+    return argparse.Namespace(**(values | changes))
+
+
+TOPP = HMoEConfig(router="topp", top_p=0.6)
+
+
+def test_good_arguments_pass():
+    check_megatron_arguments(good_arguments(), HMoEConfig())
+    check_megatron_arguments(good_arguments(), TOPP)
+
+
+@pytest.mark.parametrize(("name", "allowed", "given", "remedy"), [*_REQUIRED, *_REQUIRED_TOPP])
+def test_each_megatron_flag_that_does_not_fit_is_refused(name, allowed, given, remedy):
+    wrong = not next(iter(allowed)) if allowed <= {True, False} else "something else"
+    with pytest.raises(ValueError) as refused:
+        check_megatron_arguments(good_arguments(**{name: wrong}), TOPP)
+    assert str(refused.value) == f"{given} ({name} = {wrong!r}): {remedy}"
+
+
+def test_every_checked_flag_exists_in_megatron():
+    """A rename in Megatron must not turn a check into one that looks at nothing."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {action.dest for action in parser._actions}
+    assert {name for name, *_ in (*_REQUIRED, *_REQUIRED_TOPP)} <= known
+
+
+def test_all_problems_are_listed_not_the_first_only():
+    args = good_arguments(num_experts=None, moe_grouped_gemm=True, recompute_granularity="selective",
+                          recompute_modules=["moe_act"])  # fmt: skip
+    with pytest.raises(ValueError) as refused:
+        check_megatron_arguments(args, HMoEConfig())
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 3
+    assert "--num-experts is missing" in lines[0]
+    assert "--moe-grouped-gemm" in lines[1]
+    assert "--recompute-modules moe_act" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"moe_router_topk": 9}, HMoEConfig(), "--moe-router-topk 9 exceeds --num-experts 8"),
+        ({}, HMoEConfig(router="topp", top_p=0.6, max_experts_per_token=9),
+         "--hmoe-max-experts-per-token 9 exceeds --num-experts 8"),
+    ],
+)  # fmt: skip
+def test_more_experts_a_token_than_there_are(changes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_megatron_arguments(good_arguments(**changes), settings)
+
+
+def test_widths_of_the_layers_that_hold_experts():
+    args = argparse.Namespace(num_layers=4, num_experts=2, moe_layer_freq=[0, 1, 0, 1])
+    config = HMoEConfig(widths="0-2=1,3;*=2,2")
+    assert widths_from_args(args, config) == {1: (1, 3), 3: (2, 2)}
+    with pytest.raises(ValueError, match="--moe-layer-freq .* names 4 layers, --num-layers is 5"):
+        widths_from_args(argparse.Namespace(**(vars(args) | {"num_layers": 5})), config)

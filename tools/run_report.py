@@ -1,0 +1,33 @@
+"""Draw the report of a training run: one HTML page that stands alone, and its pictures.
+
+python tools/run_report.py runs/mine
+
+Reads telemetry.jsonl and placement_plan.json of the run's directory and the losses from TensorBoard's event files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.report import write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="what --hmoe-run-dir (default: --save) named")
+    parser.add_argument("--output", metavar="FILE", help="the page; default: RUN/report.html")
+    parser.add_argument("--png", metavar="DIR", help="the pictures; default: figures/ beside the page")
+    parser.add_argument("--tensorboard-dir", metavar="DIR", help="as in training; default: RUN/tensorboard")
+    args = parser.parse_args(argv)
+    try:
+        for path in write_report(args.run, args.output, args.png, args.tensorboard_dir):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"run_report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
