@@ -150,7 +150,8 @@ def moe_layers(args: argparse.Namespace) -> list[int]:
         return [i for i in range(args.num_layers) if i % freq == 0]
     if len(freq) != args.num_layers:
         raise ValueError(
-            f"--moe-layer-freq {freq} names {len(freq)} layers, --num-layers is {args.num_layers}: give one entry a layer"
+            f"--moe-layer-freq {freq} names {len(freq)} layers, --num-layers is {args.num_layers}: "
+            "give one entry a layer"
         )
     return [i for i, is_moe in enumerate(freq) if is_moe]
 
@@ -194,15 +195,16 @@ _REQUIRED = (
     ("yaml_cfg", {None}, "--yaml-cfg", "give the settings as flags"),
     ("cuda_graph_impl", {"none", None}, "--cuda-graph-impl", "rows of an expert change every step: remove it"),
     ("activation_func_clamp_value", {None}, "--activation-func-clamp-value", "not implemented for experts: remove it"),
-    ("glu_linear_offset", {0, 0.0, None}, "--glu-linear-offset", "not implemented for experts: remove it"),
+    ("glu_linear_offset", {0.0, None}, "--glu-linear-offset", "not implemented for experts: remove it"),
     ("use_te_activation_func", {False}, "--use-te-activation-func", "not implemented for experts: remove it"),
 )
 _REQUIRED_TOPP = (
     ("moe_router_load_balancing_type", {"none", "aux_loss"}, "--moe-router-load-balancing-type",
      "stock balancing divides by Top-K's K: use --hmoe-load-balance-coeff"),
-    ("moe_aux_loss_coeff", {0, 0.0, None}, "--moe-aux-loss-coeff",
+    ("moe_aux_loss_coeff", {0.0, None}, "--moe-aux-loss-coeff",
      "the stock loss divides by Top-K's K: use --hmoe-load-balance-coeff"),
-    ("moe_router_score_function", {"softmax"}, "--moe-router-score-function", "Top-P adds up probabilities: use softmax"),
+    ("moe_router_score_function", {"softmax"}, "--moe-router-score-function",
+     "Top-P adds up probabilities: use softmax"),
     ("moe_router_enable_expert_bias", {False}, "--moe-router-enable-expert-bias",
      "a biased score is no probability to add up: remove it, or use --hmoe-router topk"),
     ("moe_router_num_groups", {None}, "--moe-router-num-groups", "group-limited routing is Top-K's: remove it"),
@@ -235,7 +237,8 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig) -> None
         problems.append("--recompute-modules moe_act: it needs grouped experts; use moe (the whole layer) instead")
     if args.num_experts and (hmoe.max_experts_per_token or 0) > args.num_experts:
         problems.append(
-            f"--hmoe-max-experts-per-token {hmoe.max_experts_per_token} exceeds --num-experts {args.num_experts}: lower it"
+            f"--hmoe-max-experts-per-token {hmoe.max_experts_per_token} exceeds --num-experts {args.num_experts}: "
+            "lower it"
         )
     if problems:
         raise ValueError("\n".join(problems))

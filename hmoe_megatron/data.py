@@ -40,7 +40,7 @@ def loss_func(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor):
 
 
 def forward_step(data_iterator, model):
-    """One micro-batch through ``model``; returns its output and the loss function, as Megatron's schedules want them."""
+    """One micro-batch through ``model``: its output and the loss function, as Megatron's schedules want them."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

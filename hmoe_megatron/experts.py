@@ -27,7 +27,9 @@ class ExpertPiece(torch.nn.Module):
         self.linear_fc1_weight = torch.nn.Parameter(
             torch.empty(2 * width, hidden, device=device, dtype=config.params_dtype)
         )
-        self.linear_fc2_weight = torch.nn.Parameter(torch.empty(hidden, width, device=device, dtype=config.params_dtype))
+        self.linear_fc2_weight = torch.nn.Parameter(
+            torch.empty(hidden, width, device=device, dtype=config.params_dtype)
+        )
         for weight, dim, stride in ((self.linear_fc1_weight, 0, 2), (self.linear_fc2_weight, 1, 1)):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
             # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can

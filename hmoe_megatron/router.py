@@ -17,7 +17,7 @@ def top_p_routing(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The fewest experts a token whose probabilities add up to ``top_p`` (arXiv 2403.07652), renormalised.
 
-    probs_TE: float32 softmax over all experts. Returns (weights_TE float32, each row summing to 1; routing_map_TE bool).
+    probs_TE: float32 softmax over all experts. Returns (weights_TE float32, rows summing to 1; routing_map_TE bool).
     A token always has one expert or more, at most ``max_experts``; among equal probabilities the lower expert wins.
     """
     sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-from hmoe_megatron.reports import ParameterCounts, expert_parameters
+from hmoe_megatron.accounting import ParameterCounts, expert_parameters
 from hmoe_megatron.router import LOSS_NAMES
 
 FILE_NAME = "telemetry.jsonl"
@@ -49,7 +49,7 @@ def routing_record(counts_LE, tokens_L, layout, hidden_size: int, parameters: Pa
         "total_parameters": parameters.total,
         "active_width": float(active_width_L.mean()),
         "experts_per_token": float((counts_LE.sum(1) / tokens_L).mean()),
-        "experts_without_token": [[layout.layers[row], int(e)] for row, e in zip(*np.nonzero(counts_LE == 0), strict=True)],
+        "experts_without_token": [[layout.layers[row], int(e)] for row, e in np.argwhere(counts_LE == 0)],
         "flops_balance": max_over_mean(cost_LR.sum(0)),
         "token_balance": max_over_mean(tokens_LR.sum(0)),
         "layers": [

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hmoe_megatron import host
+from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.config import (
     HMoEConfig,
     add_hmoe_arguments,
@@ -19,7 +20,6 @@ from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.solver import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
-from hmoe_megatron.reports import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.stats import RoutingStats
 
 PLAN_FILE = "placement_plan.json"

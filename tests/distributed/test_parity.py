@@ -1,4 +1,4 @@
-"""Equal widths and the identity plan are Megatron's own MoE, bit by bit; P-Penalty at equal widths is its load balance."""
+"""Equal widths and the identity plan are Megatron's own MoE, bit by bit; the P-Penalty there is its load balance."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_five_steps_are_bitwise_megatrons(ep, dispatcher):
 
 def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in_the_norm_only():
     """At EP 1 Megatron keeps experts in the optimizer of the dense weights, we in their own as at EP 2, so that a
-    checkpoint loads under either. The norm is then a root of two sums instead of one: 1 ulp. No step is clipped here."""
+    checkpoint loads in either. The norm is then a root of two sums instead of one: 1 ulp. No step is clipped here."""
     stock = run_ranks(1, steps, f"{STOCK} --clip-grad 1e6", stock=True, own_optimizer=False)
     ours = run_ranks(1, steps, f"{EQUAL} --hmoe-p-penalty-coeff 0 --clip-grad 1e6")
     assert losses(ours) == losses(stock)

@@ -1,6 +1,6 @@
 """A few real training steps on gloo ranks, through Megatron's own set-up and train_step, for tests that compare runs.
 
-``steps`` is run on ranks by ``run_ranks``; ``logical_state`` puts what the ranks return back together by logical expert.
+``steps`` is run on ranks by ``run_ranks``; ``logical_state`` puts what the ranks return together by logical expert.
 """
 
 import sys
@@ -18,11 +18,19 @@ TINY = (
 ).split()
 
 
-def steps(flags: str, count: int = 5, *, stock: bool = False, own_optimizer: bool = True, telemetry: bool = False) -> dict:
+def steps(
+    flags: str,
+    count: int = 5,
+    *,
+    stock: bool = False,
+    own_optimizer: bool = True,
+    force_expert: int | None = None,
+    telemetry: bool = False,
+) -> dict:
     """Train ``count`` steps from TINY plus ``flags``; ``stock``: Megatron's own MoE, experts initialised as ours.
 
     own_optimizer: stock experts have an optimizer of their own, as Megatron gives them with expert parallelism and we
-    always do; False leaves Megatron's choice.
+    always do; False leaves Megatron's choice. force_expert: add 1e4 to its router logit.
 
     Returns, for this rank: losses, grad_norms, dense {name: tensor}, experts {(layer, expert, matrix, lo, hi): tensor}.
     """
@@ -49,6 +57,8 @@ def steps(flags: str, count: int = 5, *, stock: bool = False, own_optimizer: boo
     model_config.finalize_model_grads_func = finalize_model_grads
     for chunk in model:
         chunk.train()
+    if force_expert is not None:
+        _force(model, force_expert)
     iterators = [RerunDataIterator(_batches(args)) for _ in model]
     losses, norms = [], []
     for iteration in range(count):
@@ -110,6 +120,13 @@ def _initialize_stock_experts(chunks, seed, own_optimizer):
     return chunks
 
 
+def _force(chunks, expert):
+    bias_E = torch.zeros(EXPERTS)
+    bias_E[expert] = 1e4
+    for router in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "gating")):
+        router.gating = lambda x, gating=router.gating: gating(x) + bias_E
+
+
 def _batches(args):
     """Endless micro-batches of this data-parallel rank; sample i of a step is the same under every layout."""
     from megatron.core import mpu
@@ -162,7 +179,7 @@ def _global_name(name, model):
 
 
 def logical_state(ranks: list[dict]) -> dict[str, torch.Tensor]:
-    """Weights by logical name from all ranks' results; experts whole. Fails where replicas differ or a range is missing."""
+    """Weights by logical name, experts whole. Fails where replicas differ or a range is missing."""
     state, covered = {}, {}
     for rank in ranks:
         for name, value in rank["dense"].items():

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from hmoe_megatron.reports import parameter_counts
+from hmoe_megatron.accounting import parameter_counts
 from hmoe_megatron.training import parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,7 +46,7 @@ def top2_of_equal(counts):
     return counts.always_active + counts.experts * 2 // 8
 
 
-@pytest.mark.parametrize("run", map(name, RUNS))
+@pytest.mark.parametrize("run", [name(path) for path in RUNS])
 def test_every_run_parses_and_differs_from_the_others_in_what_its_name_says(run, monkeypatch):
     args, layout, _ = parsed(run, monkeypatch)
     variant, settings = Path(run).stem, layout.settings
@@ -98,8 +99,10 @@ def test_the_dense_models_are_the_papers_and_a_router_of_one_expert(monkeypatch)
 
 
 def test_the_papers_163_million_active_parameters_of_the_04b_model(monkeypatch):
-    """417 M is the exact count rounded. 162.49 M rounds to 162; the paper prints 163: see examples/hmoe_0.4b/README.md."""
+    """162.49 M rounds to 162; the paper prints 163: see examples/hmoe_0.4b/README.md."""
     _, _, counts = parsed("hmoe_0.4b/moe_topk.args", monkeypatch)
+    assert counts.always_active == 28_311_552 + 49_152_000 + 92_928
+    assert counts.experts == 339_738_624
     assert round(counts.total / 1e6) == 417
     assert round(top2_of_equal(counts) / 1e6) == 162
     # Any one of these gives the printed 163 and leaves 417.
@@ -108,6 +111,12 @@ def test_the_papers_163_million_active_parameters_of_the_04b_model(monkeypatch):
     for other, more in ((with_norm_biases, 25 * 768), (one_more_token, 2 * 128 * 768)):
         assert other.total == counts.total + more
         assert (round(other.total / 1e6), round(top2_of_equal(other) / 1e6)) == (417, 163)
+
+
+def test_24_layers_of_the_printed_width_have_the_papers_active_and_nearly_its_total_parameters(monkeypatch):
+    """The third reading in examples/hmoe_3b/README.md. The paper prints 0.77 B and 2.55 B."""
+    _, _, counts = parsed("hmoe_3b/as_printed_width_32768/moe_topk.args", monkeypatch, "--num-layers", "24")
+    assert (counts.total, top2_of_equal(counts)) == (2_582_365_184, 770_425_856)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +142,7 @@ def test_no_two_files_repeat_each_other():
         shared = set(one.read_text().splitlines()) & set(other.read_text().splitlines()) - {""}
         flags = {line for line in shared if line.startswith("--")}
         assert len(shared) <= MOST_SHARED_LINES, (name(one), name(other), shared)
-        assert len(flags) <= 1 or "dense.args" in (one.name, other.name), (name(one), name(other), flags)
+        assert len(flags) <= 1 or "common/dense.args" in (name(one), name(other)), (name(one), name(other), flags)
 
 
 def test_read_args_expands_includes_where_they_stand(tmp_path):
@@ -251,3 +260,13 @@ def test_sbatch_stops_the_run_before_the_time_limit_and_queues_it_again(slurm):
 def test_sbatch_needs_a_place_to_go_on_from(slurm):
     out, err = (job := slurm(*RUN_WORDS[:4])).communicate(timeout=60)
     assert (job.returncode, out) == (2, "") and "no --load" in err
+
+
+def test_readmes_name_files_that_exist_and_counts_that_are_tested():
+    tested = Path(__file__).read_text()
+    for readme in EXAMPLES.rglob("README.md"):
+        text = readme.read_text()
+        for path in re.findall(r"examples/[\w./-]+\.(?:args|py|sbatch)|tools/\w+\.py", text):
+            assert (EXAMPLES.parent / path).is_file(), (name(readme), path)
+        for count in re.findall(r"\b\d{1,3}(?:,\d{3}){2,}\b", text):
+            assert count.replace(",", "_") in tested, (name(readme), count)

@@ -57,7 +57,8 @@ def close(got, want, bound=FP32_BOUND):
 def gradients(y, tensors):
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
     grads = torch.autograd.grad((y.double() * weights).sum(), tensors, allow_unused=True)
-    return [torch.zeros_like(t, dtype=torch.float64) if g is None else g.double() for g, t in zip(grads, tensors, strict=True)]
+    zeros = (torch.zeros_like(t, dtype=torch.float64) for t in tensors)
+    return [zero if grad is None else grad.double() for grad, zero in zip(grads, zeros, strict=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +85,8 @@ def test_value_and_gradients_against_float64(backend, rows):
 def test_backends_are_bitwise_equal_in_fp32(rows):
     x, probs, fc1, fc2 = inputs(rows)
     tensors = [x, probs, *fc1, *fc2]
-    results = [
-        expert_compute(name, has_gpu=False)(x, probs, list(rows), fc1, fc2, CONFIG, None) for name in ("reference", "cpu")
-    ]
+    backends = [expert_compute(name, has_gpu=False) for name in ("reference", "cpu")]
+    results = [backend(x, probs, list(rows), fc1, fc2, CONFIG, None) for backend in backends]
     assert torch.equal(*results)
     for reference, cpu in zip(*(gradients(y, tensors) for y in results), strict=True):
         assert torch.equal(reference, cpu)
@@ -109,7 +109,8 @@ def test_zero_padding_to_one_width_is_the_same_function():
     padded1, padded2 = [], []
     for width, w1, w2 in zip(WIDTHS, fc1, fc2, strict=True):
         pad = widest - width
-        padded1.append(torch.nn.functional.pad(w1.detach().view(2, width, HIDDEN), (0, 0, 0, pad)).flatten(0, 1).requires_grad_())
+        blocks = torch.nn.functional.pad(w1.detach().view(2, width, HIDDEN), (0, 0, 0, pad))
+        padded1.append(blocks.flatten(0, 1).requires_grad_())
         padded2.append(torch.nn.functional.pad(w2.detach(), (0, pad)).requires_grad_())
     y = cpu_experts(x, probs, list(rows), fc1, fc2, CONFIG, None)
     y_padded = cpu_experts(x, probs, list(rows), padded1, padded2, CONFIG, None)

@@ -12,11 +12,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from hmoe_megatron import telemetry, training
+from hmoe_megatron.accounting import ParameterCounts
 from hmoe_megatron.placement import FlopsCost, LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.cost import predict
 from hmoe_megatron.report import draw, html_page, read_run, run_files, series, write_report
 from hmoe_megatron.report.scalars import AUXILIARY, read_scalars
-from hmoe_megatron.reports import ParameterCounts
 from hmoe_megatron.router import LOSS_NAMES
 from tools import run_report
 
