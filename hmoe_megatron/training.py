@@ -1,6 +1,7 @@
 """From a command line to a running ``megatron.training.pretrain``: arguments, layout, model config, loop."""
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -23,9 +24,10 @@ from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.stats import RoutingStats
 
 PLAN_FILE = "placement_plan.json"
+RUN_ARGUMENTS = "run_arguments.json"
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, ExpertLayout]:
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     """Parse and check Megatron's and HMoE's flags, and lay out the experts.
 
     Returns Megatron's validated arguments, not yet made global, and the layout. No process group is started. Raises
@@ -34,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     from megatron.training.arguments import parse_args, validate_args
 
     given = sys.argv
-    sys.argv = [given[0], *host.cpu_argv(given[1:] if argv is None else argv)]
+    sys.argv = [given[0], *host.cpu_argv(argv)]
     try:
         args = parse_args(add_hmoe_arguments)
     finally:
@@ -113,8 +115,8 @@ def run_directory(args: argparse.Namespace, settings: HMoEConfig) -> Path | None
     return Path(directory) if directory else None
 
 
-def train(args: argparse.Namespace, layout: ExpertLayout) -> None:
-    """Train: everything from here on needs the process group, which Megatron starts."""
+def train(args: argparse.Namespace, layout: ExpertLayout, argv: list[str]) -> None:
+    """Train: everything from here on needs the process group, which Megatron starts. ``argv``: the flags as given."""
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import pretrain
@@ -134,7 +136,9 @@ def train(args: argparse.Namespace, layout: ExpertLayout) -> None:
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     if args.rank == 0:
-        announce(layout, parameters, run_dir)
+        announce(layout, parameters)
+        if run_dir:
+            write_run(layout, run_dir, argv)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets_provider,
@@ -143,18 +147,24 @@ def train(args: argparse.Namespace, layout: ExpertLayout) -> None:
     )
 
 
-def announce(layout: ExpertLayout, parameters, run_dir: Path | None) -> None:
-    """Print the plan and the parameter counts, and write the plan beside the run. Rank 0."""
+def announce(layout: ExpertLayout, parameters) -> None:
+    """Print the plan and the parameter counts."""
     print(plan_table(layout.plan))
     print(
         f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "
         f"active in every token {parameters.always_active / 1e6:.2f} M",
         flush=True,
     )
-    if run_dir:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        layout.plan.save(run_dir / PLAN_FILE)
-        print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
+
+
+def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
+    """Write the plan and the flags beside the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    layout.plan.save(run_dir / PLAN_FILE)
+    part = run_dir / f"{RUN_ARGUMENTS}.part"
+    part.write_text(json.dumps(argv, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, run_dir / RUN_ARGUMENTS)
+    print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 
 
 def alone_without_torchrun() -> None:
@@ -170,6 +180,7 @@ def alone_without_torchrun() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of pretrain_hmoe.py. Returns the exit code: 2 for settings that can't work."""
+    argv = sys.argv[1:] if argv is None else argv
     host.apply()
     host.repair_dataset_helpers()
     host.repair_distributed_optimizer()
@@ -180,5 +191,5 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ["RANK"]) == 0:
             print(f"pretrain_hmoe.py: error: {error}", file=sys.stderr, flush=True)
         return 2
-    train(args, layout)
+    train(args, layout, argv)
     return 0

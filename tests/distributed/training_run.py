@@ -111,8 +111,10 @@ def _initialize_stock_experts(chunks, seed, own_optimizer):
         for layer in chunk.decoder.layers:
             for local, mlp in enumerate(layer.mlp.experts.local_experts):
                 expert = layer.mlp.local_expert_indices[local]
-                piece = ExpertPiece(mlp.config, expert, 0, mlp.config.moe_ffn_hidden_size)
-                initialize_piece(piece, mlp.config, seed, layer.layer_number - 1, piece.hi)
+                group, width = layer.mlp.experts.tp_group, mlp.config.moe_ffn_hidden_size
+                share = width // group.size()
+                piece = ExpertPiece(mlp.config, expert, group.rank() * share, (group.rank() + 1) * share)
+                initialize_piece(piece, mlp.config, seed, layer.layer_number - 1, width)
                 mlp.linear_fc1.weight.data.copy_(piece.linear_fc1_weight)
                 mlp.linear_fc2.weight.data.copy_(piece.linear_fc2_weight)
                 if own_optimizer:
@@ -156,9 +158,10 @@ def _collect(chunk, result):
         number = layer.layer_number - 1
         if hasattr(experts, "local_experts"):
             for local, mlp in enumerate(experts.local_experts):
-                width = mlp.linear_fc2.weight.shape[1]
-                stock[id(mlp.linear_fc1.weight)] = (number, layer.mlp.local_expert_indices[local], "fc1", 0, width)
-                stock[id(mlp.linear_fc2.weight)] = (number, layer.mlp.local_expert_indices[local], "fc2", 0, width)
+                share, expert = mlp.linear_fc2.weight.shape[1], layer.mlp.local_expert_indices[local]
+                lo = experts.tp_group.rank() * share
+                stock[id(mlp.linear_fc1.weight)] = (number, expert, "fc1", lo, lo + share)
+                stock[id(mlp.linear_fc2.weight)] = (number, expert, "fc2", lo, lo + share)
         for piece in getattr(experts, "pieces", ()):
             pieces[id(piece.linear_fc1_weight)] = (number, piece.expert, "fc1", piece.lo, piece.hi)
             pieces[id(piece.linear_fc2_weight)] = (number, piece.expert, "fc2", piece.lo, piece.hi)
@@ -183,7 +186,7 @@ def logical_state(ranks: list[dict]) -> dict[str, torch.Tensor]:
     state, covered = {}, {}
     for rank in ranks:
         for name, value in rank["dense"].items():
-            if name in state and state[name].shape == value.shape:
+            if name in state:
                 assert torch.equal(state[name], value), f"{name} differs between ranks"
             state[name] = value
         for (layer, expert, matrix, lo, hi), value in rank["experts"].items():

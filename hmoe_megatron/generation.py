@@ -1,0 +1,106 @@
+"""Text from a training run's checkpoint, in one process.
+
+Legend: T tokens of the context, V vocabulary.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hmoe_megatron import host
+from hmoe_megatron.training import RUN_ARGUMENTS, alone_without_torchrun, model_config, parse_arguments
+
+MAX_BYTES = 1 << 20
+# One process holds the whole model, whatever layout trained it: checkpoints are by logical expert.
+ONE_PROCESS = (
+    "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1 "
+    "--expert-tensor-parallel-size 1 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 0 "
+    "--no-load-optim --no-load-rng --exit-on-missing-checkpoint --hmoe-placement auto"
+).split()
+
+
+def run_arguments(run_dir: Path) -> list[str]:
+    """The flags that ``pretrain_hmoe.py`` was started with. Raises ValueError with file and remedy."""
+    path = Path(run_dir) / RUN_ARGUMENTS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the --save directory of a run of pretrain_hmoe.py")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: over {MAX_BYTES} bytes: not written by pretrain_hmoe.py")
+    try:
+        argv = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv):
+        raise ValueError(f"{path}: not a list of flags: not written by pretrain_hmoe.py")
+    return argv
+
+
+def load_model(run_dir: Path, flags: list[str] = ()) -> torch.nn.Module:
+    """The model of the last checkpoint in ``run_dir``, in evaluation mode; ``flags`` override those of the run."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.initialize import initialize_megatron
+
+    argv = [*run_arguments(run_dir), *ONE_PROCESS, "--load", str(run_dir), *flags]
+    args, layout = parse_arguments(without(argv, "--sequence-parallel", "--save", "--tensorboard-dir"))
+    set_global_variables(args)
+    initialize_megatron()
+    config = model_config(args, layout)
+    models = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_checkpoint(models, None, None)
+    return models[0].eval()
+
+
+def without(argv: list[str], *flags: str) -> list[str]:
+    """``argv`` less these flags and the values that follow them."""
+    kept, dropping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in flags
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    prompt_T: list[int],
+    count: int,
+    *,
+    context: int,
+    vocabulary: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    on_token: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """``count`` tokens after ``prompt_T``, which must not be empty; drawn at ``temperature``, 0 takes the likeliest.
+
+    context: most tokens the model may see. vocabulary: ids from here on are padding and never drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt_T)
+    for _ in range(count):
+        window = torch.tensor([tokens[-context:]], device=torch.cuda.current_device())
+        positions = torch.arange(window.shape[1], device=window.device).unsqueeze(0)
+        logits_V = model(window, positions, None)[0, -1, :vocabulary].float().cpu()
+        if temperature:
+            probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
+            token = int(torch.multinomial(probabilities_V, 1, generator=generator))
+        else:
+            token = int(logits_V.argmax())
+        tokens.append(token)
+        on_token(token)
+    return tokens[len(prompt_T) :]
+
+
+def prepare() -> None:
+    """What must happen before Megatron is used in one process."""
+    host.apply()
+    host.repair_dataset_helpers()
+    alone_without_torchrun()

@@ -1,0 +1,146 @@
+"""The demo's path in a small form, each step as a user runs it, and what users do wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hmoe_megatron.placement.plan import PlacementPlan
+from hmoe_megatron.report.scalars import read_scalars
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY, DOCUMENTS, RANKS = 300, 40, 2
+TINY = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
+    "--position-embedding-type rope --swiglu --disable-bias-linear --normalization RMSNorm "
+    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --num-experts 4 "
+    "--hmoe-widths arithmetic:9:23 --hmoe-total-width 128 --hmoe-router topp --hmoe-top-p 0.6 "
+    "--expert-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 --lr-decay-style constant "
+    "--tokenizer-type SentencePieceTokenizer --log-interval 1 --eval-interval 3 --eval-iters 2 --seed 7"
+).split()
+
+
+def command(*words, code=0, timeout_s=300):
+    """Run one command of the README; returns what it printed."""
+    run = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    assert run.returncode == code, f"exit code {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
+    return run.stdout + run.stderr
+
+
+def tool(name, *words, **more):
+    return command(sys.executable, f"tools/{name}.py", *words, **more)
+
+
+def torchrun(*flags):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
+            "pretrain_hmoe.py", *map(str, flags)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tool("get_corpus", "shakespeare", "--output", folder)
+    for name in ("train", "valid"):
+        lines = (folder / f"shakespeare_{name}.jsonl").read_text().splitlines()[:DOCUMENTS]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    tool("train_tokenizer", "--input", folder / "train.jsonl", "--vocab-size", VOCABULARY, "--output", folder / "tok")
+    for name in ("train", "valid"):
+        tool("preprocess_data", "--input", folder / f"{name}.jsonl", "--output-prefix", folder / name, "--append-eod",
+             "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tok.model")  # fmt: skip
+    return folder
+
+
+def flags(data, run, steps, *more):
+    return [*TINY, "--train-data-path", data / "train_text_document", "--valid-data-path", data / "valid_text_document",
+            "--tokenizer-model", data / "tok.model", "--save", run, "--tensorboard-dir", run / "tensorboard",
+            "--train-iters", steps, "--save-interval", 3, *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, command(*torchrun(*flags(data, run, 6)))
+
+
+def test_training_prints_plan_losses_and_telemetry(whole_run):
+    run, output = whole_run
+    assert "parameters: 0.0" in output and "idle" in output
+    found = re.findall(r"validation loss at iteration \d+ \| lm loss value: ([0-9.E+-]+)", output)
+    losses = [float(loss) for loss in found]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+    records = [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert len(record["expert_time_ms"]) == RANKS and min(record["expert_time_ms"]) > 0
+        for layer in record["layers"]:
+            assert sum(layer["token_share"]) == pytest.approx(1) and sum(layer["flops_share"]) == pytest.approx(1)
+    scalars = read_scalars(run / "tensorboard", [])
+    assert len(scalars["lm loss"].x) == 6 and {"p_penalty_loss", "router_entropy_loss"} <= scalars.keys()
+    plan = PlacementPlan.from_json((run / "placement_plan.json").read_text(), ep_size=RANKS)
+    assert [sum(widths) for widths in plan.widths] == [128, 128]
+
+
+def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
+    run, _ = whole_run
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run / "iter_0000003", resumed / "iter_0000003")
+    (resumed / "latest_checkpointed_iteration.txt").write_text("3")
+    output = command(*torchrun(*flags(data, resumed, 6, "--load", resumed)))
+    assert "at iteration 3" in output
+    expected, losses = (read_scalars(r / "tensorboard", [])["lm loss"] for r in (run, resumed))
+    assert losses.x.tolist() == [4, 5, 6]
+    assert losses.y.tolist() == expected.y[3:].tolist()
+
+
+def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
+    run, _ = whole_run
+    words = ("generate", run, "--prompt", "ROMEO", "--tokens", "20", "--output", tmp_path / "text")
+    tool(*words)
+    text = (tmp_path / "text").read_text()
+    assert text.startswith("ROMEO") and len(text) > 10
+    tool(*words)
+    assert (tmp_path / "text").read_text() == text, "the same seed must give the same text"
+
+
+def test_a_killed_run_starts_again_from_its_last_checkpoint(data, tmp_path):
+    run = tmp_path / "killed"
+    process = subprocess.Popen(torchrun(*flags(data, run, 200, "--load", run)), cwd=ROOT, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    tracker, deadline_s = run / "latest_checkpointed_iteration.txt", time.monotonic() + 240
+    try:
+        while not tracker.exists():
+            assert time.monotonic() < deadline_s and process.poll() is None
+            time.sleep(0.2)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    saved = int(tracker.read_text())
+    output = command(*torchrun(*flags(data, run, saved + 3, "--load", run)))
+    assert f"at iteration {saved}" in output
+    iterations = [json.loads(line)["iteration"] for line in (run / "telemetry.jsonl").read_text().splitlines()]
+    assert iterations == list(range(1, saved + 4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--hmoe-top-p", "1.5"], "--hmoe-top-p 1.5: give a probability above 0, at most 1"),
+        (["--hmoe-widths", "cubic:3"], "--hmoe-widths"),
+        (["--moe-grouped-gemm"], "--moe-grouped-gemm"),
+        (["--transformer-impl", "transformer_engine"], "transformer_engine: this machine has no GPU"),
+        (["--hmoe-placement", "nowhere.json"], "nowhere.json"),
+        (["--hmoe-width-multiple", "3"], "--hmoe-total-width 128"),
+    ],
+)
+def test_wrong_flags_end_before_any_process_group_starts(wrong, message, tmp_path):
+    output = command(sys.executable, "pretrain_hmoe.py", *TINY, "--mock-data", "--tokenizer-model", "x",
+                     "--train-iters", "1", *wrong, code=2)  # fmt: skip
+    assert "pretrain_hmoe.py: error: " in output and message in output
+    assert "initializing torch distributed" not in output and "Traceback" not in output
