@@ -49,7 +49,7 @@ def run(title: str, command: list[str], log: str, on_line=lambda line: None) -> 
             process.wait()
     if process.returncode:
         print(*lines[-30:], sep="", file=sys.stderr)
-        sys.exit(f"demo: {title.lower()} failed with exit code {process.returncode}; whole output: {path}")
+        sys.exit(f"demo: exit code {process.returncode} at: {title}. Whole output: {path}")
     print(f"  done in {time.monotonic() - started_s:.0f} s", flush=True)
     return "".join(lines)
 

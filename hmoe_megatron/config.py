@@ -242,3 +242,16 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig) -> None
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def flags_document() -> str:
+    """docs/flags.md: every ``--hmoe-*`` flag with its default, from HMoEConfig."""
+    lines = ["# `--hmoe-*` flags", "", "Made by `python -m hmoe_megatron.config > docs/flags.md`.", ""]
+    for field in dataclasses.fields(HMoEConfig):
+        default = "not set" if field.default is None else f"`{field.default}`"
+        lines += [f"## `{_flag(field.name)}`", f"{field.metadata['help']} Default: {default}.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(flags_document(), end="")

@@ -47,14 +47,23 @@ class RoutingStats:
         end.record()
         self._intervals.append((start, end))
         if torch.is_grad_enabled() and x_RH.requires_grad:
-            backward_start, backward_end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._time_backward(timed.output, x_RH)
 
-            def finish(_):
-                backward_end.record()
-                self._intervals.append((backward_start, backward_end))
+    def _time_backward(self, output, x_RH):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun = []
 
-            timed.output.register_hook(lambda _: backward_start.record())
-            x_RH.register_hook(finish)
+        def begin(_):
+            start.record()
+            begun.append(True)
+
+        def finish(_):
+            if begun:  # x may get a gradient where the output's is not asked for
+                end.record()
+                self._intervals.append((start, end))
+
+        output.register_hook(begin)
+        x_RH.register_hook(finish)
 
     def take(self, groups, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(counts_LE, tokens_L) since the last call, float64 on the CPU, summed over each process group in turn."""

@@ -93,9 +93,9 @@ def over_layers(record: dict) -> dict[str, dict[str, float]]:
 def console_line(record: dict) -> str:
     """One line of at most 100 columns."""
     return (
-        f" hmoe | iter {record['iteration']} | active {record['activated_parameters'] / 1e6:.2f}M of "
-        f"{record['total_parameters'] / 1e6:.2f}M | {record['experts_per_token']:.2f} experts/token | "
-        f"rank max/mean FLOPs {record['flops_balance']:.2f} time {record['time_balance']:.2f} | "
+        f" hmoe {record['iteration']} | active {record['activated_parameters'] / 1e6:.1f}M of "
+        f"{record['total_parameters'] / 1e6:.1f}M, {record['experts_per_token']:.2f} experts/token | "
+        f"max/mean FLOPs {record['flops_balance']:.2f} time {record['time_balance']:.2f} | "
         f"idle {len(record['experts_without_token'])}"
     )
 

@@ -55,8 +55,8 @@ def test_bf16_on_the_cpu_backend_agrees_as_far_as_bf16_goes():
 
 @pytest.mark.parametrize("router", ["", "--hmoe-router topp --hmoe-top-p 0.6"])
 def test_unequal_widths_under_tensor_parallel_agree_with_one_rank(tmp_path, router):
-    """--use-cpu-initialization: dense weights are drawn whole, so that they do not depend on the layout."""
-    flags = f"{MODEL} {router} --use-cpu-initialization --hmoe-placement "
+    """--use-cpu-initialization draws dense weights whole, so that they do not depend on the layout."""
+    flags = f"{MODEL} {router} --use-cpu-initialization --make-vocab-size-divisible-by 1 --hmoe-placement "
     one = run_ranks(1, steps, flags + save_plan(tmp_path / "one.json", *[whole((2, 0, 1, 3))] * 2))
     pieces = cut(((3, 0, 24), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 24, 64)))
     plan = save_plan(tmp_path / "four.json", *[pieces] * 2)

@@ -57,9 +57,12 @@ def test_summary_over_layers():
 
 
 def test_the_console_line_fits_a_terminal():
-    line = console_line(record() | {"iteration": 1234567, "time_balance": 1.234})
-    assert "idle 1" in line and "active 0.00M of 0.00M" in line
-    assert len(line) <= 110
+    large = {"iteration": 1234567, "time_balance": 1.234, "activated_parameters": 68e9, "total_parameters": 255e9}
+    line = console_line(record() | large)
+    assert line == (
+        " hmoe 1234567 | active 68000.0M of 255000.0M, 2.00 experts/token | max/mean FLOPs 1.50 time 1.23 | idle 1"
+    )
+    assert len(console_line(record() | large | {"activated_parameters": 68e6, "total_parameters": 255e6})) <= 100
     assert "\n" not in line
 
 
