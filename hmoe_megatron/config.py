@@ -121,8 +121,19 @@ def _flag(name: str) -> str:
     return "--hmoe-" + name.replace("_", "-")
 
 
+class _Help(argparse.HelpFormatter):
+    """Some of Megatron 0.19.2's help texts hold a bare %, at which argparse raises: show those as they are."""
+
+    def _expand_help(self, action):
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError):
+            return action.help
+
+
 def add_hmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one ``--hmoe-*`` flag for each field of HMoEConfig (Megatron's ``extra_args_provider``)."""
+    parser.formatter_class = _Help
     group = parser.add_argument_group("hmoe", "heterogeneous mixture of experts")
     hints = typing.get_type_hints(HMoEConfig)
     for field in dataclasses.fields(HMoEConfig):
@@ -192,6 +203,8 @@ _REQUIRED = (
     ("transformer_impl", {"local", "transformer_engine"}, "--transformer-impl inference_optimized",
      "training needs local or transformer_engine"),
     ("spec", {None}, "--spec", "the layer spec is HMoE's own: remove it"),
+    ("use_checkpoint_args", {False}, "--use-checkpoint-args",
+     "it knows no --hmoe-* flag: give the run's flags (run_arguments.json beside the checkpoint has them)"),
     ("yaml_cfg", {None}, "--yaml-cfg", "give the settings as flags"),
     ("cuda_graph_impl", {"none", None}, "--cuda-graph-impl", "rows of an expert change every step: remove it"),
     ("activation_func_clamp_value", {None}, "--activation-func-clamp-value", "not implemented for experts: remove it"),
@@ -225,6 +238,9 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig) -> None
     Raises ValueError listing every problem with its remedy, not the first only.
     """
     problems = []
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        if getattr(args, name) is None:
+            problems.append(f"--{name.replace('_', '-')} is missing: give it")
     if not args.num_experts:
         problems.append("--num-experts is missing: give the number of logical experts of a layer (the paper uses 8)")
     for name, allowed, given, remedy in _REQUIRED + (_REQUIRED_TOPP if hmoe.router == "topp" else ()):

@@ -1,5 +1,7 @@
 """Megatron's flags on a machine with no GPU: what it needs, and what it cannot have."""
 
+import itertools
+
 NEEDED = (
     ("--transformer-impl", "local"),
     ("--distributed-backend", "gloo"),
@@ -73,7 +75,7 @@ def cpu_argv(argv):
 def _given(argv):
     """[(flag, value or None)] of `argv`, as `--flag value` or `--flag=value`."""
     given = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in itertools.pairwise([*argv, "--"]):
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             given.append((flag, value if equals else None if following.startswith("--") else following))

@@ -19,6 +19,8 @@ LAYOUTS = {
         4, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
         "--expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "virtual PP": (
+        2, "--num-layers 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "PP2 EP2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
     "bf16": (2, "--expert-model-parallel-size 2 --bf16"),
     "distributed optimizer": (2, "--expert-model-parallel-size 1 --use-distributed-optimizer"),

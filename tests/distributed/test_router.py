@@ -1,4 +1,4 @@
-"""The router module with its losses attached: values and gradients against float64, with padding, on one rank and two."""
+"""The router with its losses attached: values and gradients against float64, with padding, on one rank and two."""
 
 from types import SimpleNamespace
 

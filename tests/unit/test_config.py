@@ -74,6 +74,7 @@ def test_contradictions_among_our_flags(settings, message):
 
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*_REQUIRED, *_REQUIRED_TOPP)}
+    values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
 
@@ -104,15 +105,16 @@ def test_every_checked_flag_exists_in_megatron():
 
 
 def test_all_problems_are_listed_not_the_first_only():
-    args = good_arguments(num_experts=None, moe_grouped_gemm=True, recompute_granularity="selective",
+    args = good_arguments(num_layers=None, num_experts=None, moe_grouped_gemm=True, recompute_granularity="selective",
                           recompute_modules=["moe_act"])  # fmt: skip
     with pytest.raises(ValueError) as refused:
         check_megatron_arguments(args, HMoEConfig())
     lines = str(refused.value).splitlines()
-    assert len(lines) == 3
-    assert "--num-experts is missing" in lines[0]
-    assert "--moe-grouped-gemm" in lines[1]
-    assert "--recompute-modules moe_act" in lines[2]
+    assert len(lines) == 4
+    assert "--num-layers is missing" in lines[0]
+    assert "--num-experts is missing" in lines[1]
+    assert "--moe-grouped-gemm" in lines[2]
+    assert "--recompute-modules moe_act" in lines[3]
 
 
 @pytest.mark.parametrize(
