@@ -52,8 +52,7 @@ class HMoELayer(MoELayer):
         probs_TE, routing_map_TE = super().route(hidden_states, padding_mask)
         if self.slot2expert_S is None:
             return probs_TE, routing_map_TE
-        index_S = self.slot2expert_S.to(probs_TE.device)
-        return to_slots(probs_TE, index_S), to_slots(routing_map_TE, index_S)
+        return to_slots(probs_TE, self.slot2expert_S), to_slots(routing_map_TE, self.slot2expert_S)
 
 
 def hmoe_layer(shared_experts, layer: int):

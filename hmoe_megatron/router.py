@@ -38,8 +38,8 @@ class HMoERouter(TopKRouter):
         self.layer = layer
         self.hmoe = config.hmoe.settings
         self.stats = config.hmoe.stats
-        widths = torch.tensor(config.hmoe.widths[layer], dtype=torch.float32)
-        self.register_buffer("relative_width_E", widths / widths.mean(), persistent=False)
+        # Integers: Megatron casts every floating-point buffer of a bf16 model to bf16.
+        self.register_buffer("width_E", torch.tensor(config.hmoe.widths[layer]), persistent=False)
 
     def routing(self, logits, padding_mask=None):
         """Route (see TopKRouter.routing), attach the HMoE losses to the probabilities, count tokens for telemetry."""
@@ -70,12 +70,14 @@ class HMoERouter(TopKRouter):
         counts_E = reduce_from_tensor_model_parallel_region(counts_E, self.tp_cp_group)
         num_tokens = local_tokens * self.tp_cp_group.size()
         if valid_T is not None:
-            num_tokens = reduce_from_tensor_model_parallel_region(local_tokens, self.tp_cp_group)
+            # A copy: the reduction works in place.
+            num_tokens = reduce_from_tensor_model_parallel_region(local_tokens.clone(), self.tp_cp_group)
         log_probs_TE = torch.log_softmax(logits_TE, dim=-1, dtype=torch.float32)
         probs_TE = log_probs_TE.exp()
         prob_sum_E = (probs_TE if valid_T is None else probs_TE * valid_T.unsqueeze(-1)).sum(dim=0)
+        relative_width_E = self.width_E / self.width_E.float().mean()
         losses = (
-            (hmoe.p_penalty_coeff, lambda: p_penalty(counts_E, prob_sum_E, self.relative_width_E, num_tokens)),
+            (hmoe.p_penalty_coeff, lambda: p_penalty(counts_E, prob_sum_E, relative_width_E, num_tokens)),
             (hmoe.load_balance_coeff, lambda: load_balance(counts_E, prob_sum_E, num_tokens)),
             (hmoe.entropy_coeff, lambda: router_entropy(log_probs_TE, valid_T, num_tokens)),
         )

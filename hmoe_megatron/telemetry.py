@@ -5,7 +5,6 @@ anything from the device. Legend: L MoE layers, E logical experts, R expert-para
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 from hmoe_megatron.accounting import ParameterCounts, expert_parameters
+from hmoe_megatron.files import write_whole
 from hmoe_megatron.router import LOSS_NAMES
 
 FILE_NAME = "telemetry.jsonl"
@@ -126,9 +126,7 @@ class TelemetryFile:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut off
-        part = self.path.with_name(FILE_NAME + ".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, "".join(kept).encode())
 
 
 class HMoEMetricsTracker(MoEMetricsTracker):

@@ -16,6 +16,7 @@ from hmoe_megatron.config import (
     hmoe_config_from_args,
     widths_from_args,
 )
+from hmoe_megatron.files import write_whole
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -161,9 +162,7 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
     """Write the plan and the flags beside the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     layout.plan.save(run_dir / PLAN_FILE)
-    part = run_dir / f"{RUN_ARGUMENTS}.part"
-    part.write_text(json.dumps(argv, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, run_dir / RUN_ARGUMENTS)
+    write_whole(run_dir / RUN_ARGUMENTS, (json.dumps(argv, indent=1) + "\n").encode())
     print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 
 

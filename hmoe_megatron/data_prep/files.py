@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hmoe_megatron.data_prep.encoding import Bad
-from hmoe_megatron.data_prep.records import sha256_file, write_whole
+from hmoe_megatron.files import sha256_file, write_whole
 
 SCHEMA = 1
 

@@ -1,11 +1,10 @@
-"""Text records in, whole files out: what the tools that prepare data share. Imports no torch.
+"""Text records: what the tools that prepare data share. Imports no torch.
 
 A record is one line of a JSON Lines file, plain or gzip. A line that is not a usable record is a
 `BadRecord` with one of `BAD_KINDS`; a file that cannot be read at all is a ValueError.
 """
 
 import gzip
-import hashlib
 import json
 import os
 import zlib
@@ -92,20 +91,3 @@ def check_inputs(paths: Sequence[str]) -> None:
             raise ValueError(f"--input {path}: no such file; give the path of a file, not of a folder")
         if not os.access(path, os.R_OK):
             raise ValueError(f"--input {path}: not readable by this user; change its permissions")
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a file that is either whole or not there: temporary name in the same directory, then rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

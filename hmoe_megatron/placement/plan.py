@@ -6,12 +6,11 @@ The file is JSON; a reader trusts nothing in it (see `PlacementPlan.from_json`).
 
 import os
 import stat
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from hmoe_megatron.files import write_whole
 from hmoe_megatron.placement.plan_checks import (
     MAX_FILE_BYTES,
     RANK_FIELDS,
@@ -163,18 +162,7 @@ class PlacementPlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan whole or not at all."""
-        path = Path(path)
-        handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)  # mkstemp's 0600 would hide the plan from others who may read the run
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_whole(path, self.to_json().encode())
 
     @classmethod
     def load(

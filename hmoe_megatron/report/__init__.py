@@ -6,7 +6,7 @@ Run files, none of them trusted: telemetry.jsonl, placement_plan.json, TensorBoa
 import os
 from pathlib import Path
 
-from hmoe_megatron.data_prep.records import write_whole
+from hmoe_megatron.files import write_whole
 from hmoe_megatron.report.page import html_page
 from hmoe_megatron.report.pictures import draw
 from hmoe_megatron.report.run_files import read_run

@@ -10,7 +10,9 @@ from tests.distributed.training_run import EXPERTS, LAYERS, SEQUENCE, logical_st
 MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
 TOKENS = 8 * SEQUENCE  # of a global batch
-# Whole experts at one expert-parallel size, Top-2: two addends commute, so every plan is bitwise the same.
+# Whole experts at one expert-parallel size, Top-2: two addends commute, so every plan is bitwise the same, as long as no
+# step is clipped: the gradient norm adds up the ranks' squares, and which squares are whose depends on the plan.
+UNCLIPPED = "--clip-grad 1e6"
 # A cut splits a sum in two; another expert-parallel size and Top-P reorder sums. Seen over five steps: losses equal,
 # now and then 1 ulp off; weights, which Adam moves by up to 1e-2 a step, 6e-5 off at most.
 ONE_ULP = 1.2e-7
@@ -33,7 +35,7 @@ def assert_same(state, expected, bound=0.0):
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_plans_of_whole_experts_are_bitwise_equal(tmp_path, dispatcher):
-    flags = f"--moe-token-dispatcher-type {dispatcher}"
+    flags = f"{UNCLIPPED} --moe-token-dispatcher-type {dispatcher}"
     plans = [
         (whole((0, 1), (2, 3)), whole((0, 1), (2, 3))),
         (whole((3, 0), (1, 2)), whole((2,), (0, 3, 1))),
@@ -49,13 +51,23 @@ def test_plans_of_whole_experts_are_bitwise_equal(tmp_path, dispatcher):
     assert runs[0][0]["counts"].sum() == 5 * TOKENS * 2 * LAYERS
 
 
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_a_rank_without_any_expert(tmp_path, dispatcher, optimizer):
+    flags = f"{UNCLIPPED} --moe-token-dispatcher-type {dispatcher} {optimizer}"
+    both = run(tmp_path, 2, whole((0, 1), (2, 3)), flags=flags, name="both")
+    one = run(tmp_path, 2, whole((), (0, 1, 2, 3)), flags=flags, name="one")
+    assert losses(one) == losses(both)
+    assert_same(logical_state(one), logical_state(both))
+
+
 @pytest.mark.parametrize("ep", [1, 2, 4])
 @pytest.mark.parametrize("router", ["", TOPP])
 def test_whole_experts_over_expert_parallel_sizes_of_one_world(tmp_path, ep, router):
     """World size 4: expert-parallel 1, 2 and 4 against expert-parallel 2 under another plan."""
     plans = {1: whole((0, 1, 2, 3)), 2: whole((1, 2), (3, 0)), 4: whole((2,), (), (0, 1), (3,))}
-    baseline = run(tmp_path, 2, whole((3,), (0, 1, 2)), flags=f"world {router}", name="baseline")
-    other = run(tmp_path, ep, plans[ep], flags=f"world {router}")
+    baseline = run(tmp_path, 2, whole((3,), (0, 1, 2)), flags=f"world {UNCLIPPED} {router}", name="baseline")
+    other = run(tmp_path, ep, plans[ep], flags=f"world {UNCLIPPED} {router}")
     assert losses(other) == pytest.approx(losses(baseline), rel=ONE_ULP)
     assert_same(logical_state(other), logical_state(baseline), 0.0 if ep == 2 and not router else WEIGHT_BOUND)
     assert (other[0]["counts"][0] > 0).all()

@@ -23,7 +23,8 @@ import preprocess_data  # noqa: E402
 import train_tokenizer  # noqa: E402
 
 from hmoe_megatron.data_prep import encoding  # noqa: E402
-from hmoe_megatron.data_prep.records import BadRecord, parse_record, read_lines, write_whole  # noqa: E402
+from hmoe_megatron.data_prep.records import BadRecord, parse_record, read_lines  # noqa: E402
+from hmoe_megatron.files import write_whole  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # pytest's threads are idle
 
