@@ -1,0 +1,70 @@
+"""Command lines that can't work, as the entry point sees them: the message names flag, value and remedy."""
+
+import pytest
+
+from tests.distributed.plans import save_plan, whole
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_run import TINY
+
+WIDTHS = "--hmoe-widths 16,32,48,64"
+
+
+def refusal(flags):
+    """What parse_arguments says of TINY and ``flags``; None if it takes them."""
+    from hmoe_megatron.training import parse_arguments
+
+    try:
+        parse_arguments([*TINY, *flags.split()])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ("--hmoe-widths cubic:3 --hmoe-total-width 160", ["--hmoe-widths 'cubic:3'", "arithmetic:FIRST:LAST"]),
+        ("--hmoe-widths arithmetic:9:23", ["--hmoe-total-width"]),
+        ("--hmoe-widths 1,2,3", ["--hmoe-widths", "--num-experts 4"]),
+        ("--hmoe-widths equal --hmoe-total-width 130 --hmoe-width-multiple 4", ["--hmoe-width-multiple 4"]),
+        (f"{WIDTHS} --hmoe-router topp", ["--hmoe-router topp needs --hmoe-top-p"]),
+        (f"{WIDTHS} --hmoe-router topp --hmoe-top-p 0.6 --moe-aux-loss-coeff 0.1", ["use --hmoe-load-balance-coeff"]),
+        (f"{WIDTHS} --moe-grouped-gemm", ["--moe-grouped-gemm"]),
+        (f"{WIDTHS} --moe-ffn-hidden-size 64", ["--moe-ffn-hidden-size", "widths come from --hmoe-widths"]),
+        (f"{WIDTHS} --mtp-num-layers 1", ["--mtp-num-layers", "remove it"]),
+        (f"{WIDTHS} --optimizer muon", ["--optimizer", "use adam, sgd or lion"]),
+        (f"{WIDTHS} --moe-expert-capacity-factor 1.0 --moe-apply-probs-on-input",
+         ["--moe-expert-capacity-factor", "--moe-apply-probs-on-input"]),
+        (f"{WIDTHS} --transformer-impl transformer_engine", ["transformer_engine: this machine has no GPU"]),
+        (f"{WIDTHS} --moe-layer-freq [0,0]", ["--moe-layer-freq [0, 0]: no layer has experts"]),
+        (f"{WIDTHS} --moe-layer-freq [0,1,1]", ["names 3 layers, --num-layers is 2"]),
+        (f"{WIDTHS} --hmoe-placement nowhere.json", ["nowhere.json", "No such file"]),
+        (f"{WIDTHS} --hmoe-max-cuts -1", ["--hmoe-max-cuts -1: give 0 or more"]),
+        (f"{WIDTHS} --moe-router-topk 5", ["--moe-router-topk 5 exceeds --num-experts 4"]),
+        (f"{WIDTHS} --use-checkpoint-args --load x", ["--use-checkpoint-args"]),
+    ],
+)  # fmt: skip
+def test_refused(flags, messages):
+    (said,) = run_ranks(1, refusal, flags)
+    assert said is not None
+    for message in messages:
+        assert message in said
+
+
+def test_the_same_flags_without_the_mistake_are_taken():
+    assert run_ranks(1, refusal, WIDTHS) == [None]
+    assert run_ranks(1, refusal, f"{WIDTHS} --hmoe-router topp --hmoe-top-p 0.6") == [None]
+
+
+def test_pieces_that_do_not_divide_by_the_expert_tensor_parallel_size():
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel"
+    said = run_ranks(2, refusal, f"--hmoe-widths 16,33,48,64 --hmoe-placement contiguous {layout}")
+    assert "expert 1 [0:33) has width 33" in said[0] and "--hmoe-width-multiple 2" in said[0]
+
+
+def test_a_plan_of_another_size_or_other_widths(tmp_path):
+    plan = save_plan(tmp_path / "plan.json", *[whole((0, 1), (2, 3))] * 2)
+    (said,) = run_ranks(1, refusal, f"{WIDTHS} --hmoe-placement {plan}")
+    assert plan in said and "2" in said and "1" in said
+    said = run_ranks(2, refusal, f"--hmoe-widths 16,32,48,80 --expert-model-parallel-size 2 --hmoe-placement {plan}")
+    assert plan in said[0] and "80" in said[0]
