@@ -77,6 +77,8 @@ def main() -> int:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
     print(shlex.join(command), flush=True)
+    # Megatron asks for it with tensor parallelism on GPUs older than Blackwell; one's own setting wins.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return 0 if given.dry_run else os.execv(command[0], command)
 
 

@@ -227,6 +227,12 @@ _REQUIRED = (
     ("spec", {None}, "--spec", "the layer spec is HMoE's own: remove it"),
     ("use_checkpoint_args", {False}, "--use-checkpoint-args",
      "it knows no --hmoe-* flag: give the run's flags (run_arguments.json beside the checkpoint has them)"),
+    ("ckpt_format", {"torch_dist"}, "--ckpt-format",
+     "only torch_dist names experts, the others would load them into the wrong place: use torch_dist"),
+    ("sft", {False}, "--sft", "batches are for pretraining: remove it"),
+    ("perform_rl_step", {False}, "--perform-rl-step", "batches are for pretraining: remove it"),
+    ("fine_grained_activation_offloading", {False}, "--fine-grained-activation-offloading",
+     "it hooks into modules that experts here do not have: remove it"),
     ("yaml_cfg", {None}, "--yaml-cfg", "give the settings as flags"),
     ("cuda_graph_impl", {"none", None}, "--cuda-graph-impl", "rows of an expert change every step: remove it"),
     ("activation_func_clamp_value", {None}, "--activation-func-clamp-value", "not implemented for experts: remove it"),
@@ -249,6 +255,15 @@ _REQUIRED_TOPP = (
 )
 
 
+# With a loss of HMoE's on, which are defined on the softmax over all experts.
+_REQUIRED_WITH_LOSSES = (
+    ("moe_router_score_function", {"softmax"}, "--moe-router-score-function",
+     "P-Penalty and load balance are defined on softmax: use it, or set --hmoe-p-penalty-coeff 0"),
+    ("moe_router_load_balancing_type", {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"},
+     "--moe-router-load-balancing-type", "it balances by itself: set --hmoe-p-penalty-coeff 0"),
+)
+
+
 def _unwrapped(value):
     """Megatron parses some flags to lists; one entry counts as itself."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -265,10 +280,22 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig) -> None
             problems.append(f"--{name.replace('_', '-')} is missing: give it")
     if not args.num_experts:
         problems.append("--num-experts is missing: give the number of logical experts of a layer (the paper uses 8)")
-    for name, allowed, given, remedy in _REQUIRED + (_REQUIRED_TOPP if hmoe.router == "topp" else ()):
+    required = _REQUIRED
+    if hmoe.router == "topp":
+        required += _REQUIRED_TOPP
+    elif hmoe.p_penalty_coeff or hmoe.load_balance_coeff:
+        required += _REQUIRED_WITH_LOSSES
+    for name, allowed, given, remedy in required:
         value = _unwrapped(getattr(args, name, None))
         if not hasattr(args, name) or (isinstance(value, list) or value not in allowed):
             problems.append(f"{given} ({name} = {value!r}): {remedy}")
+    if args.eval_interval is None:
+        problems.append("--eval-interval is missing: give it (Megatron counts the validation samples by it)")
+    if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
+        problems.append(
+            "--use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable: in Megatron's default format a "
+            "resume without Transformer Engine is wrong in silence, and one under another plan always: add the flag"
+        )
     if args.num_experts and hmoe.router == "topk" and args.moe_router_topk > args.num_experts:
         problems.append(f"--moe-router-topk {args.moe_router_topk} exceeds --num-experts {args.num_experts}: lower it")
     if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):

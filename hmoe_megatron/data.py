@@ -5,14 +5,18 @@ data-parallel rank only, so all ranks of a tensor-parallel group read the same b
 Legend: B samples of a micro-batch, S sequence length.
 """
 
+from functools import partial
+
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+SPIKY_LOSS_FACTOR = 10.0  # Megatron's: of the largest loss seen
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -35,8 +39,20 @@ def loss_func(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor):
     """(sum of the losses of the counted tokens, their number, the pair to be averaged and logged)."""
     mask = loss_mask_BS.view(-1).float()
     loss = (losses_BS.view(-1).float() * mask).sum()
+    _validate(loss)
     num_tokens = mask.sum().to(torch.int)
     return loss, num_tokens, {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
+
+
+def _validate(loss: torch.Tensor) -> None:
+    """Megatron's checks of a micro-batch's loss, where its flags ask for them; each reads the loss."""
+    args, rerun = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
+            rerun.validate_result(loss, rejected, f"found {what} in the local loss", tolerance=0.0, fatal=True)
+    if args.check_for_spiky_loss:
+        spiky = partial(rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
+        rerun.validate_result(loss, spiky, "found a spiky loss", tolerance=0.0, fatal=False)
 
 
 def forward_step(data_iterator, model):

@@ -90,7 +90,7 @@ class HMoEExperts(MegatronModule):
         if not used:
             # Both inputs stay in the graph, or this rank would skip a backward all-to-all that the others wait in.
             return x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype), None
-        with self.stats.expert_time(x_RH) as timed:
+        with self.stats.expert_time(x_RH, self.training) as timed:
             y_RH = self.compute(
                 x_RH, probs_R, rows[:used],
                 [piece.linear_fc1_weight for piece in self.pieces],

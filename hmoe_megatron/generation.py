@@ -21,6 +21,16 @@ ONE_PROCESS = (
 ).split()
 
 
+# Flags of the run that make no sense there, dropped with their values.
+DROPPED = (
+    "--sequence-parallel --save --load --tensorboard-dir --use-distributed-optimizer --overlap-grad-reduce "
+    "--overlap-param-gather --async-save --context-parallel-size --train-samples --lr-decay-samples "
+    "--lr-warmup-samples --rampup-batch-size --num-layers-per-virtual-pipeline-stage "
+    "--num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout --decoder-first-pipeline-num-layers "
+    "--decoder-last-pipeline-num-layers --hmoe-max-cuts"
+).split()
+
+
 def run_arguments(run_dir: Path) -> list[str]:
     """The flags that ``pretrain_hmoe.py`` was started with. Raises ValueError with file and remedy."""
     path = Path(run_dir) / RUN_ARGUMENTS
@@ -44,8 +54,8 @@ def load_model(run_dir: Path, flags: list[str] = ()) -> torch.nn.Module:
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
-    argv = [*run_arguments(run_dir), *ONE_PROCESS, "--load", str(run_dir), *flags]
-    args, layout = parse_arguments(without(argv, "--sequence-parallel", "--save", "--tensorboard-dir"))
+    argv = [*without(run_arguments(run_dir), *DROPPED), *ONE_PROCESS, "--load", str(run_dir), *flags]
+    args, layout = parse_arguments(argv)
     set_global_variables(args)
     initialize_megatron()
     config = model_config(args, layout)

@@ -12,7 +12,7 @@ import torch
 class RoutingStats:
     """Tokens of every expert of every MoE layer, and the time of this rank's expert compute.
 
-    ``timing`` switches the time measurement on; it is off on steps that do not log.
+    ``timing`` switches the time measurement on, for the steps that log.
     """
 
     def __init__(self, layers: list[int], num_experts: int):
@@ -20,7 +20,7 @@ class RoutingStats:
         self._shape = (len(layers), num_experts + 1)  # the last column counts the tokens routed
         self._totals = None
         self._intervals = []
-        self.timing = True
+        self.timing = False
 
     def record(self, layer: int, counts_E: torch.Tensor, num_tokens: torch.Tensor | int) -> None:
         """Add one micro-batch of this rank: tokens that chose each expert of ``layer``, tokens routed."""
@@ -35,10 +35,10 @@ class RoutingStats:
         return self._totals
 
     @contextlib.contextmanager
-    def expert_time(self, x_RH):
+    def expert_time(self, x_RH, training: bool = True):
         """Time the block, and the backward pass from the gradient of ``.output`` to the gradient of ``x_RH``."""
         timed = SimpleNamespace(output=None)
-        if not self.timing:
+        if not (self.timing and training):
             yield timed
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -136,6 +136,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         super().__init__()
         self.layout, self.hidden_size, self.parameters = layout, hidden_size, parameters
         self.log_interval = log_interval
+        layout.stats.timing = log_interval == 1  # the first step logs only then
         self.file = TelemetryFile(run_dir) if run_dir else None
         settings = layout.settings
         coeffs = (settings.p_penalty_coeff, settings.load_balance_coeff, settings.entropy_coeff)
@@ -143,11 +144,17 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         self.active_width = None  # latest measurement
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, *, track_names=None, **named):
-        """MoEMetricsTracker.report with our losses, then telemetry on steps that log."""
+        """MoEMetricsTracker.report with our losses, then telemetry on steps that log.
+
+        On other steps the writers get nothing: a scalar that is written is copied from the device.
+        """
+        logs = iteration % self.log_interval == 0
+        if not logs:
+            writer = wandb_writer = None
         log = super().report(
             loss_scale, iteration, writer, wandb_writer, track_names=[*(track_names or []), *self.losses], **named
         )
-        if iteration % self.log_interval == 0:
+        if logs:
             self._log(iteration, writer, wandb_writer)
         self.layout.stats.timing = (iteration + 1) % self.log_interval == 0
         return log

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 from hmoe_megatron import host
@@ -34,6 +35,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     Returns Megatron's validated arguments, not yet made global, and the layout. No process group is started. Raises
     ValueError, with every problem it found, for settings that can't work.
     """
+    from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
     given = sys.argv
@@ -45,13 +47,13 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     settings = hmoe_config_from_args(args)
     check_megatron_arguments(args, settings)
     layout = expert_layout(args, settings)
-    # Megatron checks that --num-experts divides by the expert-parallel size, and sizes a default width by it: show it
-    # the slots, which do, and a width that no layer uses.
+    # Megatron checks that --num-experts divides by the expert-parallel size: show it the slots, which do. The width is
+    # for its checks too; no layer uses it.
+    logical = args.num_experts
     args.num_experts, args.moe_ffn_hidden_size = layout.slots(), max(max(w) for w in layout.widths.values())
-    args.ffn_hidden_size = args.ffn_hidden_size or args.moe_ffn_hidden_size
-    logical = len(next(iter(layout.widths.values())))
     validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     args.num_experts = logical
+    core_transformer_config_from_args(args)  # for its checks, before anything starts
     return args, layout
 
 
@@ -85,6 +87,19 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
         )  # fmt: skip
     else:
         plan = PlacementPlan.load(settings.placement, widths_LE, ranks)
+    check_plan(args, plan, widths, expert_tp)
+    return plan
+
+
+def check_plan(args: argparse.Namespace, plan: PlacementPlan, widths, expert_tp: int) -> None:
+    """Raise ValueError for a plan that Megatron's parallelism can't hold."""
+    idle = [[not layer.pieces[rank] for layer in plan.layers] for rank in range(plan.ranks)]
+    lacking = [r for r in range(plan.ranks) if all(idle[r]) or (any(idle[r]) and args.pipeline_model_parallel_size > 1)]
+    if args.use_distributed_optimizer and lacking:
+        raise ValueError(
+            f"--use-distributed-optimizer: expert-parallel ranks {lacking} hold no expert, and Megatron can't save an "
+            "optimizer without parameters: allow cuts (--hmoe-max-cuts), or lower --expert-model-parallel-size"
+        )
     for layer, layer_plan in zip(widths, plan.layers, strict=True):
         for piece in (piece for pieces in layer_plan.pieces for piece in pieces):
             if piece.width % expert_tp:
@@ -92,7 +107,6 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
                     f"layer {layer}: expert {piece.expert} [{piece.lo}:{piece.hi}) has width {piece.width}, which does "
                     f"not divide by --expert-tensor-parallel-size {expert_tp}: use --hmoe-width-multiple {expert_tp}"
                 )
-    return plan
 
 
 def model_config(args: argparse.Namespace, layout: ExpertLayout):
@@ -177,6 +191,12 @@ def alone_without_torchrun() -> None:
     os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
 
 
+def asserted(error: AssertionError) -> str:
+    """What an assertion without a message asserts: Megatron has some among its checks of arguments."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron requires: {last.line} ({Path(last.filename).name}:{last.lineno})"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line of pretrain_hmoe.py. Returns the exit code: 2 for settings that can't work."""
     argv = sys.argv[1:] if argv is None else argv
@@ -188,7 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         args, layout = parse_arguments(argv)
     except (ValueError, AssertionError) as error:
         if int(os.environ["RANK"]) == 0:
-            print(f"pretrain_hmoe.py: error: {error}", file=sys.stderr, flush=True)
+            print(f"pretrain_hmoe.py: error: {str(error) or asserted(error)}", file=sys.stderr, flush=True)
         return 2
+    if args.rank == 0 and not host.has_gpu():
+        print(" no GPU found: training on the CPU with gloo", flush=True)
     train(args, layout, argv)
     return 0

@@ -5,8 +5,8 @@ import torch
 
 from tests.distributed.plans import cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_plans import MODEL, ONE_ULP
-from tests.distributed.training_run import logical_state, losses, steps
+from tests.distributed.test_plans import MODEL, ONE_ULP, TOKENS
+from tests.distributed.training_run import LAYERS, logical_state, losses, steps
 
 EQUAL = "--hmoe-widths equal --hmoe-total-width 96 --hmoe-placement contiguous --hmoe-p-penalty-coeff 0"
 STOCK = "--moe-ffn-hidden-size 24"
@@ -74,6 +74,8 @@ def test_unequal_widths_under_pipeline_parallel_do_not_depend_on_the_plan(tmp_pa
     first = save_plan(tmp_path / "first.json", whole((0, 1), (2, 3)), whole((3,), (0, 1, 2)))
     second = save_plan(tmp_path / "second.json", whole((3, 2, 1), (0,)), cut(((0, 0, 16), (3, 0, 32)),
                        ((1, 0, 32), (2, 0, 48), (3, 32, 64))))  # fmt: skip
-    runs = [run_ranks(4, steps, flags + plan) for plan in (first, second)]
+    runs = [run_ranks(4, steps, flags + plan, telemetry=True) for plan in (first, second)]
+    for rank in runs[0]:  # layers of both pipeline stages, on every rank
+        assert rank["counts"].sum(axis=1).tolist() == [5 * TOKENS * 2] * LAYERS
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=ONE_ULP)
     assert logical_state(runs[0]).keys() == logical_state(runs[1]).keys()

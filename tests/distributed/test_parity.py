@@ -40,9 +40,12 @@ def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
+@pytest.mark.parametrize("scaling", ["", "--calculate-per-token-loss", "--tensor-model-parallel-size 2 "
+                                     "--sequence-parallel --expert-tensor-parallel-size 1"])  # fmt: skip
 @pytest.mark.parametrize("loss", ["p-penalty", "load-balance"])
-def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss):
-    layout = "--expert-model-parallel-size 2"
+def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss, scaling):
+    """Also in its scaling by micro-batches, tokens, and tensor-parallel ranks that share a sequence."""
+    layout = f"--expert-model-parallel-size 2 {scaling}"
     stock = run_ranks(2, steps, f"{layout} {STOCK} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1.0",
                       stock=True)  # fmt: skip
     without = run_ranks(2, steps, f"{layout} {STOCK}", stock=True)
@@ -72,3 +75,18 @@ def test_features_of_megatrons_moe_keep_working(feature):
     assert losses(ours) == losses(stock)
     state, expected = logical_state(ours), logical_state(stock)
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity selective --recompute-modules moe",
+    ],
+)
+def test_recompute_counts_tokens_and_losses_once(recompute):
+    flags = "--expert-model-parallel-size 2 --hmoe-widths 16,32,48,64 --hmoe-router topp --hmoe-top-p 0.6"
+    plain, recomputed = (run_ranks(2, steps, f"{flags} {more}", telemetry=True) for more in ("", recompute))
+    assert losses(recomputed) == losses(plain)
+    for key in ("counts", "tokens"):
+        assert (recomputed[0][key] == plain[0][key]).all()

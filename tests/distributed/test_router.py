@@ -12,6 +12,7 @@ from tests.distributed.ranks import run_ranks
 WIDTHS, TOKENS, BATCH = (8, 24, 16, 48), 6, 4
 # fp32 router of 24 tokens against float64.
 BOUND = 3e-6
+Z_LOSS_COEFF = 0.2
 COEFFS = {"p_penalty_coeff": 0.7, "load_balance_coeff": 0.3}
 SETTINGS = {
     "topk": HMoEConfig(**COEFFS),
@@ -49,7 +50,7 @@ def route(settings, routing, padding):
     config = TransformerConfig(
         num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=len(WIDTHS), moe_router_topk=2,
         moe_ffn_hidden_size=8, tensor_model_parallel_size=world, sequence_parallel=world > 1, add_bias_linear=False,
-        moe_router_load_balancing_type="none",
+        moe_router_load_balancing_type="none", moe_z_loss_coeff=None if padding else Z_LOSS_COEFF,
     )  # fmt: skip
     stats = RoutingStats([0], len(WIDTHS))
     config.hmoe = SimpleNamespace(settings=settings, stats=stats, widths={0: WIDTHS})
@@ -80,6 +81,8 @@ def plain(settings, routing, padding, chosen):
     loss = settings.p_penalty_coeff * n * sum((c[:, i] * h[i]).sum() / t * p[:, i].sum() / t for i in range(n))
     loss = loss + settings.load_balance_coeff * n * sum(c[:, i].sum() / t * p[:, i].sum() / t for i in range(n))
     loss = loss + settings.entropy_coeff * -(p * p.log()).sum() / t
+    if not padding:  # with it Megatron's own takes the mean of the ranks' means
+        loss = loss + Z_LOSS_COEFF * leaf.view(-1, n).logsumexp(-1).square().mean()
     ((weights * torch.tensor(direction).view_as(weights)).sum() + loss).backward()
     return weights.detach().numpy(), leaf.grad.numpy(), c.sum(0).numpy(), t
 

@@ -14,7 +14,8 @@ TINY = (
     f"--normalization RMSNorm --untie-embeddings-and-output-weights --num-experts {EXPERTS} --moe-router-topk 2 "
     "--hidden-dropout 0 --attention-dropout 0 --init-method-std 0.1 --micro-batch-size 2 --global-batch-size 8 "
     "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --train-iters 100 --clip-grad 1.0 --seed 1234 --mock-data "
-    f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --log-interval 1 --eval-iters 0"
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --log-interval 1 --eval-interval 1000 --eval-iters 0 "
+    "--dist-ckpt-optim-fully-reshardable"
 ).split()
 
 
@@ -26,11 +27,14 @@ def steps(
     own_optimizer: bool = True,
     force_expert: int | None = None,
     telemetry: bool = False,
+    skip: int = 0,
+    save: bool = False,
 ) -> dict:
     """Train ``count`` steps from TINY plus ``flags``; ``stock``: Megatron's own MoE, experts initialised as ours.
 
     own_optimizer: stock experts have an optimizer of their own, as Megatron gives them with expert parallelism and we
-    always do; False leaves Megatron's choice. force_expert: add 1e4 to its router logit.
+    always do; False leaves Megatron's choice. force_expert: add 1e4 to its router logit. skip: steps whose data a run
+    before this one, loaded by --load, has seen. save: a checkpoint to --save at the end.
 
     Returns, for this rank: losses, grad_norms, dense {name: tensor}, experts {(layer, expert, matrix, lo, hi): tensor}.
     """
@@ -40,6 +44,7 @@ def steps(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.utils import get_model_config
+    from megatron.training.checkpointing import save_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer, train_step
 
@@ -59,7 +64,7 @@ def steps(
         chunk.train()
     if force_expert is not None:
         _force(model, force_expert)
-    iterators = [RerunDataIterator(_batches(args)) for _ in model]
+    iterators = [RerunDataIterator(_batches(args, skip)) for _ in model]
     losses, norms = [], []
     for iteration in range(count):
         out = train_step(
@@ -68,6 +73,8 @@ def steps(
         )  # fmt: skip
         losses.append(float(out[0]["lm loss"]) if out[0] else None)
         norms.append(out[5])
+    if save:
+        save_checkpoint(skip + count, model, optimizer, scheduler, 0)
     result = {"losses": losses, "grad_norms": norms, "dense": {}, "experts": {}}
     for chunk in model:
         _collect(chunk, result)
@@ -129,7 +136,7 @@ def _force(chunks, expert):
         router.gating = lambda x, gating=router.gating: gating(x) + bias_E
 
 
-def _batches(args):
+def _batches(args, skip):
     """Endless micro-batches of this data-parallel rank; sample i of a step is the same under every layout."""
     from megatron.core import mpu
 
@@ -138,6 +145,9 @@ def _batches(args):
     generator = torch.Generator().manual_seed(7)
     while True:
         tokens = torch.randint(0, VOCABULARY - 2, (args.global_batch_size, SEQUENCE + 1), generator=generator)
+        if skip:
+            skip -= 1
+            continue
         for start in range(rank * micro, args.global_batch_size, micro * size):
             rows = tokens[start : start + micro]
             yield {

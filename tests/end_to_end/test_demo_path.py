@@ -100,7 +100,7 @@ def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
 
 def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
     run, _ = whole_run
-    words = ("generate", run, "--prompt", "ROMEO", "--tokens", "20", "--output", tmp_path / "text")
+    words = ("generate", run, "--prompt", "ROMEO", "--tokens", "80", "--output", tmp_path / "text")
     tool(*words)
     text = (tmp_path / "text").read_text()
     assert text.startswith("ROMEO") and len(text) > 10

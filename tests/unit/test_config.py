@@ -8,6 +8,7 @@ import pytest
 from hmoe_megatron.config import (
     _REQUIRED,
     _REQUIRED_TOPP,
+    _REQUIRED_WITH_LOSSES,
     HMoEConfig,
     add_hmoe_arguments,
     check_megatron_arguments,
@@ -74,9 +75,53 @@ def test_contradictions_among_our_flags(settings, message):
 
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*_REQUIRED, *_REQUIRED_TOPP)}
+    values |= {"eval_interval": 10, "use_distributed_optimizer": False}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
+
+
+# Frozen: a row that is lost lets a setting through that trains something else in silence.
+REFUSED = set(
+    "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_token_dispatcher_type "
+    "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
+    "moe_apply_probs_on_input mtp_num_layers fp8 fp4 optimizer moe_router_padding_for_quantization "
+    "moe_expert_rank_capacity_factor moe_paged_stash moe_mlp_glu_interleave_size "
+    "overlap_dispatch_backward_with_experts_wgrad expert_tensor_parallel_num_weight_shards "
+    "tensor_parallel_num_weight_shards hybrid_layer_pattern multi_latent_attention experimental_attention_variant "
+    "attention_output_gate overlap_moe_expert_parallel_comm delay_wgrad_compute use_megatron_fsdp use_torch_fsdp2 "
+    "heterogeneous_layers_config_path transformer_impl spec use_checkpoint_args ckpt_format sft perform_rl_step "
+    "fine_grained_activation_offloading yaml_cfg cuda_graph_impl activation_func_clamp_value glu_linear_offset "
+    "use_te_activation_func".split()
+)
+REFUSED_TOPP = set(
+    "moe_router_load_balancing_type moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias "
+    "moe_router_num_groups moe_router_topk_scaling_factor moe_router_fusion moe_enable_routing_replay".split()
+)
+
+
+def test_what_is_refused():
+    assert {name for name, *_ in _REQUIRED} == REFUSED
+    assert {name for name, *_ in _REQUIRED_TOPP} == REFUSED_TOPP
+    names = {name for name, *_ in _REQUIRED_WITH_LOSSES}
+    assert names == {"moe_router_score_function", "moe_router_load_balancing_type"}
+
+
+def test_the_distributed_optimizer_needs_the_format_that_any_plan_loads():
+    wrong = good_arguments(use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=False)
+    with pytest.raises(ValueError, match="--use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable"):
+        check_megatron_arguments(wrong, HMoEConfig())
+    check_megatron_arguments(
+        good_arguments(use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True), HMoEConfig()
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("moe_router_score_function", "sigmoid"),
+                                             ("moe_router_load_balancing_type", "sinkhorn")])  # fmt: skip
+def test_losses_on_softmax_refuse_other_routers_and_their_absence_does_not(name, value):
+    with pytest.raises(ValueError, match="set --hmoe-p-penalty-coeff 0"):
+        check_megatron_arguments(good_arguments(**{name: value}), HMoEConfig())
+    check_megatron_arguments(good_arguments(**{name: value}), HMoEConfig(p_penalty_coeff=0))
 
 
 TOPP = HMoEConfig(router="topp", top_p=0.6)

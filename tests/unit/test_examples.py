@@ -197,10 +197,10 @@ def run_launcher(*words, **environment):
 
 
 def test_dry_run_prints_the_line_with_the_users_flags_last():
-    done = run_launcher("--dry-run", str(EXAMPLES / "tiny_cpu/hmoe_topp.args"), "--lr", "2e-3", NPROC_PER_NODE="2")
+    done = run_launcher("--dry-run", str(EXAMPLES / "tiny_cpu/hmoe_topp.args"), "--lr", "3e-3", NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     assert "--standalone --nproc-per-node 2" in done.stdout
-    assert done.stdout.index("--lr 1e-3") < done.stdout.index("--hmoe-top-p 0.6") < done.stdout.index("--lr 2e-3\n")
+    assert done.stdout.index("--lr 2e-3") < done.stdout.index("--hmoe-top-p 0.6") < done.stdout.index("--lr 3e-3\n")
 
 
 def test_a_missing_file_is_one_line_and_exit_code_2():

@@ -129,6 +129,7 @@ def test_expert_time_counts_forward_and_backward_of_steps_that_log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     stats, x = RoutingStats([0], 1), torch.ones(2, requires_grad=True)
+    stats.timing = True
 
     def step():
         with stats.expert_time(x * 1) as timed:
@@ -143,6 +144,9 @@ def test_expert_time_counts_forward_and_backward_of_steps_that_log(monkeypatch):
         timed.output = routed.exp()
     timed.output.sum().backward()
     assert stats.take_expert_time_ms() == 2, "one tick forward, one backward"
+    with stats.expert_time(routed, training=False):
+        pass
+    assert stats.take_expert_time_ms() == 0, "evaluation is not timed"
     stats.timing = False
     step().sum().backward()
     assert stats.take_expert_time_ms() == 0
