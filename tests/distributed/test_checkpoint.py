@@ -1,4 +1,4 @@
-"""A checkpoint of one plan and layout loaded under others: weights and optimizer arrive, the next losses are the same."""
+"""A checkpoint of one plan and layout loaded under others: weights and optimizer arrive, the next losses agree."""
 
 import pytest
 import torch
