@@ -1,8 +1,9 @@
-"""make demo: from a corpus to generated text and a report, on two CPU ranks (or GPUs, where there are two).
+"""make demo: from a corpus to generated text and a report, on two CPU ranks (or up to two GPUs).
 
 Leaves everything under demo/: data, tokenizer, run (checkpoint, plan, telemetry, TensorBoard), report.html, logs.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+from hmoe_megatron.doctor import run_settings
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"
@@ -74,13 +77,27 @@ class Progress:
                 self.bar.write(f"  step {step:4d}  validation loss {loss:.3f}")
 
 
+def machine() -> tuple[int, list[str]]:
+    """(ranks, flags) for this machine: two CPU ranks, or up to two GPUs with what is installed for them."""
+    settings = run_settings()
+    if settings["backend"] == "gloo":
+        return 2, []
+    flags = [] if settings["gradient_accumulation_fusion"] else ["--no-gradient-accumulation-fusion"]
+    if settings["implementation"] == "local":
+        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion", "--no-rope-fusion"]
+    return min(2, settings["ranks"]), flags
+
+
 def train(title: str, log: str, steps: int, *more) -> list[tuple[int, float]]:
     """Train to step ``steps`` with the flags of the example; returns (step, validation loss)."""
+    ranks, flags = machine()
+    os.environ["NPROC_PER_NODE"] = str(ranks)
     command = [
         sys.executable, ROOT / "examples" / "run.py", EXAMPLE,
         "--train-data-path", DATA / "train_text_document", "--valid-data-path", DATA / "valid_text_document",
         "--tokenizer-model", DEMO / "tokenizer.model", "--save", RUN, "--tensorboard-dir", RUN / "tensorboard",
-        "--train-iters", steps, "--lr-decay-iters", STEPS, "--save-interval", STEPS, *more,
+        "--train-iters", steps, "--lr-decay-iters", STEPS, "--save-interval", STEPS,
+        "--expert-model-parallel-size", ranks, *flags, *more,
     ]  # fmt: skip
     progress = Progress(steps, first=STEPS if more else 0)
     try:
@@ -108,7 +125,7 @@ def main() -> None:
                  "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", DEMO / "tokenizer.model"),
             f"preprocess_{name}.log",
         )  # fmt: skip
-    losses = train(f"Training: {STEPS} steps on two ranks", "train.log", STEPS)
+    losses = train(f"Training: {STEPS} steps, expert parallel", "train.log", STEPS)
     train(f"Resuming from the checkpoint: {RESUMED_STEPS} more steps", "resume.log", STEPS + RESUMED_STEPS,
           "--load", RUN, "--exit-on-missing-checkpoint")  # fmt: skip
     run(
