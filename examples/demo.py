@@ -84,7 +84,8 @@ def machine() -> tuple[int, list[str]]:
         return 2, []
     flags = [] if settings["gradient_accumulation_fusion"] else ["--no-gradient-accumulation-fusion"]
     if settings["implementation"] == "local":
-        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion", "--no-rope-fusion"]
+        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+        flags += ["--no-rope-fusion"]
     return min(2, settings["ranks"]), flags
 
 
