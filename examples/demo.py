@@ -3,6 +3,7 @@
 Leaves everything under demo/: data, tokenizer, run (checkpoint, plan, telemetry, TensorBoard), report.html, logs.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -109,6 +110,7 @@ def train(title: str, log: str, steps: int, *more) -> list[tuple[int, float]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     started_s = time.monotonic()
     LOGS.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(RUN, ignore_errors=True)

@@ -28,7 +28,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.data_prep.encoding import Bad, Encoder, encode_in_order, read_chunks
 from hmoe_megatron.data_prep.files import SCHEMA, Output, fingerprint, is_done
-from hmoe_megatron.data_prep.records import check_inputs, sha256_file
+from hmoe_megatron.data_prep.records import check_inputs
+from hmoe_megatron.files import sha256_file
 
 MAX_DOC_BYTES = 2**31 - 2  # Megatron's index holds lengths as int32, and a token is at most a byte of a line
 PACKAGES = ("megatron-core", "numpy", "sentencepiece", "tokenizers", "tiktoken")

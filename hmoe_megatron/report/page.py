@@ -35,7 +35,7 @@ pre { overflow-x: auto; font-size: .85rem; background: #f6f6f6; padding: .8rem; 
 
 def html_page(run: Run, series: Series, pngs: dict[str, bytes]) -> bytes:
     """The page in UTF-8; pngs: file name -> picture."""
-    title = escape(f"HMoE run {run.directory.absolute().name}")
+    title = escape(f"HMoE: {run.directory.absolute().name}")
     notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in run.notes)
     plan = f"<h2>Placement of the experts</h2>\n<pre>{escape(plan_table(run.plan))}</pre>\n" if run.plan else ""
     return f"""<!DOCTYPE html>
