@@ -269,8 +269,8 @@ def _unwrapped(value):
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig) -> None:
-    """Refuse what HMoE can't run, before any process group starts.
+def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu: bool = False) -> None:
+    """Refuse what HMoE can't run, before any process group starts. ``has_gpu``: whether the run will use GPUs.
 
     Raises ValueError listing every problem with its remedy, not the first only.
     """
@@ -289,6 +289,11 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig) -> None
         value = _unwrapped(getattr(args, name, None))
         if not hasattr(args, name) or (isinstance(value, list) or value not in allowed):
             problems.append(f"{given} ({name} = {value!r}): {remedy}")
+    if has_gpu and hmoe.router == "topp" and args.deterministic_mode:
+        problems.append(
+            "--deterministic-mode contradicts --hmoe-router topp on a GPU, where torch has no deterministic cumulative "
+            "sum of floats: remove it, or use --hmoe-router topk"
+        )
     if args.eval_interval is None:
         problems.append("--eval-interval is missing: give it (Megatron counts the validation samples by it)")
     if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:

@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     finally:
         sys.argv = given
     settings = hmoe_config_from_args(args)
-    check_megatron_arguments(args, settings)
+    check_megatron_arguments(args, settings, host.has_gpu())
     layout = expert_layout(args, settings)
     # Megatron checks that --num-experts divides by the expert-parallel size: show it the slots, which do. The width is
     # for its checks too; no layer uses it.

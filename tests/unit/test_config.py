@@ -75,7 +75,7 @@ def test_contradictions_among_our_flags(settings, message):
 
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*_REQUIRED, *_REQUIRED_TOPP)}
-    values |= {"eval_interval": 10, "use_distributed_optimizer": False}
+    values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
@@ -114,6 +114,14 @@ def test_the_distributed_optimizer_needs_the_format_that_any_plan_loads():
     check_megatron_arguments(
         good_arguments(use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True), HMoEConfig()
     )
+
+
+def test_deterministic_mode_with_top_p_is_refused_where_there_is_a_gpu():
+    args = good_arguments(deterministic_mode=True)
+    with pytest.raises(ValueError, match="--deterministic-mode contradicts --hmoe-router topp on a GPU"):
+        check_megatron_arguments(args, TOPP, has_gpu=True)
+    check_megatron_arguments(args, TOPP)
+    check_megatron_arguments(args, HMoEConfig(), has_gpu=True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("moe_router_score_function", "sigmoid"),
