@@ -7,12 +7,25 @@ Flags: Megatron's own and ``--hmoe-*`` (``--help``). Without a GPU it runs on th
 
 import sys
 
-# Everything else is imported under the guard: a saving process may import this file again.
-if __name__ == "__main__":
+# Everything else is imported in main: a process that saves a checkpoint may import this file again.
+
+
+def main() -> int:
+    """Exit code: 0, or 2 for settings that can't work."""
+    argv = sys.argv[1:]
     from hmoe_megatron import host
 
-    host.prepare_environment()
+    host.prepare_environment()  # before torch and Megatron read it
+    from hmoe_megatron import training
 
-    from hmoe_megatron.training import main
+    training.prepare()  # Megatron, made to run on this machine
+    try:
+        args, layout = training.parse_arguments(argv)  # flags, widths, placement plan; nothing has started yet
+    except (ValueError, AssertionError) as error:
+        return training.refuse(error)
+    training.train(args, layout, argv)  # model, data, telemetry, Megatron's loop
+    return 0
 
+
+if __name__ == "__main__":
     sys.exit(main())

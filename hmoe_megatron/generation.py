@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hmoe_megatron import host
-from hmoe_megatron.training import RUN_ARGUMENTS, alone_without_torchrun, model_config, parse_arguments
+from hmoe_megatron.training import RUN_ARGUMENTS, model_config, parse_arguments
 
 MAX_BYTES = 1 << 20
 # One process holds the whole model, whatever layout trained it: checkpoints are by logical expert.
@@ -107,10 +106,3 @@ def generate(
         tokens.append(token)
         on_token(token)
     return tokens[len(prompt_T) :]
-
-
-def prepare() -> None:
-    """What must happen before Megatron is used in one process."""
-    host.apply()
-    host.repair_dataset_helpers()
-    alone_without_torchrun()

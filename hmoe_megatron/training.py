@@ -13,7 +13,6 @@ from hmoe_megatron.accounting import expected_active_width, parameter_counts, re
 from hmoe_megatron.config import (
     HMoEConfig,
     add_hmoe_arguments,
-    check_megatron_arguments,
     hmoe_config_from_args,
     widths_from_args,
 )
@@ -23,10 +22,30 @@ from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.solver import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
+from hmoe_megatron.refusals import check_megatron_arguments
 from hmoe_megatron.stats import RoutingStats
 
 PLAN_FILE = "placement_plan.json"
 RUN_ARGUMENTS = "run_arguments.json"
+
+
+def prepare() -> None:
+    """What must happen before Megatron is used: patches for a machine without a GPU, repairs, a world of one."""
+    host.apply()
+    host.repair_dataset_helpers()
+    host.repair_distributed_optimizer()
+    alone_without_torchrun()
+
+
+def alone_without_torchrun() -> None:
+    """Let one process start without torchrun: it is a world of one."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
@@ -163,7 +182,9 @@ def train(args: argparse.Namespace, layout: ExpertLayout, argv: list[str]) -> No
 
 
 def announce(layout: ExpertLayout, parameters) -> None:
-    """Print the plan and the parameter counts."""
+    """Print what will be trained, and where."""
+    if not host.has_gpu():
+        print(" no GPU found: training on the CPU with gloo")
     print(plan_table(layout.plan))
     print(
         f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "
@@ -180,37 +201,14 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
     print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 
 
-def alone_without_torchrun() -> None:
-    """Let one process start without torchrun: it is a world of one."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+def refuse(error: Exception) -> int:
+    """Say on one rank why the settings can't work; the exit code, 2."""
+    if int(os.environ["RANK"]) == 0:
+        print(f"pretrain_hmoe.py: error: {str(error) or asserted(error)}", file=sys.stderr, flush=True)
+    return 2
 
 
-def asserted(error: AssertionError) -> str:
+def asserted(error: Exception) -> str:
     """What an assertion without a message asserts: Megatron has some among its checks of arguments."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"Megatron requires: {last.line} ({Path(last.filename).name}:{last.lineno})"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line of pretrain_hmoe.py. Returns the exit code: 2 for settings that can't work."""
-    argv = sys.argv[1:] if argv is None else argv
-    host.apply()
-    host.repair_dataset_helpers()
-    host.repair_distributed_optimizer()
-    alone_without_torchrun()
-    try:
-        args, layout = parse_arguments(argv)
-    except (ValueError, AssertionError) as error:
-        if int(os.environ["RANK"]) == 0:
-            print(f"pretrain_hmoe.py: error: {str(error) or asserted(error)}", file=sys.stderr, flush=True)
-        return 2
-    if args.rank == 0 and not host.has_gpu():
-        print(" no GPU found: training on the CPU with gloo", flush=True)
-    train(args, layout, argv)
-    return 0

@@ -25,9 +25,9 @@ def main(argv=None) -> int:
     from hmoe_megatron import host
 
     host.prepare_environment()
-    from hmoe_megatron import generation
+    from hmoe_megatron import generation, training
 
-    generation.prepare()
+    training.prepare()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks; standard output is for the text
             model = generation.load_model(given.run_directory, given.flags)

@@ -92,10 +92,9 @@ def _configure(argv, stock, own_optimizer):
     from megatron.training.global_vars import set_global_variables
 
     from hmoe_megatron import host
-    from hmoe_megatron.training import model_config, parse_arguments
+    from hmoe_megatron.training import model_config, parse_arguments, prepare
 
-    host.repair_dataset_helpers()
-    host.repair_distributed_optimizer()
+    prepare()
     if stock:
         sys.argv = ["stock", *host.cpu_argv(argv)]
         args = parse_args()

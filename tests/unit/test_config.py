@@ -5,16 +5,8 @@ import dataclasses
 
 import pytest
 
-from hmoe_megatron.config import (
-    _REQUIRED,
-    _REQUIRED_TOPP,
-    _REQUIRED_WITH_LOSSES,
-    HMoEConfig,
-    add_hmoe_arguments,
-    check_megatron_arguments,
-    hmoe_config_from_args,
-    widths_from_args,
-)
+from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
+from hmoe_megatron.refusals import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES, check_megatron_arguments
 
 FLAGS = {
     "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",
@@ -74,7 +66,7 @@ def test_contradictions_among_our_flags(settings, message):
 
 
 def good_arguments(**changes):
-    values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*_REQUIRED, *_REQUIRED_TOPP)}
+    values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
     values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
@@ -101,9 +93,9 @@ REFUSED_TOPP = set(
 
 
 def test_what_is_refused():
-    assert {name for name, *_ in _REQUIRED} == REFUSED
-    assert {name for name, *_ in _REQUIRED_TOPP} == REFUSED_TOPP
-    names = {name for name, *_ in _REQUIRED_WITH_LOSSES}
+    assert {name for name, *_ in REQUIRED} == REFUSED
+    assert {name for name, *_ in REQUIRED_TOPP} == REFUSED_TOPP
+    names = {name for name, *_ in REQUIRED_WITH_LOSSES}
     assert names == {"moe_router_score_function", "moe_router_load_balancing_type"}
 
 
@@ -140,7 +132,7 @@ def test_good_arguments_pass():
     check_megatron_arguments(good_arguments(), TOPP)
 
 
-@pytest.mark.parametrize(("name", "allowed", "given", "remedy"), [*_REQUIRED, *_REQUIRED_TOPP])
+@pytest.mark.parametrize(("name", "allowed", "given", "remedy"), [*REQUIRED, *REQUIRED_TOPP])
 def test_each_megatron_flag_that_does_not_fit_is_refused(name, allowed, given, remedy):
     wrong = not next(iter(allowed)) if allowed <= {True, False} else "something else"
     with pytest.raises(ValueError) as refused:
@@ -154,7 +146,7 @@ def test_every_checked_flag_exists_in_megatron():
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = {action.dest for action in parser._actions}
-    assert {name for name, *_ in (*_REQUIRED, *_REQUIRED_TOPP)} <= known
+    assert {name for name, *_ in (*REQUIRED, *REQUIRED_TOPP)} <= known
 
 
 def test_all_problems_are_listed_not_the_first_only():
