@@ -34,16 +34,17 @@ class HMoELayer(MoELayer):
             # A token then fills a varying number of slots. With a capacity factor that is not None the alltoall
             # dispatcher sizes its buffers by the routing map instead of tokens * K; nothing is dropped.
             slot_config.moe_expert_capacity_factor = 1.0
-        logical = MoESubmodules(
-            experts=lambda n, _, *, pg_collection, name=None: HMoEExperts(
-                n, config, layer=layer, pg_collection=pg_collection, name=name
-            ),
-            shared_experts=submodules.shared_experts,
-            router=lambda *, config, pg_collection, is_mtp_layer, _logical=config: HMoERouter(
-                _logical, pg_collection, is_mtp_layer, layer=layer
-            ),
-        )
-        super().__init__(slot_config, logical, layer_number, pg_collection, is_mtp_layer, name)
+
+        # MoELayer hands its builders the config of slots; ours take the logical one instead.
+        def router(*, config, pg_collection, is_mtp_layer):
+            return HMoERouter(logical_config, pg_collection, is_mtp_layer, layer=layer)
+
+        def experts(num_slots, config, *, pg_collection, name=None):
+            return HMoEExperts(num_slots, logical_config, layer=layer, pg_collection=pg_collection, name=name)
+
+        logical_config = config
+        submodules = MoESubmodules(experts=experts, shared_experts=submodules.shared_experts, router=router)
+        super().__init__(slot_config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         identity = slots == list(range(config.num_moe_experts))
         self.register_buffer("slot2expert_S", None if identity else torch.tensor(slots), persistent=False)
 

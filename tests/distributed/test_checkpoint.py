@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.distributed.plans import cut, save_plan, whole
+from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plans import MODEL
-from tests.distributed.training_run import LAYERS, logical_state, losses, steps
+from tests.distributed.training_run import LAYERS, TINY, configure, logical_state, losses, steps
 
 CUT = cut(((3, 0, 24), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 24, 64)))
 OTHER_CUT = cut(((3, 0, 64), (2, 30, 48)), ((0, 0, 16), (1, 0, 32), (2, 0, 30)))
@@ -54,3 +54,35 @@ def test_any_plan_loads_any_other(saved, target, tmp_path):
         assert [name for name in weights if not torch.equal(loaded[name], weights[name])] == []
     resumed = losses(run_ranks(world, steps, given, 2, skip=2))
     assert resumed == (expected if target == "the same" else pytest.approx(expected, rel=BOUND))
+
+
+def main_shards(given):
+    """(key, offset, shape) of the expert shards that this rank writes: of its replicas the first."""
+    from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.initialize import initialize_megatron
+
+    _, config, _ = configure([*TINY, *given.split()], stock=False, own_optimizer=True)
+    initialize_megatron()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    shards = [shard for name, shard in state.items() if ".experts." in name and is_main_replica(shard.replica_id)]
+    return [(shard.key, shard.global_offset, shard.local_shape) for shard in shards]
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel "
+                                    "--moe-token-dispatcher-type alltoall"])  # fmt: skip
+def test_every_width_unit_is_written_by_one_rank(tmp_path, layout):
+    """EP 2: two replicas of every piece, or, with tensor parallel, two halves of it."""
+    plan = save_plan(tmp_path / "plan.json", *[EVEN] * LAYERS)
+    given = f"{MODEL} --hmoe-placement {plan} --expert-model-parallel-size 2 {layout}"
+    written = {}
+    for key, offset, shape in (shard for rank in run_ranks(4, main_shards, given) for shard in rank):
+        axis = 1  # of [2, F, H] and of [H, F]
+        written.setdefault(key, []).extend(range(offset[axis], offset[axis] + shape[axis]))
+    assert len(written) == 2 * len(WIDTHS) * LAYERS
+    for key, units in written.items():
+        expert = int(key.split(".")[-3])
+        assert sorted(units) == list(range(WIDTHS[expert])), key

@@ -38,7 +38,7 @@ def steps(
 
     Returns, for this rank: losses, grad_norms, dense {name: tensor}, experts {(layer, expert, matrix, lo, hi): tensor}.
     """
-    args, config, container = _configure([*TINY, *flags.split()], stock, own_optimizer)
+    args, config, container = configure([*TINY, *flags.split()], stock, own_optimizer)
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -86,7 +86,8 @@ def steps(
     return result
 
 
-def _configure(argv, stock, own_optimizer):
+def configure(argv, stock, own_optimizer):
+    """(Megatron's arguments, made global; model config; config container) of a command line."""
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
