@@ -45,8 +45,9 @@ class HMoELayer(MoELayer):
         logical_config = config
         submodules = MoESubmodules(experts=experts, shared_experts=submodules.shared_experts, router=router)
         super().__init__(slot_config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        identity = slots == list(range(config.num_moe_experts))
-        self.register_buffer("slot2expert_S", None if identity else torch.tensor(slots), persistent=False)
+        self.register_buffer("slot2expert_S", None, persistent=False)
+        if slots != list(range(config.num_moe_experts)):
+            self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
 
     def route(self, hidden_states, padding_mask=None):
         """Probabilities and routing map of the slots, [T, S] each, from the router's [T, E]."""

@@ -39,7 +39,9 @@ class HMoERouter(TopKRouter):
         self.hmoe = config.hmoe.settings
         self.stats = config.hmoe.stats
         # Integers: Megatron casts every floating-point buffer of a bf16 model to bf16.
-        self.register_buffer("width_E", torch.tensor(config.hmoe.widths[layer]), persistent=False)
+        # On the device at once, as Megatron's own: with --use-cpu-initialization the model is not moved.
+        width_E = torch.tensor(config.hmoe.widths[layer], device=torch.cuda.current_device())
+        self.register_buffer("width_E", width_E, persistent=False)
 
     def routing(self, logits, padding_mask=None):
         """Route (see TopKRouter.routing), attach the HMoE losses to the probabilities, count tokens for telemetry."""
