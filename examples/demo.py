@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,9 +34,9 @@ def tool(name: str, *arguments) -> list[str]:
     return [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
 
 
-def run(title: str, command: list[str], log: str, on_line=lambda line: None) -> str:
-    """Run a command, its output to demo/logs/LOG and returned. If it fails, show the log's end and end the demo."""
-    path, started_s, lines = LOGS / log, time.monotonic(), []
+def run(title: str, command: list[str], log: str, on_line=lambda line: None) -> None:
+    """Run a command, its output to demo/logs/LOG. If it fails, show the log's end and end the demo."""
+    path, started_s, last_lines = LOGS / log, time.monotonic(), deque(maxlen=30)
     print(f"\n{title}", flush=True)
     with path.open("w") as file:
         process = subprocess.Popen(
@@ -45,17 +46,16 @@ def run(title: str, command: list[str], log: str, on_line=lambda line: None) -> 
         try:
             for line in process.stdout:
                 file.write(line)
-                lines.append(line)
+                last_lines.append(line)
                 on_line(line)
         finally:
             if process.poll() is None and sys.exc_info()[0]:
                 process.terminate()
             process.wait()
     if process.returncode:
-        print(*lines[-30:], sep="", file=sys.stderr)
+        print(*last_lines, sep="", file=sys.stderr)
         sys.exit(f"demo: exit code {process.returncode} at: {title}. Whole output: {path}")
     print(f"  done in {time.monotonic() - started_s:.0f} s", flush=True)
-    return "".join(lines)
 
 
 class Progress:

@@ -7,6 +7,7 @@ import typing
 
 from hmoe_megatron.widths import layer_widths
 
+LOSS_NAMES = ("p_penalty_loss", "load_balance_loss", "router_entropy_loss")
 PAPER_P_PENALTY_COEFF = 0.1
 PAPER_ROUTER_ENTROPY_COEFF = 0.03
 
@@ -115,6 +116,12 @@ class HMoEConfig:
         if self.router_entropy_coeff is not None:
             return self.router_entropy_coeff
         return PAPER_ROUTER_ENTROPY_COEFF if self.router == "topp" else 0.0
+
+    @property
+    def loss_coeffs(self) -> dict[str, float]:
+        """Name (of LOSS_NAMES) to coefficient, of the losses that are on."""
+        coeffs = (self.p_penalty_coeff, self.load_balance_coeff, self.entropy_coeff)
+        return {name: coeff for name, coeff in zip(LOSS_NAMES, coeffs, strict=True) if coeff}
 
 
 def _flag(name: str) -> str:

@@ -1,9 +1,12 @@
-"""Files that are either whole or not there, and their hashes."""
+"""Names of a run's files; files that are either whole or not there, and their hashes."""
 
 import hashlib
 import os
 from pathlib import Path
 
+PLAN_FILE = "placement_plan.json"
+RUN_ARGUMENTS_FILE = "run_arguments.json"
+TELEMETRY_FILE = "telemetry.jsonl"
 
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write ``data`` under a temporary name in the same directory, on the disk, then rename: never half a file."""

@@ -4,12 +4,12 @@ Legend: T tokens of the context, V vocabulary.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from hmoe_megatron.training import RUN_ARGUMENTS, model_config, parse_arguments
+from hmoe_megatron.files import RUN_ARGUMENTS_FILE
+from hmoe_megatron.training import model_config, parse_arguments
 
 MAX_BYTES = 1 << 20
 # One process holds the whole model, whatever layout trained it: checkpoints are by logical expert.
@@ -18,8 +18,6 @@ ONE_PROCESS = (
     "--expert-tensor-parallel-size 1 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 0 "
     "--no-load-optim --no-load-rng --exit-on-missing-checkpoint --hmoe-placement auto"
 ).split()
-
-
 # Flags of the run that make no sense there, dropped with their values.
 DROPPED = (
     "--sequence-parallel --save --load --tensorboard-dir --use-distributed-optimizer --overlap-grad-reduce "
@@ -32,7 +30,7 @@ DROPPED = (
 
 def run_arguments(run_dir: Path) -> list[str]:
     """The flags that ``pretrain_hmoe.py`` was started with. Raises ValueError with file and remedy."""
-    path = Path(run_dir) / RUN_ARGUMENTS
+    path = Path(run_dir) / RUN_ARGUMENTS_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the --save directory of a run of pretrain_hmoe.py")
     if path.stat().st_size > MAX_BYTES:
@@ -86,7 +84,6 @@ def generate(
     vocabulary: int,
     temperature: float = 0.8,
     seed: int = 0,
-    on_token: Callable[[int], None] = lambda token: None,
 ) -> list[int]:
     """``count`` tokens after ``prompt_T``, which must not be empty; drawn at ``temperature``, 0 takes the likeliest.
 
@@ -104,5 +101,4 @@ def generate(
         else:
             token = int(logits_V.argmax())
         tokens.append(token)
-        on_token(token)
     return tokens[len(prompt_T) :]

@@ -4,7 +4,7 @@ import dataclasses
 
 from hmoe_megatron.config import HMoEConfig
 from hmoe_megatron.gemm import ExpertCompute
-from hmoe_megatron.placement.plan import PlacementPlan
+from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
 from hmoe_megatron.stats import RoutingStats
 
 
@@ -30,12 +30,15 @@ class ExpertLayout:
 
     def pieces(self, layer: int):
         """Pieces of each expert-parallel rank in decoder layer ``layer``."""
-        return self.plan.layers[self.layers.index(layer)].pieces
+        return self._layer_plan(layer).pieces
 
     def has_cuts(self, layer: int) -> bool:
         """Whether an expert of the layer lives in more than one piece."""
-        return sum(map(len, self.pieces(layer))) > len(self.widths[layer])
+        return self._layer_plan(layer).cuts > 0
+
+    def _layer_plan(self, layer: int) -> LayerPlan:
+        return self.plan.layers[self.layers.index(layer)]
 
     def slots(self) -> int:
         """Most slots a layer needs over all ranks."""
-        return max(len(plan.pieces) * max(1, max(map(len, plan.pieces))) for plan in self.plan.layers)
+        return self.plan.ranks * max(plan.slots_per_rank for plan in self.plan.layers)

@@ -114,7 +114,7 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
     required = REQUIRED
     if hmoe.router == "topp":
         required += REQUIRED_TOPP
-    elif hmoe.p_penalty_coeff or hmoe.load_balance_coeff:
+    elif hmoe.loss_coeffs:
         required += REQUIRED_WITH_LOSSES
     for name, allowed, given, remedy in required:
         value = _unwrapped(getattr(args, name, None))

@@ -9,8 +9,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from hmoe_megatron.losses import load_balance, p_penalty, router_entropy
 
-LOSS_NAMES = ("p_penalty_loss", "load_balance_loss", "router_entropy_loss")
-
 
 def top_p_routing(
     probs_TE: torch.Tensor, top_p: float, max_experts: int | None = None
@@ -66,8 +64,8 @@ class HMoERouter(TopKRouter):
         local_tokens = weights_TE.shape[0] if valid_T is None else valid_T.sum()
         self.stats.record(self.layer, counts_E, local_tokens)
 
-        hmoe = self.hmoe
-        if not (hmoe.p_penalty_coeff or hmoe.load_balance_coeff or hmoe.entropy_coeff):
+        coeffs = self.hmoe.loss_coeffs
+        if not coeffs:
             return weights_TE
         counts_E = reduce_from_tensor_model_parallel_region(counts_E, self.tp_cp_group)
         num_tokens = local_tokens * self.tp_cp_group.size()
@@ -78,14 +76,13 @@ class HMoERouter(TopKRouter):
         probs_TE = log_probs_TE.exp()
         prob_sum_E = (probs_TE if valid_T is None else probs_TE * valid_T.unsqueeze(-1)).sum(dim=0)
         relative_width_E = self.width_E / self.width_E.float().mean()
-        losses = (
-            (hmoe.p_penalty_coeff, lambda: p_penalty(counts_E, prob_sum_E, relative_width_E, num_tokens)),
-            (hmoe.load_balance_coeff, lambda: load_balance(counts_E, prob_sum_E, num_tokens)),
-            (hmoe.entropy_coeff, lambda: router_entropy(log_probs_TE, valid_T, num_tokens)),
-        )
-        for name, (coeff, loss) in zip(LOSS_NAMES, losses, strict=True):
-            if coeff:
-                weights_TE = self.attach_and_log_load_balancing_loss(
-                    weights_TE, coeff, loss() * coeff, name, self.tp_cp_group, valid_token_count=local_tokens
-                )
+        losses = {
+            "p_penalty_loss": lambda: p_penalty(counts_E, prob_sum_E, relative_width_E, num_tokens),
+            "load_balance_loss": lambda: load_balance(counts_E, prob_sum_E, num_tokens),
+            "router_entropy_loss": lambda: router_entropy(log_probs_TE, valid_T, num_tokens),
+        }
+        for name, coeff in coeffs.items():
+            weights_TE = self.attach_and_log_load_balancing_loss(
+                weights_TE, coeff, losses[name]() * coeff, name, self.tp_cp_group, valid_token_count=local_tokens
+            )
         return weights_TE

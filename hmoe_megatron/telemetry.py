@@ -13,10 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 from hmoe_megatron.accounting import ParameterCounts, expert_parameters
-from hmoe_megatron.files import write_whole
-from hmoe_megatron.router import LOSS_NAMES
-
-FILE_NAME = "telemetry.jsonl"
+from hmoe_megatron.files import TELEMETRY_FILE, write_whole
 
 
 def summary(values_L) -> dict[str, float]:
@@ -104,7 +101,7 @@ class TelemetryFile:
     """Append-only JSON lines of one run. A resumed run first drops the steps it is about to do again."""
 
     def __init__(self, directory: Path):
-        self.path = Path(directory) / FILE_NAME
+        self.path = Path(directory) / TELEMETRY_FILE
         self._file = None
 
     def write(self, record: dict) -> None:
@@ -138,9 +135,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         self.log_interval = log_interval
         layout.stats.timing = log_interval == 1  # the first step logs only then
         self.file = TelemetryFile(run_dir) if run_dir else None
-        settings = layout.settings
-        coeffs = (settings.p_penalty_coeff, settings.load_balance_coeff, settings.entropy_coeff)
-        self.losses = [name for name, coeff in zip(LOSS_NAMES, coeffs, strict=True) if coeff]
+        self.losses = list(layout.settings.loss_coeffs)
         self.active_width = None  # latest measurement
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, *, track_names=None, **named):
@@ -174,9 +169,9 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         record = routing_record(counts_LE.numpy(), tokens_L.numpy(), self.layout, self.hidden_size, self.parameters)
         self.active_width = record["active_width"]
         record = {"iteration": iteration, **record, "expert_time_ms": rank_ms, "time_balance": max_over_mean(rank_ms)}
-        record["over_layers"] = over_layers(record)
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return  # the last rank has Megatron's writers and its console
+        record["over_layers"] = over_layers(record)
         print(console_line(record), flush=True)
         if self.file:
             self.file.write(record)

@@ -10,13 +10,8 @@ from pathlib import Path
 
 from hmoe_megatron import host
 from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
-from hmoe_megatron.config import (
-    HMoEConfig,
-    add_hmoe_arguments,
-    hmoe_config_from_args,
-    widths_from_args,
-)
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -24,9 +19,6 @@ from hmoe_megatron.placement.solver import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.refusals import check_megatron_arguments
 from hmoe_megatron.stats import RoutingStats
-
-PLAN_FILE = "placement_plan.json"
-RUN_ARGUMENTS = "run_arguments.json"
 
 
 def prepare() -> None:
@@ -197,7 +189,7 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
     """Write the plan and the flags beside the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     layout.plan.save(run_dir / PLAN_FILE)
-    write_whole(run_dir / RUN_ARGUMENTS, (json.dumps(argv, indent=1) + "\n").encode())
+    write_whole(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
     print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 
 

@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES, MAX_RANKS
 from hmoe_megatron.report.scalars import MAX_ITERATION, Scalars, read_scalars
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS
 
-TELEMETRY_FILE, PLAN_FILE = "telemetry.jsonl", "placement_plan.json"
 MAX_LINE_BYTES = 16 << 20
 MAX_NUMBERS = 1 << 26  # kept of all lines together: 0.5 GiB
 MAX_AMOUNT = 1e18  # parameters, milliseconds

@@ -7,8 +7,10 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+from hmoe_megatron.config import LOSS_NAMES
+
 TRAINING, VALIDATION = "lm loss", "lm loss validation"
-AUXILIARY = ("p_penalty_loss", "router_entropy_loss", "load_balance_loss")
+AUXILIARY = LOSS_NAMES
 TAGS = (TRAINING, VALIDATION, *AUXILIARY)
 MAX_ITERATION = 1 << 53
 

@@ -6,7 +6,7 @@ import torch
 from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plans import MODEL
-from tests.distributed.training_run import LAYERS, TINY, configure, logical_state, losses, steps
+from tests.distributed.training_run import LAYERS, TINY, build, logical_state, losses, steps
 
 CUT = cut(((3, 0, 24), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 24, 64)))
 OTHER_CUT = cut(((3, 0, 64), (2, 30, 48)), ((0, 0, 16), (1, 0, 32), (2, 0, 30)))
@@ -59,13 +59,8 @@ def test_any_plan_loads_any_other(saved, target, tmp_path):
 def main_shards(given):
     """(key, offset, shape) of the expert shards that this rank writes: of its replicas the first."""
     from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.initialize import initialize_megatron
 
-    _, config, _ = configure([*TINY, *given.split()], stock=False, own_optimizer=True)
-    initialize_megatron()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+    _, _, model = build([*TINY, *given.split()])
     state = model.sharded_state_dict()
     apply_factories(state)
     shards = [shard for name, shard in state.items() if ".experts." in name and is_main_replica(shard.replica_id)]

@@ -5,11 +5,10 @@ import torch
 
 from tests.distributed.plans import cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_plans import MODEL, ONE_ULP, TOKENS
-from tests.distributed.training_run import LAYERS, logical_state, losses, steps
+from tests.distributed.test_plans import MODEL, TOKENS
+from tests.distributed.training_run import EQUAL, LAYERS, ONE_ULP, STOCK, logical_state, losses, steps
 
-EQUAL = "--hmoe-widths equal --hmoe-total-width 96 --hmoe-placement contiguous --hmoe-p-penalty-coeff 0"
-STOCK = "--moe-ffn-hidden-size 24"
+NO_LOSS = f"{EQUAL} --hmoe-p-penalty-coeff 0"
 LAYOUTS = {
     "TP2 with sequence parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "TP2 EP2, whole experts": (
@@ -37,7 +36,7 @@ TP_LOSS_BOUND = 1e-6
 def test_equal_widths_are_bitwise_megatrons_under(layout):
     world, flags = LAYOUTS[layout]
     stock = run_ranks(world, steps, f"{flags} {STOCK}", stock=True)
-    ours = run_ranks(world, steps, f"{flags} {EQUAL} --hmoe-gemm-backend reference")
+    ours = run_ranks(world, steps, f"{flags} {NO_LOSS} --hmoe-gemm-backend reference")
     assert losses(ours) == losses(stock)
     assert len(set(losses(stock))) == 5
     for own, theirs in zip(ours, stock, strict=True):
@@ -49,7 +48,7 @@ def test_equal_widths_are_bitwise_megatrons_under(layout):
 
 
 def test_bf16_on_the_cpu_backend_agrees_as_far_as_bf16_goes():
-    flags = f"--expert-model-parallel-size 2 --bf16 {EQUAL}"
+    flags = f"--expert-model-parallel-size 2 --bf16 {NO_LOSS}"
     reference = run_ranks(2, steps, f"{flags} --hmoe-gemm-backend reference")
     cpu = run_ranks(2, steps, f"{flags} --hmoe-gemm-backend cpu")
     assert losses(cpu) == pytest.approx(losses(reference), rel=BF16_BOUND)

@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_run import logical_state, losses, steps
+from tests.distributed.training_run import EQUAL, ONE_ULP, STOCK, UNCLIPPED, logical_state, losses, steps
 
-EQUAL = "--hmoe-widths equal --hmoe-total-width 96 --hmoe-placement contiguous"
-STOCK = "--moe-ffn-hidden-size 24"
 # Megatron and we form the same fp32 sums in another order; the loss passes five Adam steps.
 AUX_LOSS_BOUND = 2e-5
-ONE_ULP = 1.2e-7
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -32,8 +29,8 @@ def test_five_steps_are_bitwise_megatrons(ep, dispatcher):
 def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in_the_norm_only():
     """At EP 1 Megatron keeps experts in the optimizer of the dense weights, we in their own as at EP 2, so that a
     checkpoint loads in either. The norm is then a root of two sums instead of one: 1 ulp. No step is clipped here."""
-    stock = run_ranks(1, steps, f"{STOCK} --clip-grad 1e6", stock=True, own_optimizer=False)
-    ours = run_ranks(1, steps, f"{EQUAL} --hmoe-p-penalty-coeff 0 --clip-grad 1e6")
+    stock = run_ranks(1, steps, f"{STOCK} {UNCLIPPED}", stock=True, own_optimizer=False)
+    ours = run_ranks(1, steps, f"{EQUAL} --hmoe-p-penalty-coeff 0 {UNCLIPPED}")
     assert losses(ours) == losses(stock)
     assert ours[0]["grad_norms"] == pytest.approx(stock[0]["grad_norms"], rel=ONE_ULP)
     state, expected = logical_state(ours), logical_state(stock)

@@ -5,25 +5,32 @@ import torch
 
 from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_run import EXPERTS, LAYERS, SEQUENCE, logical_state, losses, steps
+from tests.distributed.training_run import (
+    EXPERTS,
+    LAYERS,
+    ONE_ULP,
+    SEQUENCE,
+    UNCLIPPED,
+    logical_state,
+    losses,
+    steps,
+)
 
 MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
 TOKENS = 8 * SEQUENCE  # of a global batch
 # Whole experts at one expert-parallel size, Top-2: two addends commute, so every plan is bitwise the same, as long as
 # no step is clipped: the gradient norm adds up the ranks' squares, and which squares are whose depends on the plan.
-UNCLIPPED = "--clip-grad 1e6"
 # A cut splits a sum in two; another expert-parallel size and Top-P reorder sums. Seen over five steps: losses equal,
 # now and then 1 ulp off; weights, which Adam moves by up to 1e-2 a step, 6e-5 off at most.
-ONE_ULP = 1.2e-7
 WEIGHT_BOUND = 2e-4
 
 
-def run(tmp_path, ep, *plans, flags="", count=5, name="plan", **more):
+def run(tmp_path, ep, *plans, world=None, flags="", count=5, name="plan", **more):
     plan = save_plan(tmp_path / f"{name}.json", *(plans if len(plans) == LAYERS else plans * LAYERS))
     return run_ranks(
-        ep if "world" not in flags else 4, steps, f"{MODEL} --expert-model-parallel-size {ep} --hmoe-placement {plan} "
-        + flags.replace("world", ""), count, telemetry=True, **more,
+        world or ep, steps, f"{MODEL} --expert-model-parallel-size {ep} --hmoe-placement {plan} {flags}", count,
+        telemetry=True, **more,
     )  # fmt: skip
 
 
@@ -65,8 +72,9 @@ def test_a_rank_without_any_expert(tmp_path, dispatcher):
 def test_whole_experts_over_expert_parallel_sizes_of_one_world(tmp_path, ep, router):
     """World size 4: expert-parallel 1, 2 and 4 against expert-parallel 2 under another plan."""
     plans = {1: whole((0, 1, 2, 3)), 2: whole((1, 2), (3, 0)), 4: whole((2,), (), (0, 1), (3,))}
-    baseline = run(tmp_path, 2, whole((3,), (0, 1, 2)), flags=f"world {UNCLIPPED} {router}", name="baseline")
-    other = run(tmp_path, ep, plans[ep], flags=f"world {UNCLIPPED} {router}")
+    flags = f"{UNCLIPPED} {router}"
+    baseline = run(tmp_path, 2, whole((3,), (0, 1, 2)), world=4, flags=flags, name="baseline")
+    other = run(tmp_path, ep, plans[ep], world=4, flags=flags)
     assert losses(other) == pytest.approx(losses(baseline), rel=ONE_ULP)
     assert_same(logical_state(other), logical_state(baseline), 0.0 if ep == 2 and not router else WEIGHT_BOUND)
     assert (other[0]["counts"][0] > 0).all()

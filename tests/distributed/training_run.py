@@ -18,6 +18,12 @@ TINY = (
     "--dist-ckpt-optim-fully-reshardable"
 ).split()
 
+# Equal widths laid out as Megatron does, and the same in Megatron's own flags.
+EQUAL = "--hmoe-widths equal --hmoe-total-width 96 --hmoe-placement contiguous"
+STOCK = "--moe-ffn-hidden-size 24"
+UNCLIPPED = "--clip-grad 1e6"
+ONE_ULP = 1.2e-7
+
 
 def steps(
     flags: str,
@@ -111,6 +117,18 @@ def configure(argv, stock, own_optimizer):
     return args, config, pretrain_cfg_container_from_args(args, config)
 
 
+def build(argv: list[str]):
+    """(arguments, layout, model) of our command line in a world of one pipeline stage; nothing is trained."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.initialize import initialize_megatron
+
+    args, config, _ = configure(argv, stock=False, own_optimizer=True)
+    initialize_megatron()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+    return args, config.transformer.hmoe, model
+
+
 def _initialize_stock_experts(chunks, seed, own_optimizer):
     from hmoe_megatron.experts import ExpertPiece, initialize_piece
 
@@ -162,7 +180,7 @@ def _collect(chunk, result):
     from megatron.core.utils import unwrap_model
 
     model = unwrap_model(chunk)
-    stock, pieces = {}, {}
+    keys = {}
     for layer in model.decoder.layers:
         experts = getattr(layer.mlp, "experts", None)
         number = layer.layer_number - 1
@@ -170,13 +188,13 @@ def _collect(chunk, result):
             for local, mlp in enumerate(experts.local_experts):
                 share, expert = mlp.linear_fc2.weight.shape[1], layer.mlp.local_expert_indices[local]
                 lo = experts.tp_group.rank() * share
-                stock[id(mlp.linear_fc1.weight)] = (number, expert, "fc1", lo, lo + share)
-                stock[id(mlp.linear_fc2.weight)] = (number, expert, "fc2", lo, lo + share)
+                keys[id(mlp.linear_fc1.weight)] = (number, expert, "fc1", lo, lo + share)
+                keys[id(mlp.linear_fc2.weight)] = (number, expert, "fc2", lo, lo + share)
         for piece in getattr(experts, "pieces", ()):
-            pieces[id(piece.linear_fc1_weight)] = (number, piece.expert, "fc1", piece.lo, piece.hi)
-            pieces[id(piece.linear_fc2_weight)] = (number, piece.expert, "fc2", piece.lo, piece.hi)
+            keys[id(piece.linear_fc1_weight)] = (number, piece.expert, "fc1", piece.lo, piece.hi)
+            keys[id(piece.linear_fc2_weight)] = (number, piece.expert, "fc2", piece.lo, piece.hi)
     for name, parameter in model.named_parameters():
-        key = stock.get(id(parameter)) or pieces.get(id(parameter))
+        key = keys.get(id(parameter))
         value = parameter.detach().float().clone()
         if key is None:
             result["dense"][_global_name(name, model)] = value

@@ -7,7 +7,7 @@ import pytest
 from hmoe_megatron.accounting import expected_active_width, parameter_counts
 from hmoe_megatron.config import HMoEConfig
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_run import TINY
+from tests.distributed.training_run import TINY, build
 
 WIDTHS = "16,32,48,64"
 VARIANTS = {
@@ -22,23 +22,10 @@ VARIANTS = {
 
 def count_and_build(flags):
     """(counted, built) parameters of the model of TINY and ``flags``."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.global_vars import set_global_variables
-    from megatron.training.initialize import initialize_megatron
-
-    from hmoe_megatron import host
-    from hmoe_megatron.training import model_config, parse_arguments
-
-    host.repair_dataset_helpers()
     argv = [*TINY, "--hmoe-widths", WIDTHS, *flags.split()]
     if "tied" in argv:
         argv = [word for word in argv if word not in ("tied", "--untie-embeddings-and-output-weights")]
-    args, layout = parse_arguments(argv)
-    set_global_variables(args)
-    initialize_megatron()
-    config = model_config(args, layout)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+    args, layout, model = build(argv)
     built = {name: parameter.numel() for name, parameter in model.named_parameters()}
     experts = sum(count for name, count in built.items() if ".experts." in name)
     counted = parameter_counts(args, layout.widths)
@@ -69,11 +56,9 @@ def flops_of(width_and_topk, active_width):
     """(Megatron's FLOPs as patched, Megatron's own for one width and Top-K) of one batch."""
     from megatron.training import training
 
-    from hmoe_megatron import host
     from hmoe_megatron.accounting import report_real_widths
     from hmoe_megatron.training import parse_arguments
 
-    host.repair_dataset_helpers()
     args, layout = parse_arguments([*TINY, "--hmoe-widths", WIDTHS])
     args.padded_vocab_size = 128
     stock_args = argparse.Namespace(**vars(args))

@@ -13,11 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hmoe_megatron import telemetry, training
 from hmoe_megatron.accounting import ParameterCounts
+from hmoe_megatron.config import LOSS_NAMES
 from hmoe_megatron.placement import FlopsCost, LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.cost import predict
 from hmoe_megatron.report import draw, html_page, read_run, run_files, series, write_report
 from hmoe_megatron.report.scalars import AUXILIARY, read_scalars
-from hmoe_megatron.router import LOSS_NAMES
 from tools import run_report
 
 HIDDEN, TOKENS = 2, 5
@@ -75,7 +75,7 @@ def run_dir(tmp_path):
 
 
 def test_the_names_are_those_that_training_writes():
-    assert (run_files.TELEMETRY_FILE, run_files.PLAN_FILE) == (telemetry.FILE_NAME, training.PLAN_FILE)
+    assert (run_files.TELEMETRY_FILE, run_files.PLAN_FILE) == (telemetry.TELEMETRY_FILE, training.PLAN_FILE)
     assert sorted(AUXILIARY) == sorted(LOSS_NAMES)
 
 
