@@ -12,6 +12,7 @@ INSTALL_REQUIRES = [
     "torch>=2.10",
     "megatron-core[training]>=0.19.2,<0.20",
     "numpy>=2.0",
+    "scipy>=1.12",
     "sentencepiece>=0.2",
     "matplotlib>=3.9",
     "psutil>=5.9",

@@ -14,8 +14,9 @@ from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_fro
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.layout import ExpertLayout
+from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
-from hmoe_megatron.placement.solver import contiguous_plan, plan_model
+from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.refusals import check_megatron_arguments
 from hmoe_megatron.stats import RoutingStats
@@ -88,13 +89,13 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
     """The plan that ``--hmoe-placement`` asks for, for every expert-parallel rank and MoE layer."""
     widths_LE, ranks = tuple(widths.values()), args.expert_model_parallel_size
     expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    cost = CostModel(hidden_size=args.hidden_size)
     # Nothing is measured before a run: None expects the same number of tokens for every expert.
     if settings.placement == "contiguous":
-        plan = contiguous_plan(widths_LE, ranks, None, hidden_size=args.hidden_size)
+        plan = contiguous_plan(widths_LE, ranks, cost=cost)
     elif settings.placement == "auto":
         plan = plan_model(
-            None, widths_LE, ranks, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
-            hidden_size=args.hidden_size,
+            None, widths_LE, ranks, cost, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
         )  # fmt: skip
     else:
         plan = PlacementPlan.load(settings.placement, widths_LE, ranks)

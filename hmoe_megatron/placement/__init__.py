@@ -1,18 +1,25 @@
 """Placement of experts, or pieces of them, on expert-parallel ranks. Needs neither torch nor Megatron."""
 
-from hmoe_megatron.placement.cost import Cost, FlopsCost
-from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan, Prediction, validate_pieces
-from hmoe_megatron.placement.solver import contiguous_plan, plan_layer, plan_model
+from hmoe_megatron.placement.cost import CostModel, Prediction
+from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan, validate_pieces
+from hmoe_megatron.placement.planner import contiguous_plan, plan_layer, plan_model
+from hmoe_megatron.placement.profiles import FLOPS, Profile
+from hmoe_megatron.placement.ranks import Rank, nodes_of
+from hmoe_megatron.placement.solver import InfeasiblePlan
 from hmoe_megatron.placement.table import plan_table
 
 __all__ = [
-    "Cost",
-    "FlopsCost",
+    "FLOPS",
+    "CostModel",
+    "InfeasiblePlan",
     "LayerPlan",
     "Piece",
     "PlacementPlan",
     "Prediction",
+    "Profile",
+    "Rank",
     "contiguous_plan",
+    "nodes_of",
     "plan_layer",
     "plan_model",
     "plan_table",

@@ -1,142 +1,194 @@
-"""Cuts by width: move parts of experts from ranks over a target load to ranks under it.
+"""Cuts by width: a placement in which no rank takes longer than a target, or holds more than its cap.
 
-Every cut brings one rank to the target and leaves it there, so ranks - 1 cuts are enough (McNaughton 1959),
-and with widths that divide only into units the slowest rank is at most one unit's cost over the mean.
-held[r] = {expert: width of its piece on rank r}; where a piece lies in its expert is decided later.
+An expert that fits on no rank is first cut into chunks that fill ranks. The chunks and the other experts are balanced
+as whole items; then every rank that is still too full gives away what is too much, in one piece where it can. Each of
+these cuts leaves its giver or its taker full, so ranks - 1 cuts are enough where a cut costs nothing (McNaughton 1959).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
 
-from hmoe_megatron.placement.cost import Cost
+import numpy as np
 
-MAX_TARGETS = 12  # tried between the mean and the slowest whole-expert rank: 1 / 4096 of that distance
+from hmoe_megatron.placement.problem import LayerProblem
+from hmoe_megatron.placement.small import MAX_ITEMS, search
+from hmoe_megatron.placement.whole import improve, largest_first
+
 ROUNDING = 1e-12
+ROUNDS = 2  # of moves and swaps: what they leave is cut
 
 
-def rank_loads(held: Sequence[dict[int, int]], tokens_E: Sequence[float], cost: Cost) -> list[float]:
-    return [math.fsum(cost(tokens_E[e], F) for e, F in pieces.items()) for pieces in held]
+def fit(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
+    """held[r] with every rank at most at `target` and its cap, at most max_cuts cuts; None if none is found.
 
-
-def cut_bottlenecks(
-    held: Sequence[dict[int, int]], tokens_E: Sequence[float], cost: Cost, max_cuts: int, multiple: int,
-    slack: float,
-) -> list[list[dict[int, int]]]:
-    """Placements with cuts whose slowest rank is within `slack` of the mean, else the fastest one found.
-
-    [] where `held`, which has whole experts, needs none or cuts don't help. At most max_cuts cuts, at multiples
-    of `multiple`: at most one piece of an expert has a width that is no multiple.
+    Cuts are at multiples of problem.unit: at most one piece of an expert has a width that is no multiple.
     """
-    loads = rank_loads(held, tokens_E, cost)
-    mean, high = math.fsum(loads) / len(held), max(loads)
-
-    def fit(target):
-        return _Fit(held, loads, tokens_E, cost, multiple, target).run(max_cuts)
-
-    low = mean * (1 + slack)
-    if high <= low:
-        return []
-    even = [fitted for share in (0, 1 / 8, 1) if (fitted := fit(mean * (1 + share * slack)))]
-    if even:
-        return even
-    best = None
-    for _ in range(MAX_TARGETS):
-        target = (low + high) / 2
-        if fitted := fit(target):
-            best, high = fitted, target
-        else:
-            low = target
-    return [best] if best else []
+    if not problem.max_cuts:
+        return _fit_whole(problem, target)
+    chunks = _chunks(problem, target)
+    if chunks is None:
+        return None
+    items = problem.items(chunks)
+    owner_I = improve(items, largest_first(items, target), target, ROUNDS)
+    return _Shedding(problem, problem.held(chunks, owner_I), target).run()
 
 
-class _Fit:
-    """One attempt to bring every rank to at most `target`."""
+def _fit_whole(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
+    items = problem.items(problem.whole)
+    owner_I = improve(items, largest_first(items, target), target)
+    if owner_I.size <= MAX_ITEMS:
+        owner_I = search(items, owner_I, target)
+    return _Shedding(problem, problem.held(problem.whole, owner_I), target).run()
 
-    def __init__(self, held, loads, tokens_E, cost, multiple, target):
-        self.held, self.loads = [dict(pieces) for pieces in held], list(loads)
-        self.tokens_E, self.cost, self.multiple = tokens_E, cost, multiple
+
+def _chunks(problem: LayerProblem, target: float) -> list[tuple[int, int]] | None:
+    """(expert, width) of all items: whole experts, and of those that fit no rank as many full ranks as they need."""
+    widest_E = _widest(problem, target)
+    chunks, too_wide = [], np.flatnonzero(widest_E < problem.widths_E)
+    for e in too_wide.tolist():
+        most = int(widest_E[e]) // problem.unit * problem.unit
+        if most < 1:
+            return None
+        full, rest = divmod(problem.widths_E[e], most)
+        if full > problem.ranks:
+            return None
+        chunks += [(e, most)] * full + [(e, rest)] * (rest > 0)
+    wide = set(too_wide.tolist())
+    return chunks + [(e, F) for e, F in enumerate(problem.widths_E) if e not in wide]
+
+
+def _widest(problem: LayerProblem, target: float) -> np.ndarray:
+    """[E] the widest piece that fits an empty rank of some kind."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tiles_CE = (target * (1 + ROUNDING) - problem.fixed_CE) / (problem.slope_CE * problem.tile)
+    widest_CE = np.where(problem.slope_CE > 0, np.floor(tiles_CE) * problem.tile, np.inf)
+    if problem.capped:
+        cap_C = np.zeros(len(problem.fixed_CE))
+        np.maximum.at(cap_C, np.array(problem.kind_R), problem.cap_R)
+        by_bytes_CE = np.floor((cap_C[:, None] - problem.piece_bytes_E) / problem.width_bytes_E)
+        widest_CE = np.minimum(widest_CE, by_bytes_CE)
+    return np.minimum(widest_CE.max(axis=0), problem.widths_E)
+
+
+class _Shedding:
+    """Ranks over the target give away parts of their pieces, or whole ones, to ranks with room."""
+
+    def __init__(self, problem: LayerProblem, held: list[dict[int, int]], target: float):
+        self.problem, self.held = problem, held
         self.target = target * (1 + ROUNDING)
-        self.open = {rank for rank, load in enumerate(loads) if load < target}  # may still take something
+        self.fixed, self.slope = problem.fixed_CE.tolist(), problem.slope_CE.tolist()
+        self.tokens, self.load = problem.tokens_E.tolist(), problem.times(held)
+        self.capped = problem.capped
+        self.cap = problem.cap_R.tolist()
+        if self.capped:
+            self.piece_bytes, self.width_bytes = problem.piece_bytes_E.tolist(), problem.width_bytes_E.tolist()
+            self.bytes = [math.fsum(problem.bytes(e, w) for e, w in pieces.items()) for pieces in held]
+        # Ranks with room, by room: the smallest room that is enough is found by bisection.
+        self.room = sorted((self.target - load, rank) for rank, load in enumerate(self.load) if load < self.target)
 
-    def run(self, max_cuts: int) -> list[dict[int, int]] | None:
-        experts = sum(map(len, self.held))
-        for rank in sorted(range(len(self.held)), key=lambda r: (-self.loads[r], r)):
-            while self.loads[rank] > self.target:
-                if not (self._move_whole(rank) or self._cut(rank)):
+    def run(self) -> list[dict[int, int]] | None:
+        over = [r for r in range(self.problem.ranks) if self._is_over(r)]
+        for rank in sorted(over, key=lambda r: (-self.load[r], r)):
+            if self.load[rank] < self.target:  # over its cap alone: it gives, and takes nothing
+                self.room.remove((self.target - self.load[rank], rank))
+            while self._is_over(rank):
+                if not self._give(rank):
                     return None
-        return self.held if sum(map(len, self.held)) - experts <= max_cuts else None
+        cuts = sum(map(len, self.held)) - len(self.problem.widths_E)
+        return self.held if cuts <= self.problem.max_cuts else None
 
-    def _move_whole(self, rank: int) -> bool:
-        """Move the costliest piece that some rank has room for to the rank where it leaves the least room."""
-        lightest = min((self.loads[d] for d in self.open), default=math.inf)
-        for load, e in sorted((-self._load_of(rank, e), e) for e in self.held[rank]):
-            load = -load
-            if not load or (lightest + load > self.target and not any(e in self.held[d] for d in self.open)):
-                continue
-            after = {d: self.loads[d] + self._added(d, e, self.held[rank][e]) for d in self.open}
-            fits = [d for d in after if after[d] <= self.target]
-            if fits:
-                self._transfer(rank, max(fits, key=lambda d: (after[d], -d)), e, self.held[rank][e])
-                if self.loads[rank] < self.target:
-                    self.open.add(rank)
-                return True
-        return False
+    def _is_over(self, rank: int) -> bool:
+        return self.load[rank] > self.target or (self.capped and self.bytes[rank] > self.cap[rank])
 
-    def _cut(self, rank: int) -> bool:
-        """Move a part of one piece: what brings this rank to the target, else what fills the roomiest other."""
-        excess = self.loads[rank] - self.target
-        room = {d: self.target - self.loads[d] for d in self.open}
-        receivers = sorted(room, key=lambda d: (
-            room[d] < excess, room[d] if room[d] >= excess else -room[d], len(self.held[d]), d))
+    def _give(self, rank: int) -> bool:
+        """A gift that brings `rank` under; else the gift that fills the roomiest other rank."""
         # Few tokens first: they are the rows that travel to two ranks, and a unit of their width is fine.
-        pieces = sorted((e for e in self.held[rank] if self._load_of(rank, e)),
-                        key=lambda e: (self.tokens_E[e], e))
-        for d in receivers:
-            for e in pieces:
-                most, need = self._units(rank, d, e)
-                if most:
-                    self._transfer(rank, d, e, min(most, need) * self.multiple)
-                    if need > most:
-                        self.open.discard(d)
+        experts = sorted(self.held[rank], key=lambda e: (self.tokens[e], e))
+        for e in experts:
+            if (gift := self._enough(rank, e)) and (to := self._taker(rank, e, *gift)) is not None:
+                self._move(rank, to, e, gift[0])
+                return True
+        if not self.problem.max_cuts:
+            return False
+        for _, to in self.room[::-1]:
+            for e in experts:
+                if width := self._most(rank, to, e):
+                    self._move(rank, to, e, width)
                     return True
         return False
 
-    def _units(self, rank: int, to: int, e: int) -> tuple[int, int]:
-        """(most, need): cut units of expert e that `to` has room for, and that bring `rank` to the target."""
-        units = (self.held[rank][e] - 1) // self.multiple
-        if not units or self.loads[to] + self._added(to, e, self.multiple) > self.target:
-            return 0, 0
-        rest = self.loads[rank] - self._load_of(rank, e)
+    def _enough(self, rank: int, e: int) -> tuple[int, float] | None:
+        """(width, its time on this kind of rank): the least of piece e that brings `rank` to the target and its cap."""
+        kind, width, unit, tile = self.problem.kind_R[rank], self.held[rank][e], self.problem.unit, self.problem.tile
+        fixed, slope = self.fixed[kind][e], self.slope[kind][e]
+        keep = width
+        if self.load[rank] > self.target:
+            padded = -(-width // tile) * tile
+            spare = self.target - (self.load[rank] - fixed - slope * padded)
+            if not slope:
+                return None
+            keep = math.floor((spare - fixed) / slope / tile) * tile if spare > fixed else 0
+        if self.capped and self.bytes[rank] > self.cap[rank]:
+            spare = self.cap[rank] - (self.bytes[rank] - self.problem.bytes(e, width))
+            keep = min(keep, math.floor((spare - self.piece_bytes[e]) / self.width_bytes[e]))
+        give = -(-(width - max(keep, 0)) // unit) * unit if self.problem.max_cuts else width
+        if give >= width or keep <= 0:
+            give = width
+            if self.load[rank] - self._time(rank, e, width) > self.target:
+                return None
+        elif give <= 0:
+            return None
+        return give, fixed + slope * (-(-give // tile) * tile)
 
-        def has_room(n: int) -> bool:
-            return self.loads[to] + self._added(to, e, n * self.multiple) <= self.target
+    def _time(self, rank: int, e: int, width: int) -> float:
+        kind, tile = self.problem.kind_R[rank], self.problem.tile
+        return self.fixed[kind][e] + self.slope[kind][e] * (-(-width // tile) * tile)
 
-        def is_over(n: int) -> bool:
-            return rest + self.cost(self.tokens_E[e], self.held[rank][e] - n * self.multiple) > self.target
+    def _taker(self, rank: int, e: int, width: int, time: float) -> int | None:
+        """The rank with the least room that is enough for this piece."""
+        least = 0 if len(self.fixed) > 1 else bisect_left(self.room, (time * (1 - ROUNDING), -1))
+        for room, to in self.room[least:]:
+            if self._added(to, e, width) <= room and self._has_bytes(to, e, width):
+                return to
+        return None
 
-        return _last(units, has_room), 1 + _last(units, is_over)
+    def _added(self, to: int, e: int, width: int) -> float:
+        """Time that `width` more of expert e adds to a rank, which may hold a piece of it."""
+        kind, tile = self.problem.kind_R[to], self.problem.tile
+        before = self.held[to].get(e, 0)
+        padded = -(-(before + width) // tile) * tile - -(-before // tile) * tile
+        return (0.0 if before else self.fixed[kind][e]) + self.slope[kind][e] * padded
 
-    def _load_of(self, rank: int, e: int) -> float:
-        return self.cost(self.tokens_E[e], self.held[rank][e])
+    def _has_bytes(self, to: int, e: int, width: int) -> bool:
+        if not self.capped:
+            return True
+        fixed = 0.0 if e in self.held[to] else self.piece_bytes[e]
+        return self.bytes[to] + fixed + self.width_bytes[e] * width <= self.cap[to]
 
-    def _added(self, rank: int, e: int, width: int) -> float:
-        """Load that `width` more of expert e adds to a rank, which may hold a piece of it."""
-        held = self.held[rank].get(e)
-        return self.cost(self.tokens_E[e], width + (held or 0)) - (self._load_of(rank, e) if held else 0.0)
+    def _most(self, rank: int, to: int, e: int) -> int:
+        """Widest part of piece e, in cut units, that `to` has room for; the piece must not be used up."""
+        kind, unit, tile = self.problem.kind_R[to], self.problem.unit, self.problem.tile
+        before, fixed, slope = self.held[to].get(e, 0), self.fixed[kind][e], self.slope[kind][e]
+        most = (self.held[rank][e] - 1) // unit * unit
+        room = self.target - self.load[to] - (0.0 if before else fixed)
+        if slope:
+            padded = -(-before // tile) * tile
+            most = min(most, padded + math.floor(room / slope / tile) * tile - before) if room > 0 else 0
+        if self.capped:
+            room = self.cap[to] - self.bytes[to] - (0.0 if before else self.piece_bytes[e])
+            most = min(most, math.floor(room / self.width_bytes[e]))
+        return max(most // unit * unit, 0)
 
-    def _transfer(self, source: int, to: int, e: int, width: int) -> None:
+    def _move(self, source: int, to: int, e: int, width: int) -> None:
+        room = (self.target - self.load[to], to)
+        self.room.pop(bisect_left(self.room, room))
         self.held[to][e] = self.held[to].get(e, 0) + width
         self.held[source][e] -= width
         if not self.held[source][e]:
             del self.held[source][e]
         for rank in (source, to):
-            self.loads[rank] = math.fsum(self._load_of(rank, e) for e in self.held[rank])
-
-
-def _last(most: int, holds: Callable[[int], bool]) -> int:
-    """Largest n of 0..most with holds(n), which never turns true again after it turned false; 0 if none."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
+            self.load[rank] = math.fsum(self._time(rank, x, w) for x, w in self.held[rank].items())
+            if self.capped:
+                self.bytes[rank] = math.fsum(self.problem.bytes(x, w) for x, w in self.held[rank].items())
+            if self.load[rank] < self.target and not self._is_over(rank):
+                insort(self.room, (self.target - self.load[rank], rank))

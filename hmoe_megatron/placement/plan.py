@@ -7,10 +7,14 @@ The file is JSON; a reader trusts nothing in it (see `PlacementPlan.from_json`).
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from numbers import Integral
+from typing import NamedTuple
 
 from hmoe_megatron.files import write_whole
+from hmoe_megatron.placement.cost import CostModel, Prediction, predict
 from hmoe_megatron.placement.plan_checks import (
     MAX_FILE_BYTES,
     RANK_FIELDS,
@@ -23,11 +27,11 @@ from hmoe_megatron.placement.plan_checks import (
     mismatches,
     parse_json,
 )
-from hmoe_megatron.widths import widths_fingerprint
+from hmoe_megatron.placement.ranks import Rank, as_ranks
+from hmoe_megatron.widths import MAX_LAYERS, widths_fingerprint
 
 
-@dataclass(frozen=True, order=True)
-class Piece:
+class Piece(NamedTuple):
     """The range [lo, hi) of one logical expert's width. An uncut expert is one piece [0, F)."""
 
     expert: int
@@ -37,27 +41,6 @@ class Piece:
     @property
     def width(self) -> int:
         return self.hi - self.lo
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a plan costs each rank under the loads it was made for; one number a rank in each tuple.
-
-    cost: in the unit of the cost model (training FLOPs without a hardware profile, else seconds); tokens:
-    rows computed, a cut expert's on each of its ranks; flops: of training; params: weights held. bound: no
-    plan for these ranks, with cuts where they were allowed, has a slowest rank below it; in the unit of cost.
-    """
-
-    cost: tuple[float, ...]
-    tokens: tuple[float, ...]
-    flops: tuple[float, ...]
-    params: tuple[int, ...]
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        """Slowest rank over the bound, minus 1."""
-        return max(max(self.cost) / self.bound - 1, 0.0) if self.bound else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,14 +78,29 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """One LayerPlan for each MoE layer, all on the same ranks."""
+    """One LayerPlan for each MoE layer, all on the same ranks.
+
+    cost: what it was planned with; rank_specs: the ranks planned for (default: equal ones, without a cap); stages:
+    pipeline stage of each layer (default: one), for rank r of two stages is two GPUs. A plan over the ranks' memory
+    can be made, to be compared with, but not read (see `missing_bytes`).
+    """
 
     layers: tuple[LayerPlan, ...]
+    cost: CostModel = CostModel()
+    rank_specs: tuple[Rank, ...] = ()
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.layers or len({layer.ranks for layer in self.layers}) > 1:
             raise ValueError(f"placement plan: needs one layer or more, all on the same number of ranks; got "
                              f"{[layer.ranks for layer in self.layers]} ranks by layer")
+        object.__setattr__(self, "rank_specs", as_ranks(self.rank_specs or self.ranks))
+        object.__setattr__(self, "stages", tuple(self.stages) or (0,) * len(self.layers))
+        if len(self.rank_specs) != self.ranks or len(self.stages) != len(self.layers):
+            raise ValueError(f"placement plan: {len(self.rank_specs)} rank descriptions for {self.ranks} ranks, "
+                             f"{len(self.stages)} stages for {len(self.layers)} layers")
+        if not all(isinstance(stage, Integral) and 0 <= stage <= MAX_LAYERS for stage in self.stages):
+            raise ValueError(f"placement plan: stages {self.stages!s:.80} are not whole numbers from 0 to {MAX_LAYERS}")
 
     schema = SCHEMA
 
@@ -119,16 +117,33 @@ class PlacementPlan:
     def widths_fingerprint(self) -> str:
         return widths_fingerprint(self.widths)
 
+    def missing_bytes(self) -> dict[tuple[int, int], int]:
+        """(stage, rank) -> bytes that the rank lacks for the layers of that pipeline stage; without those that fit.
+
+        Counted anew from pieces, loads and cost, whatever the layers predict.
+        """
+        if all(rank.bytes is None for rank in self.rank_specs):
+            return {}
+        held = Counter()
+        for stage, layer in zip(self.stages, self.layers, strict=True):
+            counted = predict(layer.pieces, layer.tokens, self.cost, self.rank_specs, bound=0.0)
+            held.update({(stage, rank): amount for rank, amount in enumerate(counted.bytes)})
+        return {(stage, rank): amount - cap for (stage, rank), amount in sorted(held.items())
+                if (cap := self.rank_specs[rank].bytes) is not None and amount > cap}
+
     def to_json(self) -> str:
         """The plan as JSON; the same plan gives the same text on every machine."""
         body = {
             "schema": SCHEMA,
             "widths_fingerprint": self.widths_fingerprint,
-            "ep_size": self.ranks,
+            "cost": self.cost.to_dict(),
+            "ranks": [[int(rank.node), float(rank.speed), None if rank.bytes is None else int(rank.bytes)]
+                      for rank in self.rank_specs],
+            "stages": [int(stage) for stage in self.stages],
             "layers": [{
                 "widths": layer.widths,
                 "tokens": layer.tokens,
-                "pieces": [[[p.expert, p.lo, p.hi] for p in rank] for rank in layer.pieces],
+                "pieces": layer.pieces,
                 "predicted": vars(layer.predicted),
             } for layer in self.layers],
         }
@@ -140,25 +155,25 @@ class PlacementPlan:
     ) -> "PlacementPlan":
         """The plan of a text by `to_json`; made for `widths_LE` and `ep_size` ranks, where these are given.
 
-        Types, sizes, unknown, missing and repeated fields, coverage, fingerprint and checksum are checked.
-        Raises ValueError that lists every problem found, and nothing else whatever the text is.
+        Types, sizes, unknown, missing and repeated fields, coverage, memory caps, fingerprint and checksum are
+        checked. What it predicts may be anything finite: it is for display. Raises ValueError that lists every
+        problem found, and nothing else whatever the text is.
         """
         body = parse_json(text)
         if problems := form_problems(body):
             raise ValueError(listed("placement plan", problems))
-        problems = content_problems(body) + mismatches(body, widths_LE, ep_size)
-        layers = []
-        for number, layer in enumerate(body["layers"]):
-            predicted = layer["predicted"]
-            prediction = Prediction(*(tuple(predicted[name]) for name in RANK_FIELDS), predicted["bound"])
-            pieces = tuple(tuple(Piece(*p) for p in rank) for rank in layer["pieces"])
-            try:
-                layers.append(LayerPlan(pieces, tuple(layer["widths"]), tuple(layer["tokens"]), prediction))
-            except ValueError as error:
-                problems.append(f"layer {number}: {error}")
-        if problems:
+        cost = _attempt(problems, "", CostModel.from_dict, body["cost"])
+        if cost:  # else it may be nested too deeply for a checksum
+            problems += content_problems(body)
+        ranks = tuple(_attempt(problems, f"ranks[{r}]: ", Rank, *spec) for r, spec in enumerate(body["ranks"]))
+        layers = tuple(_read_layer(problems, f"layer {n}", layer) for n, layer in enumerate(body["layers"]))
+        if not problems:
+            plan = cls(layers, cost, ranks, tuple(body["stages"]))
+            problems += [f"rank {rank} lacks {missing} bytes, of {ranks[rank].bytes}, in pipeline stage {stage}; make "
+                         "the plan again" for (stage, rank), missing in plan.missing_bytes().items()]
+        if problems := problems + mismatches(body, widths_LE, ep_size):
             raise ValueError(listed("placement plan", problems))
-        return cls(tuple(layers))
+        return plan
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan whole or not at all."""
@@ -179,6 +194,25 @@ class PlacementPlan:
             raise ValueError(f"{path}: {error}") from None
 
 
+def _attempt(problems: list[str], where: str, make: Callable, *values):
+    """make(*values); None where it raises ValueError, which is added to `problems`."""
+    try:
+        return make(*values)
+    except ValueError as error:
+        problems.append(f"{where}{error}")
+
+
+def _read_layer(problems: list[str], where: str, layer: dict) -> LayerPlan | None:
+    """A layer that passed `form_problems`; None where its pieces are no placement, said in `problems`."""
+    pieces = tuple(tuple(Piece(*p) for p in rank) for rank in layer["pieces"])
+    predicted = {name: tuple(layer["predicted"][name]) for name in RANK_FIELDS}
+    try:
+        return LayerPlan(pieces, tuple(layer["widths"]), tuple(layer["tokens"]),
+                         Prediction(**predicted, bound=layer["predicted"]["bound"]))
+    except ValueError:
+        problems += [f"{where}: {problem}" for problem in validate_pieces(pieces, layer["widths"])]
+
+
 def _read_text(path: str | os.PathLike) -> str:
     remedy = "give a plan file (.json), or auto, to --hmoe-placement"
     try:
@@ -197,6 +231,8 @@ def validate_pieces(pieces: Sequence[Sequence[Piece]], widths: Sequence[int]) ->
 
     A rank holds at most one piece of an expert (two that meet are one piece); it may hold none at all.
     """
+    if _is_partition(pieces, widths):
+        return []
     problems = [f"expert {e}: width {F} is not positive" for e, F in enumerate(widths) if F < 1]
     if not len(pieces) or not len(widths):
         problems.append(f"{len(pieces)} ranks and {len(widths)} experts: one of each is the least")
@@ -221,3 +257,18 @@ def validate_pieces(pieces: Sequence[Sequence[Piece]], widths: Sequence[int]) ->
                 problems.append(f"expert {e}: [{lo}:{min(end, hi)}) is placed twice")
             end = max(end, hi)
     return problems
+
+
+def _is_partition(pieces: Sequence[Sequence[Piece]], widths: Sequence[int]) -> bool:
+    """True if there is nothing to say: a planner makes many plans, and the sentences take ten times as long."""
+    ranges = sorted(chain.from_iterable(pieces))
+    if any(len({p[0] for p in held}) < len(held) for held in pieces) or not len(widths):
+        return False
+    expert, end = 0, 0
+    for e, lo, hi in ranges:
+        if end == widths[expert] and e == expert + 1 < len(widths):
+            expert, end = e, 0
+        if e != expert or lo != end or hi <= lo or hi > widths[e]:
+            return False
+        end = hi
+    return expert == len(widths) - 1 and end == widths[expert]

@@ -47,9 +47,9 @@ def _block(name: str, plan: LayerPlan) -> str:
 
 def _summary(plan: LayerPlan) -> str:
     mean_flops = sum(plan.predicted.flops) / plan.ranks
-    mean_cost = sum(plan.predicted.cost) / plan.ranks
+    mean_time = sum(plan.predicted.time) / plan.ranks
     over_mean = f"{max(plan.predicted.flops) / mean_flops:.4f}" if mean_flops else "-"
-    bound = f"{plan.predicted.bound / mean_cost:.4f}" if mean_cost else "-"
+    bound = f"{plan.predicted.bound / mean_time:.4f}" if mean_time else "-"
     cuts = f"{plan.cuts} cut" + ("s" if plan.cuts != 1 else "")
     return (f"max over mean of FLOPs {over_mean}, {cuts}; bound on the slowest rank {bound} of the mean, "
             f"gap {plan.predicted.gap:.2%}")

@@ -1,7 +1,8 @@
 """Placement plans written by hand, for tests that compare plans."""
 
-from hmoe_megatron.placement.cost import FlopsCost, predict
+from hmoe_megatron.placement.cost import CostModel, predict
 from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan
+from hmoe_megatron.placement.ranks import as_ranks
 
 WIDTHS = (16, 32, 48, 64)
 
@@ -19,10 +20,8 @@ def cut(*ranks):
 def save_plan(path, *pieces_by_layer) -> str:
     """Write a plan of one entry a layer, all of WIDTHS; returns its path as a flag's value."""
     tokens = (1.0,) * len(WIDTHS)
-    layers = []
-    for pieces in pieces_by_layer:
-        cost = FlopsCost()
-        bound = sum(cost(1, width) for width in WIDTHS) / len(pieces)
-        layers.append(LayerPlan(pieces, WIDTHS, tokens, predict(pieces, tokens, cost, 1, bound)))
-    PlacementPlan(tuple(layers)).save(path)
+    PlacementPlan(tuple(
+        LayerPlan(pieces, WIDTHS, tokens, predict(pieces, tokens, CostModel(), as_ranks(len(pieces)), bound=0.0))
+        for pieces in pieces_by_layer
+    )).save(path)  # fmt: skip
     return str(path)

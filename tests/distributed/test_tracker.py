@@ -22,7 +22,7 @@ def report_five_steps(run_dir):
     """(scalars written, whether expert time was on during each step, console of the total loss) at log interval 2."""
     from megatron.core import parallel_state
 
-    from hmoe_megatron.placement.solver import contiguous_plan
+    from hmoe_megatron.placement.planner import contiguous_plan
     from hmoe_megatron.stats import RoutingStats
     from hmoe_megatron.telemetry import HMoEMetricsTracker
 

@@ -14,8 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from hmoe_megatron import telemetry, training
 from hmoe_megatron.accounting import ParameterCounts
 from hmoe_megatron.config import LOSS_NAMES
-from hmoe_megatron.placement import FlopsCost, LayerPlan, Piece, PlacementPlan
+from hmoe_megatron.placement import CostModel, LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.cost import predict
+from hmoe_megatron.placement.ranks import as_ranks
 from hmoe_megatron.report import draw, html_page, read_run, run_files, series, write_report
 from hmoe_megatron.report.scalars import AUXILIARY, read_scalars
 from tools import run_report
@@ -28,9 +29,15 @@ COUNTS_NLE = [[[1, 1, 1, 1], [1, 1, 1, 1]], [[4, 3, 2, 1], [1, 1, 1, 7]], [[5, 5
 PICTURES = ["loss.png", "expert_share.png", "activated_parameters.png", "rank_balance.png"]
 
 
+def layer_plan(pieces, widths):
+    tokens = (1,) * len(widths)
+    cost = CostModel(hidden_size=HIDDEN)
+    return LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, as_ranks(len(pieces)), 0))
+
+
 def records():
     """Three steps by the code that writes them."""
-    plan = PlacementPlan((LayerPlan(PIECES, WIDTHS, (1,) * 4, predict(PIECES, (1,) * 4, FlopsCost(), HIDDEN, 0)),) * 2)
+    plan = PlacementPlan((layer_plan(PIECES, WIDTHS),) * 2)
     layout = SimpleNamespace(layers=LAYERS, widths=dict.fromkeys(LAYERS, WIDTHS), plan=plan, pieces=lambda _: PIECES)
     parameters = ParameterCounts(1000, 2 * 3 * HIDDEN * sum(WIDTHS))
     steps = []
@@ -167,8 +174,7 @@ def test_a_run_without_plan_and_losses_says_so(run_dir):
 def test_one_step_and_equal_widths_are_drawn(run_dir, steps, widths):
     write_telemetry(run_dir, records()[0][:steps])
     pieces = tuple(tuple(Piece(e, 0, widths[e]) for e in held) for held in ((0, 1), (2, 3)))
-    layer = LayerPlan(pieces, widths, (1,) * 4, predict(pieces, (1,) * 4, FlopsCost(), HIDDEN, 0))
-    PlacementPlan((layer,) * 2).save(run_dir / run_files.PLAN_FILE)
+    PlacementPlan((layer_plan(pieces, widths),) * 2).save(run_dir / run_files.PLAN_FILE)
     run = read(run_dir)
     assert len(run.iteration_N) == steps and list(draw(series(run))) == PICTURES
 

@@ -3,18 +3,51 @@
 import dataclasses
 import json
 import os
-import random
 
+import numpy as np
 import pytest
 
-from hmoe_megatron.placement import Piece, PlacementPlan, contiguous_plan, plan_model, validate_pieces
-from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES, checksum
+from hmoe_megatron.placement import (
+    CostModel,
+    LayerPlan,
+    Piece,
+    PlacementPlan,
+    Profile,
+    Rank,
+    contiguous_plan,
+    nodes_of,
+    validate_pieces,
+)
+from hmoe_megatron.placement.cost import predict
+from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES, MAX_NESTS, checksum
 
 WIDTHS = ((96, 160, 64), (32, 32, 256))
+TOKENS = ((5.0, 2.5, 0.0), (1.0, 1.0, 4.0))
+COST = CostModel(
+    Profile("made up", 1e12, memory_bytes_per_s=1e12, inter_node_bytes_per_s=1e10), hidden_size=64,
+    live_micro_batches=0.5,
+)  # fmt: skip
 
 
-def made(ranks=2, **options):
-    return plan_model([[5.0, 2.5, 0.0], [1, 1, 4]], WIDTHS, ranks, **options)
+def made(ranks=2, cost=None, stages=()):
+    """Two layers; the widest expert of each is cut where there is a rank for the other half."""
+    specs = ranks if isinstance(ranks, tuple) else (Rank(),) * ranks
+    layers, cost = [], cost or CostModel()
+    for widths, tokens in zip(WIDTHS, TOKENS, strict=True):
+        pieces = [[] for _ in specs]
+        for e, F in enumerate(widths):
+            half = F // 2 if len(specs) > 1 and max(widths) == F else F
+            pieces[e % len(specs)].append(Piece(e, 0, half))
+            if half < F:
+                pieces[(e + 1) % len(specs)].append(Piece(e, half, F))
+        pieces = tuple(map(tuple, pieces))
+        layers.append(LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, specs, 0.5)))
+    return PlacementPlan(tuple(layers), cost, specs, stages)
+
+
+def unequal(layers=2):
+    """Three ranks of two nodes, without a cap on the last."""
+    return made((Rank(0, 0.5, 1 << 40), Rank(0, 2.0, 10**9), Rank(1)), COST, range(layers))
 
 
 def rewritten(change):
@@ -55,6 +88,15 @@ def test_a_layer_plan_that_does_not_cover_cannot_be_made():
         PlacementPlan(())
     with pytest.raises(ValueError, match="same number of ranks"):
         PlacementPlan((layer, made(3).layers[0]))
+    with pytest.raises(ValueError, match="3 rank descriptions for 2 ranks, 1 stages for 1 layers"):
+        PlacementPlan((layer,), rank_specs=(Rank(),) * 3)
+    with pytest.raises(ValueError, match="2 stages for 1 layers"):
+        PlacementPlan((layer,), stages=(0, 1))
+    for stage in (0.5, -1, 5000, "0", None):
+        with pytest.raises(ValueError, match="stages .* are not whole numbers"):
+            PlacementPlan((layer,), stages=(stage,))
+    with pytest.raises(ValueError, match="or a Rank for each"):
+        PlacementPlan((layer,), rank_specs=(0, 0))
 
 
 def test_properties():
@@ -66,16 +108,72 @@ def test_properties():
     assert made().widths == WIDTHS and made().ranks == 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 7])
-def test_round_trip(tmp_path, ranks):
-    plan = made(ranks)
-    assert PlacementPlan.from_json(plan.to_json()) == plan
+@pytest.mark.parametrize("plan", [made(1), made(2), made(7), made(8, COST), unequal(), made(nodes_of(2, 2, 1 << 60))])
+def test_round_trip(tmp_path, plan):
+    read = PlacementPlan.from_json(plan.to_json())
+    assert read == plan and read.to_json() == plan.to_json()
+    assert (read.cost, read.rank_specs, read.stages) == (plan.cost, plan.rank_specs, plan.stages)
+    ranks = plan.ranks
     path = tmp_path / "plan.json"
     path.write_text("old")
     plan.save(path)
     assert PlacementPlan.load(path, WIDTHS, ranks) == plan
     assert PlacementPlan.load(path, [list(w) for w in WIDTHS], ranks).to_json() == plan.to_json()
     assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_equal_plans_have_equal_texts():
+    specs = (Rank(np.int64(1), 1, np.int64(10**9)), Rank(0, np.float32(0.5)))
+    plan = made(specs, stages=np.array([0, 1]))
+    assert plan.to_json() == made((Rank(1, 1.0, 10**9), Rank(0, 0.5)), stages=(0, 1)).to_json()
+
+
+def bytes_held(plan, stage, rank):
+    """Of COST, in which every piece takes a whole number."""
+    held = 0.0
+    for layer, its_stage in zip(plan.layers, plan.stages, strict=True):
+        piece_bytes, width_bytes = plan.cost.memory(layer.tokens)
+        if its_stage == stage:
+            held += sum(piece_bytes[p.expert] + width_bytes[p.expert] * p.width for p in layer.pieces[rank])
+    assert held.is_integer()
+    return int(held)
+
+
+@pytest.mark.parametrize("stages", [(0, 0), (0, 1), (3, 1)])
+def test_a_plan_over_the_memory_of_its_ranks_is_refused(stages):
+    def capped(caps):
+        return made(tuple(Rank(bytes=cap) for cap in caps), COST, stages)
+
+    free = capped((None,) * 3)
+    assert free.missing_bytes() == {}
+    held = {(stage, rank): bytes_held(free, stage, rank) for stage in stages for rank in range(3)}
+    most = [max(held[stage, rank] for stage in stages) for rank in range(3)]
+    fits = capped(most)
+    assert fits.missing_bytes() == {} and PlacementPlan.from_json(fits.to_json()) == fits
+    for rank in range(3):
+        caps = [cap if r == rank else None for r, cap in enumerate(most)]
+        for less in (1, 1000, caps[rank]):
+            over = capped([cap and cap - less for cap in caps])
+            missing = {where: amount - caps[rank] + less
+                       for where, amount in sorted(held.items()) if where[1] == rank and amount > caps[rank] - less}
+            assert missing and over.missing_bytes() == missing
+            with pytest.raises(ValueError) as error:
+                PlacementPlan.from_json(over.to_json())
+            for stage, _ in missing:
+                assert (f"rank {rank} lacks {missing[stage, rank]} bytes, of {caps[rank] - less}, in pipeline stage "
+                        f"{stage}; make the plan again") in str(error.value)
+
+
+def test_what_a_file_predicts_is_not_trusted():
+    """Bytes that it claims to need neither save nor condemn a plan."""
+    def claims(body, amount, cap):
+        for layer in body["layers"]:
+            layer["predicted"]["bytes"] = [amount] * 2
+        body["ranks"] = [[0, 1.0, cap]] * 2
+
+    with pytest.raises(ValueError, match="rank 0 lacks .* rank 1 lacks"):
+        PlacementPlan.from_json(rewritten(lambda body: claims(body, 0, 10)))
+    assert PlacementPlan.from_json(rewritten(lambda body: claims(body, 10**12, 10**9))).missing_bytes() == {}
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -108,14 +206,25 @@ def first(body):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda b: b.update(schema=2), "schema 2: this version reads 1"),
+    (lambda b: b.update(schema=1), "schema 1: this version reads 2; make the plan again"),
+    (lambda b: (b.clear(), b.update(schema=1, ep_size=2, layers=[])), "schema 1: this version reads 2; make the plan"),
+    (lambda b: b.update(schema=3), "schema 3: this version reads 2"),
     (lambda b: b.update(schema=True), "schema True"),
     (lambda b: b.update(more=1), "unknown field 'more'"),
     (lambda b: b.pop("layers"), "field 'layers' is missing"),
     (lambda b: b.update(layers=[]), "layers is not a list"),
-    (lambda b: b.update(ep_size=3), "not a list for each of 3 ranks"),
-    (lambda b: b.update(ep_size=10**9), "ep_size 1000000000"),
-    (lambda b: b.update(ep_size=True), "ep_size True"),
+    (lambda b: b["ranks"].append([0, 1.0, None]), "not a list for each of 3 ranks"),
+    (lambda b: b.update(ranks=[[0, 1.0, None]] * 70_000), "ranks is not a list of 1 to 65536"),
+    (lambda b: b.update(ranks=[[0, 1.0], [0, 1.0]]), "ranks is not"),
+    (lambda b: b.update(ranks=[[0, 1.0, True]] * 2), "ranks is not"),
+    (lambda b: b.update(ranks=[[0, 1.0, None], [0, 0.0, -1]]), "ranks[1]: rank Rank(node=0, speed=0.0, bytes=-1): "),
+    (lambda b: b.update(ranks=[[0, 1.0, int("9" * 4200)]] * 2), "ranks[1]: rank Rank(node=0, speed=1.0, bytes=999"),
+    (lambda b: b.update(stages=[0]), "stages is not a list of 2"),
+    (lambda b: b.update(stages=[0, 0.0]), "stages is not"),
+    (lambda b: b.update(stages=[0, -1]), "stages is not"),
+    (lambda b: b.update(cost=None), "cost: "),
+    (lambda b: b["cost"].update(more=1), "cost: "),
+    (lambda b: b["cost"].update(hidden_size=0), "cost: "),
     (lambda b: b.update(widths_fingerprint="0" * 16), "is not that of its widths"),
     (lambda b: b.update(widths_fingerprint=None), "widths_fingerprint is not text"),
     (lambda b: b["layers"].append(None), "layer 2 is not a JSON object"),
@@ -127,6 +236,7 @@ def first(body):
     (lambda b: first(b).update(tokens=[1, 2]), "layer 0: tokens is not"),
     (lambda b: first(b).update(tokens=[1, 2, -1]), "layer 0: tokens is not"),
     (lambda b: first(b).update(tokens=[1, 2, False]), "layer 0: tokens is not"),
+    (lambda b: first(b).update(tokens=[1, 2, 1e19]), "layer 0: tokens is not"),
     (lambda b: first(b)["predicted"].update(bound="1"), "predicted bound is not"),
     (lambda b: first(b)["predicted"].update(params=[1.5, 2]), "predicted params is not"),
     (lambda b: first(b)["predicted"].update(more=[1, 2]), "layer 0 predicted: unknown field 'more'"),
@@ -134,8 +244,12 @@ def first(body):
     (lambda b: first(b)["pieces"][0].pop(), "is placed nowhere"),
     (lambda b: first(b)["pieces"][0].append([0, 0]), "layer 0: pieces is not"),
     (lambda b: first(b)["pieces"][0].append([0, 0, True]), "layer 0: pieces is not"),
+    (lambda b: first(b)["predicted"].update(bytes=[1.5, 2]), "predicted bytes is not"),
+    (lambda b: first(b)["predicted"].update(time=[1, 2, 3]), "predicted time is not"),
     (lambda b: first(b)["pieces"][0].append([7, 0, 1]), "expert 7 is not one of 0-2"),
-    (lambda b: [layer["pieces"][0].clear() for layer in b["layers"]], "; layer 1: placement of a layer: expert"),
+    (lambda b: (b["layers"].append(None), b.update(sha256=1)), "stages is not a list of 3 whole numbers, 0 to 4096; "
+                                                              "layer 2 is not"),
+    (lambda b: [layer["pieces"][0].clear() for layer in b["layers"]], "; layer 1: expert"),
 ])
 def test_a_forged_plan_is_refused(change, words):
     with pytest.raises(ValueError) as error:
@@ -151,21 +265,13 @@ def test_a_forged_plan_is_refused(change, words):
     ('{"schema": -Infinity}', "-Infinity is no number here"),
     ('{"schema": %s}' % ("9" * 5000), "not read as JSON"),
     ("[" * 200_000, "nested too deeply"),
-    (" " * (MAX_FILE_BYTES + 1), "too large"),
+    (" " * (MAX_FILE_BYTES + 1), f"over {MAX_FILE_BYTES} bytes, too large"),
+    ("[" + "[]," * MAX_NESTS + "{}]", f"over {MAX_NESTS} lists and objects, too large"),
 ])
 def test_what_is_no_plan_is_refused(text, words):
     with pytest.raises(ValueError, match="^placement plan: ") as error:
         PlacementPlan.from_json(text)
     assert words in str(error.value)
-
-
-def test_deep_nesting_in_any_field_is_refused():
-    for depth in (10, 300, 900, 5_000, 50_000):
-        for name in ("schema", "ep_size", "widths_fingerprint", "layers"):
-            body = json.loads(made().to_json())
-            text = json.dumps(body | {name: "HERE"}).replace('"HERE"', "[" * depth + "]" * depth)
-            with pytest.raises(ValueError):
-                PlacementPlan.from_json(text)
 
 
 def test_an_infinite_number_is_refused():
@@ -182,35 +288,3 @@ def test_unreadable_files_are_refused(tmp_path):
                         ("binary", "not UTF-8"), ("nul\0", "null")):
         with pytest.raises(ValueError, match=words):
             PlacementPlan.load(os.path.join(tmp_path, name), WIDTHS, 2)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_an_altered_file_is_refused_or_the_same_plan(seed):
-    """Bytes and values changed at random: ValueError or an equal plan, never another error or another plan."""
-    rng = random.Random(seed)
-    plan, text = made(), made().to_json()
-    kept = 0
-    for _ in range(100):
-        if rng.random() < 0.5:
-            chars = list(text)
-            for _ in range(rng.randint(1, 3)):
-                at = rng.randrange(len(chars))
-                chars[at:at + rng.randint(0, 2)] = rng.choice(["", " ", "0", "9", "-", "[", "]", "{}", ",", '"', ".",
-                                                               "e5", "\x00", "\ud800", "true", "null", "1e999"])
-            altered = "".join(chars)
-        else:
-            body = json.loads(text)
-            node, key = body, rng.choice(list(body))
-            while isinstance(node[key], (list, dict)) and node[key] and rng.random() < 0.85:
-                node = node[key]
-                key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
-            node[key] = rng.choice([None, True, 0, 1, -1, 2**70, 0.5, 1e308, "x", [], {}, [[]], "\ud800"])
-            altered = json.dumps(body)
-        try:
-            read = PlacementPlan.from_json(altered)
-        except ValueError as error:
-            assert len(str(error)) < 4000
-        else:
-            assert read == plan
-            kept += 1
-    assert kept < 100

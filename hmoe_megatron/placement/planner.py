@@ -1,0 +1,203 @@
+"""Plans of a layer and of a model: arguments checked, each layer solved, ranges laid out, predictions attached.
+
+Letters: L MoE layers, E logical experts, F width of one expert.
+Pure: the same input gives the same plan on every machine. Ties go to the lower index, limits are counts.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hmoe_megatron.placement.bound import lower_bound
+from hmoe_megatron.placement.cost import CostModel, predict
+from hmoe_megatron.placement.labels import even_bytes, relabel
+from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan
+from hmoe_megatron.placement.problem import LayerProblem
+from hmoe_megatron.placement.ranks import Rank, as_ranks, kinds
+from hmoe_megatron.placement.solver import InfeasiblePlan, contiguous, solve
+from hmoe_megatron.widths import MAX_EXPERTS, MAX_TOTAL_WIDTH
+
+MAX_TOKENS = 1e18
+LAST = (math.inf,)
+
+
+def plan_layer(
+    tokens_E: Sequence[float] | None,
+    widths_E: Sequence[int],
+    ranks: int | Sequence[Rank],
+    cost: CostModel | None = None,
+    max_cuts: int | None = None,
+    cut_multiple: int = 1,
+) -> LayerPlan:
+    """The placement of one layer with the fastest slowest rank, under loads tokens_E (None: all experts equal).
+
+    ranks: how many, or a Rank for each. cost: training FLOPs unless given. max_cuts: ranks - 1 unless given; 0 keeps
+    experts whole. Cuts lie at multiples of cut_multiple. Never slower than contiguous whole experts, and equal to them
+    where they are as fast; never slower than with max_cuts=0. With FLOPs as cost and ranks - 1 cuts the slowest rank
+    is within EQUAL_TIME, or one cut_multiple of an expert, of the mean. Experts without tokens are spread by bytes.
+    ValueError names the argument, its value and what it may be; InfeasiblePlan the ranks that lack bytes.
+    """
+    ranks, cost = as_ranks(ranks), cost or CostModel()
+    widths, tokens = _checked(tokens_E, widths_E)
+    max_cuts = len(ranks) - 1 if max_cuts is None else max_cuts
+    _check_whole("max_cuts (--hmoe-max-cuts)", max_cuts, 0)
+    _check_whole("cut_multiple (--hmoe-cut-multiple)", cut_multiple, 1)
+    problem = LayerProblem.of(tokens, widths, ranks, cost, max_cuts, cut_multiple)
+    bound = lower_bound(problem, whole=not max_cuts)
+    pieces = _laid_out(solve(problem, bound), widths, kinds(ranks), cut_multiple)
+    return LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound))
+
+
+def plan_model(
+    tokens_LE: Sequence[Sequence[float]] | None,
+    widths_LE: Sequence[Sequence[int]],
+    ranks: int | Sequence[Rank],
+    cost: CostModel | None = None,
+    max_cuts: int | None = None,
+    cut_multiple: int = 1,
+    stages: Sequence[int] = (),
+    old: PlacementPlan | None = None,
+) -> PlacementPlan:
+    """`plan_layer` of every layer, ranks renamed layer by layer so that their bytes add up evenly.
+
+    Layers may differ in widths and number of experts. stages: pipeline stage of each layer (default: one); the layers
+    of a stage share a rank's bytes. old: a plan in force, for the same widths: ranks are renamed and cuts laid so that
+    the fewest bytes move from it. Raises as plan_layer does, InfeasiblePlan with the layer; whether another sharing of
+    the caps among layers would do is not searched for beyond two ways.
+    """
+    ranks, cost = as_ranks(ranks), cost or CostModel()
+    keys = [(None if tokens_E is None else tuple(tokens_E), tuple(widths_E))
+            for tokens_E, widths_E in _layers(tokens_LE, widths_LE)]
+    stages = tuple(stages) or (0,) * len(keys)
+    if len(stages) != len(keys):
+        raise ValueError(f"stages: {len(stages)} pipeline stages for {len(keys)} layers; give one a layer")
+
+    def planned(key, ranks):
+        return plan_layer(*key, ranks, cost, max_cuts, cut_multiple)
+
+    uncapped = [replace(rank, bytes=None) for rank in ranks]
+    plans = {key: planned(key, uncapped) for key in dict.fromkeys(keys)}
+    layers = list(even_bytes([plans[key] for key in keys], ranks, stages))
+    for stage in sorted(set(stages)):
+        members = [n for n, of in enumerate(stages) if of == stage]
+        if overflow([layers[n] for n in members], ranks):
+            shared = _sharing_caps([keys[n] for n in members], members, ranks, planned)
+            for n, layer in zip(members, shared, strict=True):
+                layers[n] = layer
+    if old is not None:
+        layers = relabel(layers, old.layers, ranks, stages, cut_multiple)
+    return PlacementPlan(tuple(layers), cost, ranks, stages)
+
+
+def overflow(layers: Sequence[LayerPlan], ranks: Sequence[Rank]) -> dict[int, int]:
+    """Bytes that the layers of one pipeline stage take over the cap of each rank that they fill too much."""
+    held_R = map(sum, zip(*(layer.predicted.bytes for layer in layers), strict=True))
+    return {r: held - rank.bytes for r, (held, rank) in enumerate(zip(held_R, ranks, strict=True))
+            if rank.bytes is not None and held > rank.bytes}
+
+
+def _sharing_caps(keys, members, ranks, planned) -> list[LayerPlan]:
+    """The layers of a stage one after the other, each under a share of what is left of the caps."""
+    need = [sum(planned(key, 1).predicted.bytes) for key in keys]
+    later = [sum(need[i + 1:]) for i in range(len(need))]
+    caps = sum(rank.bytes or 0 for rank in ranks)
+    try:
+        return _in_turn(keys, members, ranks, planned,
+                        lambda i, left, cap: left * need[i] // (need[i] + later[i]))
+    except InfeasiblePlan:  # a layer may take what the later ones don't need if they fill all ranks alike
+        return _in_turn(keys, members, ranks, planned,
+                        lambda i, left, cap: max(left - -(-later[i] * cap // caps), 0))
+
+
+def _in_turn(keys, members, ranks, planned, share) -> list[LayerPlan]:
+    left, layers = [rank.bytes for rank in ranks], []
+    for i, (n, key) in enumerate(zip(members, keys, strict=True)):
+        budgets = [replace(rank, bytes=None if rest is None else share(i, rest, rank.bytes))
+                   for rank, rest in zip(ranks, left, strict=True)]
+        try:
+            layers.append(planned(key, budgets))
+        except InfeasiblePlan as error:
+            raise InfeasiblePlan(f"layer {n}, under what the other layers of its stage leave it: {error}") from None
+        left = [None if rest is None else rest - held
+                for rest, held in zip(left, layers[-1].predicted.bytes, strict=True)]
+    return layers
+
+
+def contiguous_plan(
+    widths_LE: Sequence[Sequence[int]],
+    ranks: int | Sequence[Rank],
+    tokens_LE: Sequence[Sequence[float]] | None = None,
+    cost: CostModel | None = None,
+    stages: Sequence[int] = (),
+) -> PlacementPlan:
+    """Whole experts in order, as stock Megatron places them; the first E % ranks ranks hold one more."""
+    ranks, cost, layers = as_ranks(ranks), cost or CostModel(), []
+    for tokens_E, widths_E in _layers(tokens_LE, widths_LE):
+        widths, tokens = _checked(tokens_E, widths_E)
+        pieces = tuple(tuple(Piece(e, 0, F) for e, F in rank.items()) for rank in contiguous(widths, len(ranks)))
+        bound = lower_bound(LayerProblem.of(tokens, widths, ranks, cost, 0, 1))
+        layers.append(LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound)))
+    return PlacementPlan(tuple(layers), cost, ranks, stages)
+
+
+def _laid_out(
+    held: Sequence[dict[int, int]], widths: Sequence[int], kind_R: Sequence[int], cut_multiple: int
+) -> tuple[tuple[Piece, ...], ...]:
+    """Ranges for the pieces; ranks of one kind in the order of their first piece, empty ranks last."""
+    holders: list[list[int]] = [[] for _ in widths]
+    for r, rank in enumerate(held):
+        for e in rank:
+            holders[e].append(r)
+    pieces: list[list[Piece]] = [[] for _ in held]
+    for e, ranks in enumerate(holders):
+        if len(ranks) > 1:
+            # The one piece that may be no multiple goes last, so that every cut falls on a multiple.
+            ranks.sort(key=lambda r: (held[r][e] % cut_multiple != 0, min(held[r]), r))  # noqa: B023 - used at once
+        lo = 0
+        for r in ranks:
+            pieces[r].append(Piece(e, lo, lo + held[r][e]))
+            lo += held[r][e]
+    ordered = {kind: iter(sorted((rank for rank, k in zip(pieces, kind_R, strict=True) if k == kind),
+                                 key=lambda rank: rank[0] if rank else LAST)) for kind in set(kind_R)}
+    return tuple(tuple(next(ordered[kind])) for kind in kind_R)
+
+
+def _layers(tokens_LE, widths_LE):
+    if not len(widths_LE):
+        raise ValueError("widths_LE: no layer; give the widths of one MoE layer or more")
+    if tokens_LE is None:
+        return [(None, widths_E) for widths_E in widths_LE]
+    if len(tokens_LE) != len(widths_LE):
+        raise ValueError(f"tokens_LE has {len(tokens_LE)} layers, widths_LE {len(widths_LE)}; give loads for "
+                         "each layer")
+    return list(zip(tokens_LE, widths_LE, strict=True))
+
+
+def _checked(tokens_E, widths_E) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Widths and tokens of a layer as plain Python numbers."""
+    if not 1 <= len(widths_E) <= MAX_EXPERTS:
+        raise ValueError(f"widths_E: {len(widths_E)} experts (--num-experts); give 1 to {MAX_EXPERTS}")
+    tokens_E = [1.0] * len(widths_E) if tokens_E is None else tokens_E
+    if len(tokens_E) != len(widths_E):
+        raise ValueError(f"tokens_E has {len(tokens_E)} loads, widths_E {len(widths_E)} experts; give one load "
+                         "an expert")
+    # Plain numbers pass by their types: a check by abstract class takes ten times as long.
+    widths, tokens = (values.tolist() if isinstance(values, np.ndarray) else values for values in (widths_E, tokens_E))
+    if set(map(type, widths)) != {int} or min(widths) < 1 or max(widths) > MAX_TOTAL_WIDTH:
+        for e, F in enumerate(widths):
+            _check_whole(f"widths_E[{e}] (--hmoe-widths)", F, 1, MAX_TOTAL_WIDTH)
+    if set(map(type, tokens)) != {float} or not all(0 <= m <= MAX_TOKENS for m in tokens):
+        for e, m in enumerate(tokens):
+            if isinstance(m, bool) or not isinstance(m, numbers.Real) or not 0 <= m <= MAX_TOKENS:
+                raise ValueError(f"tokens_E[{e}] {m!r:.80}: a load is a number from 0 to {MAX_TOKENS:g}")
+    return tuple(map(int, widths)), tuple(map(float, tokens))
+
+
+def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= value <= (most or value):
+        raise ValueError(f"{name} {value!r:.80}: must be a whole number of at least {least}"
+                         + (f" and at most {most}" if most else ""))

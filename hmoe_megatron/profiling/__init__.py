@@ -1,0 +1,10 @@
+"""The measured hardware profile: times the layer's own expert compute and all-to-all, and fits the cost model to them.
+
+    layers.py    expert computes to time: a grid to fit, and one kept apart
+    timing.py    the least time of each, in turns
+    fit.py       the profile with the least error
+    links.py     all-to-all inside a node and across
+    machine.py   all of it, on the machine at hand
+
+What is there for a GPU (bf16, events, cache flush) has never been run on one.
+"""
