@@ -11,6 +11,7 @@ import numpy as np
 
 from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.cuts import fit
+from hmoe_megatron.placement.exact import any_that_fits
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.small import MAX_ITEMS, search
 from hmoe_megatron.placement.whole import CLOSE, improve, largest_first
@@ -18,6 +19,8 @@ from hmoe_megatron.placement.whole import CLOSE, improve, largest_first
 # A cut is taken only if the slowest rank gets faster by more than this share: each piece is a slot to permute into.
 EQUAL_TIME = 0.002
 REFINEMENTS = 4  # halvings of the interval in which the fastest placement with cuts lies
+EXACT_PAIRS = 512  # of expert and rank: what HiGHS is given
+EXACT_NODES = 2_000
 ROUNDING = 1e-9
 MAX_NAMED = 8
 
@@ -121,10 +124,18 @@ def _refined(problem: LayerProblem, found: list[dict[int, int]], low: float, hig
 
 
 def _last_resort(problem: LayerProblem) -> list[dict[int, int]]:
-    raise InfeasiblePlan(_shortage(problem))
+    """By HiGHS, where the layer is small enough. Raises InfeasiblePlan, which says if it is certain."""
+    if problem.items(problem.whole).bytes_I.sum() > problem.cap_R.sum():  # a cut adds bytes
+        raise InfeasiblePlan(_shortage(problem, certain=True))
+    if len(problem.widths_E) * problem.ranks > EXACT_PAIRS:
+        raise InfeasiblePlan(_shortage(problem, certain=False))
+    found = any_that_fits(problem, EXACT_NODES)
+    if found.held is None:
+        raise InfeasiblePlan(_shortage(problem, certain=found.proven))
+    return found.held
 
 
-def _shortage(problem: LayerProblem) -> str:
+def _shortage(problem: LayerProblem, certain: bool) -> str:
     """What is missing where, in the placement that fills all ranks alike, and what would help."""
     items = problem.items(problem.whole)
     longest = float(items.time_CI.max(axis=0).sum()) or 1.0
@@ -136,9 +147,9 @@ def _shortage(problem: LayerProblem) -> str:
     remedies = ["more ranks (--expert-model-parallel-size)", "a smaller micro-batch (--micro-batch-size)"]
     if problem.max_cuts < problem.ranks - 1:
         remedies.insert(0, f"more cuts than {problem.max_cuts} (--hmoe-max-cuts)")
-    return (f"experts of {items.bytes_I.sum():,.0f} bytes don't fit under the caps of {problem.ranks} ranks, "
-            f"{problem.cap_R.sum():,.0f} bytes in all; filled alike, {shown or 'no rank lacks any'} bytes. "
-            f"What would help: {', '.join(remedies)}, higher caps")
+    return (f"experts of {items.bytes_I.sum():,.0f} bytes {'do not fit' if certain else 'were not made to fit'} under "
+            f"the caps of {problem.ranks} ranks, {problem.cap_R.sum():,.0f} bytes in all; filled alike, "
+            f"{shown or 'no rank lacks any'} bytes. What would help: {', '.join(remedies)}, higher caps")
 
 
 def contiguous(widths: Sequence[int], ranks: int) -> list[dict[int, int]]:
@@ -156,5 +167,3 @@ def _spread_idle(problem: LayerProblem, held: list[dict[int, int]], idle: Sequen
         held_bytes, rank = heapq.heappop(emptiest)
         held[rank][e] = problem.widths_E[e]
         heapq.heappush(emptiest, (held_bytes + problem.bytes(e, problem.widths_E[e]), rank))
-
-
