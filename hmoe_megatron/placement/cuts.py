@@ -11,8 +11,7 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from hmoe_megatron.placement.problem import LayerProblem
-from hmoe_megatron.placement.small import MAX_ITEMS, search
-from hmoe_megatron.placement.whole import improve, largest_first
+from hmoe_megatron.placement.whole import STARTS, from_many_starts, improve, largest_first
 
 ROUNDING = 1e-12
 ROUNDS = 2  # of moves and swaps: what they leave is cut
@@ -36,8 +35,7 @@ def fit(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
 def _fit_whole(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
     items = problem.items(problem.whole)
     owner_I = improve(items, largest_first(items, target), target)
-    if owner_I.size <= MAX_ITEMS:
-        owner_I = search(items, owner_I, target)
+    owner_I = from_many_starts(items, owner_I, target, STARTS // 4)  # for one of many targets
     return _Shedding(problem, problem.held(problem.whole, owner_I), target).run()
 
 

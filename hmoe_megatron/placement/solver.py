@@ -13,8 +13,7 @@ from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.cuts import fit
 from hmoe_megatron.placement.exact import any_that_fits
 from hmoe_megatron.placement.problem import LayerProblem
-from hmoe_megatron.placement.small import MAX_ITEMS, search
-from hmoe_megatron.placement.whole import CLOSE, improve, largest_first
+from hmoe_megatron.placement.whole import CLOSE, FEW_ITEMS, from_many_starts, improve, largest_first
 
 # A cut is taken only if the slowest rank gets faster by more than this share: each piece is a slot to permute into.
 EQUAL_TIME = 0.002
@@ -73,8 +72,7 @@ def _whole(problem: LayerProblem) -> tuple[list[dict[int, int]], float]:
         if items.slowest(best) > bound * (1 + EQUAL_TIME):
             other = improve(items, other, bound)
         best = min(best, other, key=items.slowest)
-        if experts <= MAX_ITEMS:
-            best = search(items, best, bound)
+        best = from_many_starts(items, best, bound)
     share, more = divmod(experts, problem.ranks)
     in_order = np.repeat(np.arange(problem.ranks), [share + (r < more) for r in range(problem.ranks)])
     if items.slowest(in_order) <= items.slowest(best) * (1 + ROUNDING):
@@ -85,7 +83,7 @@ def _whole(problem: LayerProblem) -> tuple[list[dict[int, int]], float]:
 def _cut(problem: LayerProblem, bound: float, most: float) -> list[dict[int, int]] | None:
     """The fastest placement with cuts that is faster than `most`, to a fraction of its gap to the bound."""
     # A target equal to the bound wants every rank exactly full, which takes luck that only few experts have.
-    slack, low, found = 0.0 if len(problem.widths_E) <= MAX_ITEMS else EQUAL_TIME, bound, None
+    slack, low, found = 0.0 if len(problem.widths_E) <= FEW_ITEMS else EQUAL_TIME, bound, None
     while bound * (1 + slack) < most and (found := fit(problem, bound * (1 + slack))) is None:
         low, slack = bound * (1 + slack), max(EQUAL_TIME, 2 * slack)
     if found is None and (found := fit(problem, most)) is None:

@@ -1,0 +1,73 @@
+"""HiGHS as the oracle: itself against every assignment, then the planner of whole experts against it."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.cases import capped_layer, whole_layer
+from hmoe_megatron.placement.bound import lower_bound
+from hmoe_megatron.placement.exact import any_that_fits, fastest
+
+NODES = 20_000
+WITHIN = 0.005
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_oracle_against_every_assignment(seed):
+    case = whole_layer(seed)
+    few, ranks = slice(0, 5), case.ranks[:3]
+    case = replace(case, tokens_E=case.tokens_E[few], widths_E=case.widths_E[few], ranks=ranks)
+    problem = case.problem()
+    everywhere = itertools.product(range(problem.ranks), repeat=len(case.widths_E))
+    least = min(max(problem.times([{e: case.widths_E[e] for e, r in enumerate(ranks_E) if r == rank}
+                                   for rank in range(problem.ranks)])) for ranks_E in everywhere)
+    found = fastest(problem, NODES)
+    assert found.proven and max(problem.times(found.held)) == pytest.approx(least, rel=1e-4)
+    assert lower_bound(problem, whole=True) <= least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("chunk", range(10))
+def test_whole_experts_within_half_a_percent_of_the_optimum(chunk):
+    for seed in range(10 * chunk, 10 * chunk + 10):
+        case = whole_layer(seed)
+        found = fastest(case.problem(), NODES)
+        assert found.proven, seed
+        assert max(case.plan().predicted.time) <= max(case.problem().times(found.held)) * (1 + WITHIN), seed
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cuts_never_make_the_optimum_slower_and_never_beat_the_bound(seed):
+    case = replace(whole_layer(seed), cut_multiple=(1, 64)[seed % 2])
+    case = replace(case, widths_E=case.widths_E[:6], tokens_E=case.tokens_E[:6], ranks=case.ranks[:3])
+    whole, cut = case.problem(), replace(case, max_cuts=len(case.ranks) - 1).problem()
+    cut = replace(cut, tile=1)  # the program does not round widths up to tiles
+    slowest = max(cut.times(fastest(cut, NODES).held))
+    assert slowest <= max(whole.times(fastest(whole, NODES).held)) * (1 + 1e-4)
+    assert slowest >= lower_bound(cut) * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_fits_is_a_placement(seed):
+    """Under caps that can be kept it is found, on as few pieces as max_cuts says, at cut units."""
+    case = capped_layer(seed)
+    if len(case.widths_E) > 16 or min(rank.bytes for rank in case.ranks) == 0:
+        return
+    problem = case.problem()
+    found = any_that_fits(problem, NODES)
+    if found.held is None:
+        assert not found.proven  # one exists by construction
+        return
+    assert not any(problem.overflow(found.held))
+    for e, width in enumerate(case.widths_E):
+        assert sum(rank.get(e, 0) for rank in found.held) == width
+    assert sum(map(len, found.held)) - len(case.widths_E) <= case.max_cuts
+    odd = [w for rank in found.held for e, w in rank.items() if w % case.cut_multiple]
+    assert len(odd) <= sum(width % case.cut_multiple > 0 for width in case.widths_E)
+
+
+def test_what_can_not_fit_is_proven():
+    case = whole_layer(3)
+    one_byte = [replace(rank, bytes=1) for rank in case.ranks]
+    found = any_that_fits(replace(case, ranks=one_byte).problem(), NODES)
+    assert found.held is None and found.proven
