@@ -16,27 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.flag_files import read_args
+
 PRETRAIN = Path(__file__).parents[1] / "pretrain_hmoe.py"
-
-
-def read_args(path: str | Path, included_by: tuple[Path, ...] = ()) -> list[str]:
-    """Flags and values of an .args file, includes expanded where they stand. ValueError names file and line."""
-    path = Path(path).resolve()
-    if path in included_by:
-        raise ValueError(f"{included_by[-1]}: includes {path}, which includes it: remove one of the two")
-    words = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            first, *rest = shlex.split(line, comments=True) or [None]
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}: {line!r}") from None
-        if first == "include" and len(rest) == 1:
-            words += read_args(path.parent / rest[0], (*included_by, path))
-        elif first and first.startswith("--"):
-            words += [first, *rest]
-        elif first:
-            raise ValueError(f"{path}:{number}: {line!r}: give '--flag value', 'include FILE.args' or '# comment'")
-    return words
 
 
 def ranks_here(flags: list[str]) -> int:

@@ -3,15 +3,13 @@
 Legend: T tokens of the context, V vocabulary.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
-from hmoe_megatron.files import RUN_ARGUMENTS_FILE
+from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.training import model_config, parse_arguments
 
-MAX_BYTES = 1 << 20
 # One process holds the whole model, whatever layout trained it: checkpoints are by logical expert.
 ONE_PROCESS = (
     "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1 "
@@ -26,22 +24,6 @@ DROPPED = (
     "--num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout --decoder-first-pipeline-num-layers "
     "--decoder-last-pipeline-num-layers --hmoe-max-cuts"
 ).split()
-
-
-def run_arguments(run_dir: Path) -> list[str]:
-    """The flags that ``pretrain_hmoe.py`` was started with. Raises ValueError with file and remedy."""
-    path = Path(run_dir) / RUN_ARGUMENTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give the --save directory of a run of pretrain_hmoe.py")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: over {MAX_BYTES} bytes: not written by pretrain_hmoe.py")
-    try:
-        argv = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv):
-        raise ValueError(f"{path}: not a list of flags: not written by pretrain_hmoe.py")
-    return argv
 
 
 def load_model(run_dir: Path, flags: list[str] = ()) -> torch.nn.Module:

@@ -7,7 +7,7 @@ The file is JSON; a reader trusts nothing in it (see `PlacementPlan.from_json`).
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
@@ -117,18 +117,38 @@ class PlacementPlan:
     def widths_fingerprint(self) -> str:
         return widths_fingerprint(self.widths)
 
-    def missing_bytes(self) -> dict[tuple[int, int], int]:
-        """(stage, rank) -> bytes that the rank lacks for the layers of that pipeline stage; without those that fit.
+    @property
+    def time(self) -> float:
+        """Predicted, of one micro-batch: of each layer the slowest rank, their sum over the slowest stage's layers."""
+        return self._slowest_stage(max(layer.predicted.time) for layer in self.layers)
+
+    @property
+    def bound(self) -> float:
+        """What `time` can't be below, whatever the plan."""
+        return self._slowest_stage(layer.predicted.bound for layer in self.layers)
+
+    def _slowest_stage(self, times_L: Iterable[float]) -> float:
+        by_stage = Counter()
+        for stage, time in zip(self.stages, times_L, strict=True):
+            by_stage[stage] += time
+        return max(by_stage.values())
+
+    def held_bytes(self) -> dict[tuple[int, int], int]:
+        """(stage, rank) -> bytes of its pieces in the layers of that pipeline stage.
 
         Counted anew from pieces, loads and cost, whatever the layers predict.
         """
-        if all(rank.bytes is None for rank in self.rank_specs):
-            return {}
         held = Counter()
         for stage, layer in zip(self.stages, self.layers, strict=True):
             counted = predict(layer.pieces, layer.tokens, self.cost, self.rank_specs, bound=0.0)
             held.update({(stage, rank): amount for rank, amount in enumerate(counted.bytes)})
-        return {(stage, rank): amount - cap for (stage, rank), amount in sorted(held.items())
+        return dict(held)
+
+    def missing_bytes(self) -> dict[tuple[int, int], int]:
+        """(stage, rank) -> bytes over its cap, as `held_bytes` counts; without those that fit."""
+        if all(rank.bytes is None for rank in self.rank_specs):
+            return {}
+        return {(stage, rank): amount - cap for (stage, rank), amount in sorted(self.held_bytes().items())
                 if (cap := self.rank_specs[rank].bytes) is not None and amount > cap}
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ Pure: the same input gives the same plan on every machine. Ties go to the lower 
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -134,11 +134,29 @@ def contiguous_plan(
     stages: Sequence[int] = (),
 ) -> PlacementPlan:
     """Whole experts in order, as stock Megatron places them; the first E % ranks ranks hold one more."""
+    def owners(_, widths):
+        return [rank for rank, held in enumerate(contiguous(widths, len(as_ranks(ranks)))) for _ in held]
+
+    return whole_plan(owners, widths_LE, ranks, tokens_LE, cost, stages)
+
+
+def whole_plan(
+    owners: Callable[[Sequence[float], Sequence[int]], Sequence[int]],
+    widths_LE: Sequence[Sequence[int]],
+    ranks: int | Sequence[Rank],
+    tokens_LE: Sequence[Sequence[float]] | None = None,
+    cost: CostModel | None = None,
+    stages: Sequence[int] = (),
+) -> PlacementPlan:
+    """Whole experts where they are told to be: owners(tokens_E, widths_E) has the rank of each; caps are ignored."""
     ranks, cost, layers = as_ranks(ranks), cost or CostModel(), []
     for tokens_E, widths_E in _layers(tokens_LE, widths_LE):
         widths, tokens = _checked(tokens_E, widths_E)
-        pieces = tuple(tuple(Piece(e, 0, F) for e, F in rank.items()) for rank in contiguous(widths, len(ranks)))
+        pieces: list[list[Piece]] = [[] for _ in ranks]
+        for e, rank in enumerate(owners(tokens, widths)):
+            pieces[rank].append(Piece(e, 0, widths[e]))
         bound = lower_bound(LayerProblem.of(tokens, widths, ranks, cost, 0, 1))
+        pieces = tuple(map(tuple, pieces))
         layers.append(LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound)))
     return PlacementPlan(tuple(layers), cost, ranks, stages)
 

@@ -1,58 +1,68 @@
-"""A plan as text: which rank holds what, and its share of FLOPs, parameters and tokens."""
+"""A plan as text: which rank holds what, and what that costs it."""
 
 from collections.abc import Sequence
 from itertools import groupby
 
 from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
+from hmoe_megatron.placement.profiles import FLOPS
 
 MAX_COLUMNS = 100
 MAX_ROWS = 16  # ranks of a layer shown; more lose their middle
-_SHARES_WIDTH = 3 * 10
+_COLUMN = 10
 
 
 def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
     """The plan, or its layer with that index, as a table of at most 100 columns.
 
-    A whole expert is its number, a piece is `5[0:96)`. Shares are percent of the sum over ranks; tokens count a cut
-    expert's rows on each rank that computes them. Layers of the same plan in a row are one block. The last line
-    of a block: slowest rank over the mean, cuts, the bound on it over the mean, and the gap between the two.
+    A whole expert is its number, a piece is `5[0:96)`. Percent are of the sum over ranks; tokens count a cut expert's
+    rows on each rank that computes them; with a hardware profile, microseconds and MiB are predicted. Layers of the
+    same plan in a row are one block. The last line of a block: slowest rank over the mean, cuts, the bound on it over
+    the mean, and the gap between the two.
     """
     if layer is not None and not 0 <= layer < len(plan.layers):
         raise ValueError(f"layer {layer}: the plan has layers 0-{len(plan.layers) - 1}")
-    blocks, first = [], 0
+    blocks, first, unit = [], 0, plan.cost.unit
     for layer_plan, same in groupby(plan.layers):
         last = first + len(list(same)) - 1
         if layer is None:
-            blocks.append(_block(f"layers {first}-{last}" if last > first else f"layer {first}", layer_plan))
+            blocks.append(_block(f"layers {first}-{last}" if last > first else f"layer {first}", layer_plan, unit))
         elif first <= layer <= last:
-            blocks.append(_block(f"layer {layer}", layer_plan))
+            blocks.append(_block(f"layer {layer}", layer_plan, unit))
         first = last + 1
     return "\n\n".join(blocks)
 
 
-def _block(name: str, plan: LayerPlan) -> str:
-    shares = zip(*map(_percent, (plan.predicted.flops, plan.predicted.params, plan.predicted.tokens)), strict=True)
-    room = MAX_COLUMNS - _SHARES_WIDTH - 7
+def _block(name: str, plan: LayerPlan, unit: str) -> str:
+    columns = _columns(plan, unit)
+    room = MAX_COLUMNS - _COLUMN * len(columns) - 7
     texts = [_pieces_text(rank, plan, room) for rank in range(plan.ranks)]
     width = max(6, *map(len, texts))
-    rows = [f"{rank:>5}  {text:<{width}}{flops:>10.2f}{params:>10.2f}{tokens:>10.2f}"
-            for rank, (text, (flops, params, tokens)) in enumerate(zip(texts, shares, strict=True))]
+    rows = [f"{rank:>5}  {text:<{width}}" + "".join(f"{value:>{_COLUMN},.2f}" for value in values)
+            for rank, (text, *values) in enumerate(zip(texts, *columns.values(), strict=True))]
     if len(rows) > MAX_ROWS:
         half = MAX_ROWS // 2
         rows[half:-half] = [f"{'...':>5}  ({len(rows) - 2 * half} ranks more)"]
-    head = f"{'rank':>5}  {'pieces':<{width}}{'FLOPs %':>10}{'params %':>10}{'tokens %':>10}"
+    head = f"{'rank':>5}  {'pieces':<{width}}" + "".join(f"{name:>{_COLUMN}}" for name in columns)
     title = f"{name}: {len(plan.widths)} experts on {plan.ranks} ranks"
-    return "\n".join([title, head, *rows, _summary(plan)])
+    return "\n".join([title, head, *rows, _summary(plan, unit)])
 
 
-def _summary(plan: LayerPlan) -> str:
-    mean_flops = sum(plan.predicted.flops) / plan.ranks
-    mean_time = sum(plan.predicted.time) / plan.ranks
-    over_mean = f"{max(plan.predicted.flops) / mean_flops:.4f}" if mean_flops else "-"
-    bound = f"{plan.predicted.bound / mean_time:.4f}" if mean_time else "-"
+def _columns(plan: LayerPlan, unit: str) -> dict[str, list[float]]:
+    """Heading -> number of each rank."""
+    of = plan.predicted
+    if unit == FLOPS.unit:
+        return {"FLOPs %": _percent(of.flops), "params %": _percent(of.params), "tokens %": _percent(of.tokens)}
+    return {"us": [1e6 * time for time in of.time], "FLOPs %": _percent(of.flops), "tokens %": _percent(of.tokens),
+            "MiB": [held / 2**20 for held in of.bytes]}
+
+
+def _summary(plan: LayerPlan, unit: str) -> str:
+    mean = sum(plan.predicted.time) / plan.ranks
+    over_mean = f"{max(plan.predicted.time) / mean:.4f}" if mean else "-"
+    bound = f"{plan.predicted.bound / mean:.4f}" if mean else "-"
     cuts = f"{plan.cuts} cut" + ("s" if plan.cuts != 1 else "")
-    return (f"max over mean of FLOPs {over_mean}, {cuts}; bound on the slowest rank {bound} of the mean, "
-            f"gap {plan.predicted.gap:.2%}")
+    return (f"max over mean of {'FLOPs' if unit == FLOPS.unit else 'time'} {over_mean}, {cuts}; bound on the slowest "
+            f"rank {bound} of the mean, gap {plan.predicted.gap:.2%}")
 
 
 def _percent(amounts: Sequence[float]) -> list[float]:

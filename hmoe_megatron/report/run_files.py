@@ -3,24 +3,18 @@
 Legend: N logged steps, L MoE layers, E logical experts.
 """
 
-import json
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE
 from hmoe_megatron.placement.plan import PlacementPlan
-from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES, MAX_RANKS
-from hmoe_megatron.report.scalars import MAX_ITERATION, Scalars, read_scalars
-from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS
+from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES
+from hmoe_megatron.report.scalars import Scalars, read_scalars
+from hmoe_megatron.telemetry_file import BALANCES, open_regular, read_records
 
-MAX_LINE_BYTES = 16 << 20
 MAX_NUMBERS = 1 << 26  # kept of all lines together: 0.5 GiB
-MAX_AMOUNT = 1e18  # parameters, milliseconds
-BALANCES = ("flops_balance", "token_balance", "time_balance")
 
 
 @dataclass(frozen=True)
@@ -51,21 +45,12 @@ def read_run(directory: Path, tensorboard_dir: Path) -> Run:
     return Run(directory, **records, last=last, plan=plan, scalars=read_scalars(tensorboard_dir, notes), notes=notes)
 
 
-def _open_regular(path: Path, remedy: str) -> BinaryIO:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block, a device might never end
-            raise ValueError(f"{path}: not a regular file; {remedy}")
-        return path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {remedy}") from None
-
-
 def _read_plan(path: Path, shape: tuple[int, int], notes: list[str]) -> PlacementPlan | None:
     if not path.exists():
         notes.append(f"No {PLAN_FILE} in the run directory: the widths of the experts are not known here.")
         return None
     remedy = "a training run writes it; without it the report leaves the widths out"
-    with _open_regular(path, remedy) as file:
+    with open_regular(path, remedy) as file:
         text = file.read(MAX_FILE_BYTES + 1)
     try:
         plan = PlacementPlan.from_json(text.decode())
@@ -81,25 +66,11 @@ def _read_plan(path: Path, shape: tuple[int, int], notes: list[str]) -> Placemen
 
 
 def _read_telemetry(path: Path, notes: list[str]) -> dict:
-    remedy = "give the directory that --hmoe-run-dir (default: --save) of a run named, after its first logged step"
-    rows, last, number = [], None, 0
-    with _open_regular(path, remedy) as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            try:
-                record = _parse(line)
-                if record is None and not line.endswith(b"\n"):
-                    notes.append(f"{TELEMETRY_FILE} ends in the middle of line {number}, which is left out.")
-                    break
-                _check(record, last)
-                rows.append(_row(record))
-                last = record
-                if len(rows) * rows[-1].size > MAX_NUMBERS:
-                    raise ValueError(f"more than {MAX_NUMBERS} numbers up to here; keep every tenth line")
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path}: holds no step; {remedy}")
+    rows = []
+    for number, last in read_records(path, notes):
+        rows.append(_row(last))
+        if len(rows) * rows[-1].size > MAX_NUMBERS:
+            raise ValueError(f"{path}:{number}: more than {MAX_NUMBERS} numbers up to here; keep every tenth line")
     table = np.stack(rows)
     experts = len(last["layers"][0]["token_share"])
     return {
@@ -112,74 +83,6 @@ def _read_telemetry(path: Path, notes: list[str]) -> dict:
     }
 
 
-def _parse(line: bytes) -> dict | None:
-    """The record of a line; None for a line that was cut off when the run was killed."""
-
-    def no_constants(name):
-        raise ArithmeticError(name)
-
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES} bytes, too long for a step")
-    try:
-        return json.loads(line.decode(), parse_constant=no_constants)
-    except ArithmeticError as error:
-        raise ValueError(f"{error} is no number here") from None
-    except RecursionError:
-        raise ValueError("nested too deeply for a step") from None
-    except ValueError as error:
-        if not line.endswith(b"\n"):
-            return None
-        raise ValueError(f"not read as JSON: {str(error)[:200]}") from None
-
-
-def _check(record, last: dict | None) -> None:
-    """Raises ValueError for wrong types and sizes, numbers out of range, and steps that do not follow each other."""
-    if type(record) is not dict:
-        raise ValueError(f"a {type(record).__name__}, not a JSON object")
-    after = last["iteration"] + 1 if last else 0
-    if type(record.get("iteration")) is not int or not after <= record["iteration"] <= MAX_ITERATION:
-        raise ValueError(f"iteration {_shown(record.get('iteration'))} is not a whole number from {after} on")
-    _number(record, "total_parameters", MAX_AMOUNT)
-    _number(record, "activated_parameters", MAX_AMOUNT)
-    for name in BALANCES:
-        _number(record, name, MAX_RANKS)
-    _numbers(record, "expert_time_ms", MAX_AMOUNT, 1, MAX_RANKS)
-    layers = _listed(record, "layers", 1, MAX_LAYERS)
-    experts = len(last["layers"][0]["token_share"]) if last else None
-    for row, layer in enumerate(layers):
-        try:
-            experts = _check_layer(layer, experts)
-        except ValueError as error:
-            raise ValueError(f"layers[{row}]: {error}") from None
-    numbers = [layer["layer"] for layer in layers]
-    if last and numbers != (before := [layer["layer"] for layer in last["layers"]]):
-        raise ValueError(f"layers {numbers!s:.80}, the line before has {before!s:.80}")
-    if numbers != sorted(known := set(numbers)):
-        raise ValueError(f"layers {numbers!s:.80} are not in ascending order")
-    idle = _listed(record, "experts_without_token", 0, len(layers) * experts)
-    for pair in idle:
-        if type(pair) is not list or [type(x) for x in pair] != [int, int]:
-            raise ValueError(f"experts_without_token: {_shown(pair)} is not [layer, expert]")
-        if pair[0] not in known or not 0 <= pair[1] < experts:
-            raise ValueError(f"experts_without_token: no layer {_shown(pair[0])} with expert {_shown(pair[1])}")
-
-
-def _check_layer(layer, experts: int | None) -> int:
-    """The number of experts."""
-    if type(layer) is not dict:
-        raise ValueError(f"a {type(layer).__name__}, not a JSON object")
-    if type(layer.get("layer")) is not int or not 0 <= layer["layer"] <= MAX_ITERATION:
-        raise ValueError(f"layer {_shown(layer.get('layer'))} is not the number of a layer")
-    fewest, most = (experts, experts) if experts else (1, MAX_EXPERTS)
-    shares = _numbers(layer, "token_share", 1.000001, fewest, most)
-    _numbers(layer, "flops_share", 1.000001, len(shares), len(shares))
-    _number(layer, "activated_expert_parameters", MAX_AMOUNT)
-    _number(layer, "experts_per_token", MAX_EXPERTS)
-    for name in ("flops_balance", "token_balance"):
-        _number(layer, name, MAX_RANKS)
-    return len(shares)
-
-
 def _row(record: dict) -> np.ndarray:
     """What is drawn of a step: iteration, activated parameters, balances, shares [E], active parameters [L]."""
     layers = record["layers"]
@@ -187,32 +90,3 @@ def _row(record: dict) -> np.ndarray:
     active_L = [layer["activated_expert_parameters"] for layer in layers]
     first = [record["iteration"], record["activated_parameters"], *(record[name] for name in BALANCES)]
     return np.concatenate([first, share_E, active_L])
-
-
-def _is_amount(value, most: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= most  # `type`: True is an int; NaN compares as False
-
-
-def _number(fields: dict, name: str, most: float) -> None:
-    if not _is_amount(fields.get(name), most):
-        raise ValueError(f"{name} {_shown(fields.get(name))} is not a number from 0 to {most:g}")
-
-
-def _listed(fields: dict, name: str, fewest: int, most: int) -> list:
-    value = fields.get(name)
-    if type(value) is not list or not fewest <= len(value) <= most:
-        size = len(value) if type(value) is list else _shown(value)
-        raise ValueError(f"{name} is not a list of {fewest} to {most}, but {size}")
-    return value
-
-
-def _numbers(fields: dict, name: str, most: float, fewest: int, longest: int) -> list:
-    values = _listed(fields, name, fewest, longest)
-    for index, value in enumerate(values):
-        if not _is_amount(value, most):
-            raise ValueError(f"{name}[{index}] {_shown(value)} is not a number from 0 to {most:g}")
-    return values
-
-
-def _shown(value) -> str:
-    return f"{value!r:.80}" if type(value) in (str, float, bool, type(None)) else type(value).__name__

@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from hmoe_megatron import telemetry, training
+from hmoe_megatron import telemetry, telemetry_file, training
 from hmoe_megatron.accounting import ParameterCounts
 from hmoe_megatron.config import LOSS_NAMES
 from hmoe_megatron.placement import CostModel, LayerPlan, Piece, PlacementPlan
@@ -238,7 +238,7 @@ def test_hostile_records_are_refused_with_file_and_line(run_dir, where, value, p
         (b"\xff\xfe\n", "not read as JSON"),
         (b"[" * 1_000_000 + b"\n", "nested too deeply"),
         (b'{"iteration": ' + b"9" * 5000 + b"}\n", "not read as JSON"),
-        (b" " * (run_files.MAX_LINE_BYTES + 1), "too long for a step"),
+        (b" " * (telemetry_file.MAX_LINE_BYTES + 1), "too long for a step"),
         (b'{"iteration": 1, "total_parameters": 1e999}\n', "total_parameters inf"),
     ],
 )
