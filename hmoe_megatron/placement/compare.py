@@ -57,8 +57,8 @@ def _time(time: float, seconds: bool) -> str:
 
 
 def layers_table(plans: dict[str, PlacementPlan]) -> str:
-    """Slowest rank over the mean, a line for each layer and a column for each plan (named above, by number)."""
-    head = [f"{number}: {name}" for number, name in enumerate(plans, 1)]
+    """Slowest rank over the mean, a line for each layer and a column for each plan (named above it, by number)."""
+    names = [f"  {number} {name}" for number, name in enumerate(plans, 1)]
     columns = "".join(f"{number:>10}" for number in range(1, len(plans) + 1))
     rows = []
     for layer, of_plans in enumerate(zip(*(plan.layers for plan in plans.values()), strict=True)):
@@ -66,7 +66,7 @@ def layers_table(plans: dict[str, PlacementPlan]) -> str:
     if len(rows) > MAX_LAYERS:
         half = MAX_LAYERS // 2
         rows[half:-half] = [f"{'...':>7}  ({len(rows) - 2 * half} layers more)"]
-    return "\n".join(["max over mean of each layer; " + ", ".join(head), f"{'layer':>7}{columns}", *rows])
+    return "\n".join(["slowest rank over the mean, by layer:", *names, f"{'layer':>7}{columns}", *rows])
 
 
 def _over_mean(times) -> float:

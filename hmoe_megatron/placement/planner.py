@@ -161,6 +161,15 @@ def whole_plan(
     return PlacementPlan(tuple(layers), cost, ranks, stages)
 
 
+def under(plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
+    """The pieces of `plan` with what they cost under the loads, ranks, cost and stages of `other`."""
+    layers = []
+    for held, to in zip(plan.layers, other.layers, strict=True):
+        predicted = predict(held.pieces, to.tokens, other.cost, other.rank_specs, to.predicted.bound)
+        layers.append(LayerPlan(held.pieces, held.widths, to.tokens, predicted))
+    return PlacementPlan(tuple(layers), other.cost, other.rank_specs, other.stages)
+
+
 def _laid_out(
     held: Sequence[dict[int, int]], widths: Sequence[int], kind_R: Sequence[int], cut_multiple: int
 ) -> tuple[tuple[Piece, ...], ...]:

@@ -7,6 +7,7 @@ from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
 from hmoe_megatron.placement.profiles import FLOPS
 
 MAX_COLUMNS = 100
+MAX_BLOCKS = 3  # of layers shown rank by rank
 MAX_ROWS = 16  # ranks of a layer shown; more lose their middle
 _COLUMN = 10
 
@@ -15,21 +16,27 @@ def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
     """The plan, or its layer with that index, as a table of at most 100 columns.
 
     A whole expert is its number, a piece is `5[0:96)`. Percent are of the sum over ranks; tokens count a cut expert's
-    rows on each rank that computes them; with a hardware profile, microseconds and MiB are predicted. Layers of the
-    same plan in a row are one block. The last line of a block: slowest rank over the mean, cuts, the bound on it over
-    the mean, and the gap between the two.
+    rows on each rank that computes them; with a hardware profile, microseconds and MiB are predicted. Layers in a row
+    that differ in nothing but which rank is which are one block, of the first one's ranks; of many blocks the later
+    ones are one line. The last line of a block: slowest rank over the mean, cuts, the bound on it over the mean, and
+    the gap between the two.
     """
     if layer is not None and not 0 <= layer < len(plan.layers):
         raise ValueError(f"layer {layer}: the plan has layers 0-{len(plan.layers) - 1}")
-    blocks, first, unit = [], 0, plan.cost.unit
-    for layer_plan, same in groupby(plan.layers):
-        last = first + len(list(same)) - 1
-        if layer is None:
-            blocks.append(_block(f"layers {first}-{last}" if last > first else f"layer {first}", layer_plan, unit))
-        elif first <= layer <= last:
-            blocks.append(_block(f"layer {layer}", layer_plan, unit))
-        first = last + 1
-    return "\n\n".join(blocks)
+    if layer is not None:
+        return _block(f"layer {layer}", plan.layers[layer], plan.cost.unit)
+    blocks, first = [], 0
+    for _, same in groupby(plan.layers, key=lambda of: (of.widths, of.tokens, sorted(of.pieces))):
+        layers = list(same)
+        name = f"layers {first}-{first + len(layers) - 1}" if len(layers) > 1 else f"layer {first}"
+        if any(other.pieces != layers[0].pieces for other in layers):
+            name += ", ranks in another order in each"
+        blocks.append((name, layers[0]))
+        first += len(layers)
+    texts = [_block(name, layer_plan, plan.cost.unit) for name, layer_plan in blocks[:MAX_BLOCKS]]
+    texts += [f"{name}: max/mean {_over_mean(of)}, {_cuts(of)}, gap {of.predicted.gap:.2%}"
+              for name, of in blocks[MAX_BLOCKS:]]
+    return "\n\n".join(texts[:MAX_BLOCKS]) + "".join("\n" + text for text in texts[MAX_BLOCKS:])
 
 
 def _block(name: str, plan: LayerPlan, unit: str) -> str:
@@ -58,11 +65,19 @@ def _columns(plan: LayerPlan, unit: str) -> dict[str, list[float]]:
 
 def _summary(plan: LayerPlan, unit: str) -> str:
     mean = sum(plan.predicted.time) / plan.ranks
-    over_mean = f"{max(plan.predicted.time) / mean:.4f}" if mean else "-"
     bound = f"{plan.predicted.bound / mean:.4f}" if mean else "-"
-    cuts = f"{plan.cuts} cut" + ("s" if plan.cuts != 1 else "")
-    return (f"max over mean of {'FLOPs' if unit == FLOPS.unit else 'time'} {over_mean}, {cuts}; bound on the slowest "
-            f"rank {bound} of the mean, gap {plan.predicted.gap:.2%}")
+    what = "FLOPs" if unit == FLOPS.unit else "time"
+    return (f"max over mean of {what} {_over_mean(plan)}, {_cuts(plan)}; bound on the slowest rank {bound} of the "
+            f"mean, gap {plan.predicted.gap:.2%}")
+
+
+def _over_mean(plan: LayerPlan) -> str:
+    total = sum(plan.predicted.time)
+    return f"{max(plan.predicted.time) * plan.ranks / total:.4f}" if total else "-"
+
+
+def _cuts(plan: LayerPlan) -> str:
+    return f"{plan.cuts} cut" + "s" * (plan.cuts != 1)
 
 
 def _percent(amounts: Sequence[float]) -> list[float]:

@@ -32,10 +32,11 @@ def draw(series: Series) -> dict[str, bytes]:
         "rank_balance.png": _rank_balance,
     }
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
-        return {name: _png(picture(series)) for name, picture in pictures.items() if picture}
+        return {name: png(picture(series)) for name, picture in pictures.items() if picture}
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's bytes, the same for the same figure."""
     for axes in figure.axes:
         if axes.get_xlabel() == X_LABEL:
             axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

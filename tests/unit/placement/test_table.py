@@ -2,7 +2,7 @@
 
 import pytest
 
-from hmoe_megatron.placement import PlacementPlan, contiguous_plan, plan_model, plan_table
+from hmoe_megatron.placement import CostModel, PlacementPlan, Profile, contiguous_plan, plan_model, plan_table
 from hmoe_megatron.widths import expert_widths, layer_widths
 
 MAIN = "arithmetic:9:23"
@@ -54,3 +54,29 @@ def test_pieces_without_room_are_counted():
     row = plan_table(contiguous_plan([[8] * 100], 1)).splitlines()[2]
     shown = row.split(" +")[0].split()[1:]
     assert shown == [str(e) for e in range(len(shown))] and f"+{100 - len(shown)} more" in row
+
+
+def test_layers_whose_ranks_are_renamed_fold():
+    """Bytes are evened out over layers by renaming ranks: the same plan in another order."""
+    plan = plan_model([[1.0] * 4] * 3, [[10, 20, 30, 80]] * 3, 4, max_cuts=0)
+    assert len({layer.pieces for layer in plan.layers}) > 1
+    assert [line for line in plan_table(plan).splitlines() if line.startswith("layer")] == [
+        "layers 0-2, ranks in another order in each: 4 experts on 4 ranks"]
+
+
+def test_many_different_layers_are_a_line_each():
+    loads = [[1.0 + layer, 1.0, 2.0, 3.0] for layer in range(6)]
+    text = plan_table(contiguous_plan([[10, 20, 30, 80]] * 6, 2, loads))
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("layer")] == [
+        f"layer {layer}" for layer in range(6)]
+    assert text.count("rank  pieces") == 3
+    # 6 x 10 + 1 x 20 = 80 on one rank, 2 x 30 + 3 x 80 = 300 on the other: 300 / 190.
+    assert "layer 5: max/mean 1.5789, 0 cuts, gap 57.89%" in text.splitlines()[-1]
+
+
+def test_with_a_profile_time_and_bytes_are_shown():
+    cost = CostModel(Profile("test", flops_per_s=1e9), hidden_size=64)
+    head, *rows = plan_table(contiguous_plan([[100, 300]], 2, [[10.0, 10.0]], cost)).splitlines()[1:4]
+    assert head.split() == ["rank", "pieces", "us", "FLOPs", "%", "tokens", "%", "MiB"]
+    shown_us = [float(row.split()[2].replace(",", "")) for row in rows]
+    assert shown_us == [18 * 10 * 100 * 64 / 1e9 * 1e6, 18 * 10 * 300 * 64 / 1e9 * 1e6]
