@@ -1,13 +1,14 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint doctor lock clean
+.PHONY: help venv demo test lint bench-planner bench-planner-real doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
 LOCK_EXTRAS := dev,hf
+CASES ?= 2000
 export PYTHON
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 28
 
 venv: ## .venv with the locked packages; does nothing where it is up to date (PYTHON=/path chooses the Python)
 	@sh .ci/venv.sh
@@ -20,6 +21,12 @@ test: venv ## the whole test suite (PYTEST_ARGS="-k plan -x" narrows it)
 
 lint: venv ## ruff
 	@$(PY) -m ruff check .
+
+bench-planner: venv ## the planner's figures, to benchmarks/planner.md (CASES=100000: all random layers under caps)
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner --cases $(CASES)
+
+bench-planner-real: venv ## planned against contiguous placement in training, to benchmarks/planner_real.md; 10 minutes
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner_real
 
 doctor: ## what this machine has, what a run will use, how to mend what is broken; installs nothing
 	@if $(PY) -c '' 2>/dev/null; then $(PY) tools/doctor.py; else python3 tools/doctor.py; fi

@@ -109,11 +109,9 @@ def train(title: str, log: str, steps: int, *more) -> list[tuple[int, float]]:
     return progress.validation_losses
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    started_s = time.monotonic()
+def prepare_data() -> None:
+    """Corpus, tokenizer and tokens under demo/."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(RUN, ignore_errors=True)
     run("Corpus: Shakespeare", tool("get_corpus.py", "shakespeare", "--output", DATA), "corpus.log")
     train_text, valid_text = DATA / "shakespeare_train.jsonl", DATA / "shakespeare_valid.jsonl"
     run(
@@ -128,6 +126,13 @@ def main() -> None:
                  "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", DEMO / "tokenizer.model"),
             f"preprocess_{name}.log",
         )  # fmt: skip
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    started_s = time.monotonic()
+    shutil.rmtree(RUN, ignore_errors=True)
+    prepare_data()
     losses = train(f"Training: {STEPS} steps, expert parallel", "train.log", STEPS)
     train(f"Resuming from the checkpoint: {RESUMED_STEPS} more steps", "resume.log", STEPS + RESUMED_STEPS,
           "--load", RUN, "--exit-on-missing-checkpoint")  # fmt: skip

@@ -1,0 +1,28 @@
+"""Where and on what code a figure was measured."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def stamp(*packages: str) -> str:
+    """Machine, versions, date and commit, in a line."""
+    info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+              ] if info.exists() else []
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return (f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, Python "
+            f"{platform.python_version()}, {versions}; {date.today()}, commit {_commit()}")
+
+
+def _commit() -> str:
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = [line for line in git("status", "--porcelain").splitlines() if not line.endswith(".md")]
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
