@@ -141,8 +141,9 @@ def main() -> None:
 
 `make bench-planner-real` on {stamp("torch", "megatron-core")}.
 
-The tiny model of `make demo` (widths {model.widths_LE[0]!s} in {len(model.layers)} layers) on two gloo ranks of one core
-each, {given.rounds} runs with each placement in turn, {given.steps - WARM_UP} counted steps a run; medians over steps.
+The tiny model of `make demo` (widths {model.widths_LE[0]!s} in {len(model.layers)} layers) on two gloo ranks of one
+core each, {given.rounds} runs with each placement in turn, {given.steps - WARM_UP} counted steps a run; medians over
+steps.
 
 """ + "\n".join([*report(runs, plan), ""])
     print(text)

@@ -17,6 +17,7 @@ adds a per_piece, and its rows travel to two ranks. With H the hidden size and b
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -109,12 +110,21 @@ class CostModel:
         Rows come from all ranks alike: of R ranks, one is the rank itself, the others of its node are a link inside
         the node away, the rest a link across; where only the rate inside is known, that is the rate across too.
         """
-        size, profile = Counter(rank.node for rank in ranks), self.profile
+        profile = self.profile
+        if not (profile.intra_node_bytes_per_s or profile.inter_node_bytes_per_s):
+            return np.zeros(len(ranks))
+        size = Counter(rank.node for rank in ranks)
         row_bytes = 2 * 2 * self.hidden_size * profile.element_bytes  # dispatch and combine, twice
         inside, across = (row_bytes / rate if rate else 0.0 for rate in (
             profile.intra_node_bytes_per_s, profile.inter_node_bytes_per_s or profile.intra_node_bytes_per_s))
         return np.array([((size[rank.node] - 1) * inside + (len(ranks) - size[rank.node]) * across) / len(ranks)
                          for rank in ranks])
+
+    @property
+    def state_bytes(self) -> float:
+        """Of a parameter on each copy, the gradient left out: what a move of it takes along."""
+        element_bytes = self.profile.element_bytes
+        return element_bytes + (8 if element_bytes == 4 else 12) / self.expert_data_parallel_size
 
     def memory(self, tokens_E) -> tuple[np.ndarray, np.ndarray]:
         """(piece_bytes [E], width_bytes [E]) with the distributed optimizer.
@@ -124,10 +134,8 @@ class CostModel:
         distributed optimizer has it. A row: input and output [H], gate, up and their product [w]. Whole numbers:
         their sums are exact.
         """
-        element_bytes = self.profile.element_bytes
-        m = np.asarray(tokens_E, dtype=float) * self.live_micro_batches * element_bytes
-        over_copies = 8 if element_bytes == 4 else 12
-        param_bytes = element_bytes + 4 + over_copies / self.expert_data_parallel_size
+        m = np.asarray(tokens_E, dtype=float) * self.live_micro_batches * self.profile.element_bytes
+        param_bytes = self.state_bytes + 4
         return np.ceil(2 * m * self.hidden_size), np.ceil(3 * m + expert_params(1, self.hidden_size) * param_bytes)
 
 
@@ -179,9 +187,10 @@ class _Columns:
 
     def __init__(self, pieces):
         self.ranks = len(pieces)
-        self.rank = np.repeat(np.arange(len(pieces)), [len(held) for held in pieces])
-        self.expert = np.array([p.expert for held in pieces for p in held], dtype=int)
-        self.width = np.array([p.hi - p.lo for held in pieces for p in held], dtype=int)
+        self.rank = np.repeat(np.arange(len(pieces)), list(map(len, pieces)))
+        numbers = chain.from_iterable(chain.from_iterable(pieces))  # a piece is a tuple: 5 times as fast as by name
+        self.expert, lo, hi = np.fromiter(numbers, int).reshape(-1, 3).T
+        self.width = hi - lo
 
     def times(self, tokens_E: np.ndarray, cost: CostModel, ranks: Sequence[Rank]) -> np.ndarray:
         per_piece, per_width = (values[self.expert] for values in cost.compute(tokens_E))

@@ -88,10 +88,10 @@ def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan]) -> No
 def state_bytes(width: int, cost: CostModel) -> float:
     """What one copy of an expert sends for this much of its width, activations and gradients left out.
 
-    A parameter: bf16 weight, and fp32 master and two Adam moments over the copies. Experts move between steps, when
-    gradients are zero.
+    A parameter: the weight, and over the copies two fp32 Adam moments and in bf16 an fp32 master weight. Experts move
+    between steps, when gradients are zero.
     """
-    return expert_params(width, cost.hidden_size) * (2 + 12 / cost.expert_data_parallel_size)
+    return expert_params(width, cost.hidden_size) * cost.state_bytes
 
 
 def moved_bytes(moves: Iterable[Move], cost: CostModel) -> float:

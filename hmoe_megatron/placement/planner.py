@@ -174,19 +174,22 @@ def _laid_out(
     held: Sequence[dict[int, int]], widths: Sequence[int], kind_R: Sequence[int], cut_multiple: int
 ) -> tuple[tuple[Piece, ...], ...]:
     """Ranges for the pieces; ranks of one kind in the order of their first piece, empty ranks last."""
-    holders: list[list[int]] = [[] for _ in widths]
-    for r, rank in enumerate(held):
-        for e in rank:
-            holders[e].append(r)
     pieces: list[list[Piece]] = [[] for _ in held]
-    for e, ranks in enumerate(holders):
-        if len(ranks) > 1:
-            # The one piece that may be no multiple goes last, so that every cut falls on a multiple.
-            ranks.sort(key=lambda r: (held[r][e] % cut_multiple != 0, min(held[r]), r))  # noqa: B023 - used at once
+    holders: dict[int, list[int]] = {}  # of cut experts
+    for r, rank in enumerate(held):
+        for e, width in rank.items():
+            if width == widths[e]:
+                pieces[r].append(Piece(e, 0, width))
+            else:
+                holders.setdefault(e, []).append(r)
+    for e, ranks in holders.items():
         lo = 0
-        for r in ranks:
+        # The one piece that may be no multiple goes last, so that every cut falls on a multiple.
+        for r in sorted(ranks, key=lambda r: (held[r][e] % cut_multiple != 0, min(held[r]), r)):  # noqa: B023 - at once
             pieces[r].append(Piece(e, lo, lo + held[r][e]))
             lo += held[r][e]
+    for rank in pieces:
+        rank.sort()
     ordered = {kind: iter(sorted((rank for rank, k in zip(pieces, kind_R, strict=True) if k == kind),
                                  key=lambda rank: rank[0] if rank else LAST)) for kind in set(kind_R)}
     return tuple(tuple(next(ordered[kind])) for kind in kind_R)

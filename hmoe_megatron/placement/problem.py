@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -146,6 +147,7 @@ class LayerProblem:
 
 def _columns(held: Sequence[dict[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rank, expert, width) of all pieces."""
-    ranks = np.repeat(np.arange(len(held)), [len(pieces) for pieces in held])
-    experts = np.array([e for pieces in held for e in pieces], dtype=int)
-    return ranks, experts, np.array([width for pieces in held for width in pieces.values()], dtype=int)
+    ranks = np.repeat(np.arange(len(held)), list(map(len, held)))
+    experts, widths = (np.fromiter(chain.from_iterable(parts), int, ranks.size)
+                       for parts in (held, map(dict.values, held)))
+    return ranks, experts, widths

@@ -56,6 +56,8 @@ def kinds(ranks: Sequence[Rank], caps: bool = True) -> list[int]:
     They have the same speed, as many neighbours on their node and, unless `caps` is False, the same cap. Rows come to a
     rank from all ranks alike, so which node it is makes no difference.
     """
+    if all(rank is ranks[0] for rank in ranks):  # the usual case, of a number of ranks
+        return [0] * len(ranks)
     size = Counter(rank.node for rank in ranks)
     found: dict = {}
     return [found.setdefault((rank.speed, size[rank.node], caps and rank.bytes), len(found)) for rank in ranks]

@@ -54,11 +54,11 @@ def _busy(problem: LayerProblem, bound: float) -> tuple[list[dict[int, int]], fl
     """(held, time of the slowest rank) where every expert has tokens."""
     none_is_faster = lower_bound(problem, whole=True) * (1 - EQUAL_TIME)  # of whole experts
     if problem.max_cuts and none_is_faster > bound * (1 + EQUAL_TIME) and (cut := _cut(problem, bound, none_is_faster)):
-        return cut, max(problem.times(cut))
+        return cut
     held, time = _whole(problem)
     pays = problem.max_cuts and time > bound * (1 + EQUAL_TIME)
     if pays and (cut := _cut(problem, bound, time * (1 - EQUAL_TIME))):
-        return cut, max(problem.times(cut))
+        return cut
     return held, time
 
 
@@ -80,8 +80,8 @@ def _whole(problem: LayerProblem) -> tuple[list[dict[int, int]], float]:
     return problem.held(problem.whole, best), items.slowest(best)
 
 
-def _cut(problem: LayerProblem, bound: float, most: float) -> list[dict[int, int]] | None:
-    """The fastest placement with cuts that is faster than `most`, to a fraction of its gap to the bound."""
+def _cut(problem: LayerProblem, bound: float, most: float) -> tuple[list[dict[int, int]], float] | None:
+    """The fastest placement with cuts that is faster than `most`, to a fraction of its gap to the bound; its time."""
     # A target equal to the bound wants every rank exactly full, which takes luck that only few experts have.
     slack, low, found = 0.0 if len(problem.widths_E) <= FEW_ITEMS else EQUAL_TIME, bound, None
     while bound * (1 + slack) < most and (found := fit(problem, bound * (1 + slack))) is None:
@@ -105,11 +105,13 @@ def _capped(problem: LayerProblem, bound: float) -> list[dict[int, int]]:
             found, high = held, max(problem.times(held))
             break
         low, target = target, bound + 2 * (target - bound)
-    return _refined(problem, found, low, high)
+    return _refined(problem, found, low, high)[0]
 
 
-def _refined(problem: LayerProblem, found: list[dict[int, int]], low: float, high: float) -> list[dict[int, int]]:
-    """`found`, whose slowest rank takes `high`, or a faster placement; none was found as fast as `low`."""
+def _refined(
+    problem: LayerProblem, found: list[dict[int, int]], low: float, high: float
+) -> tuple[list[dict[int, int]], float]:
+    """`found`, which takes `high`, or a faster placement; and its time. None was found as fast as `low`."""
     for _ in range(REFINEMENTS):
         if high <= low * (1 + EQUAL_TIME):
             break
@@ -118,7 +120,7 @@ def _refined(problem: LayerProblem, found: list[dict[int, int]], low: float, hig
             low = middle
         else:
             found, high = held, max(problem.times(held))
-    return found
+    return found, high
 
 
 def _last_resort(problem: LayerProblem) -> list[dict[int, int]]:

@@ -1,6 +1,6 @@
 """The measured hardware profile: times the layer's own expert compute and all-to-all, and fits the cost model to them.
 
-    layers.py    expert computes to time: a grid to fit, and one kept apart
+    layers.py    layers to time: a grid to fit, and one kept apart
     timing.py    the least time of each, in turns
     fit.py       the profile with the least error
     links.py     all-to-all inside a node and across

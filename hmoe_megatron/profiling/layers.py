@@ -37,7 +37,7 @@ def layers_kept_apart(hidden_sizes: Sequence[int], rows: Sequence[int], widths: 
 
 
 def _between(values: Sequence[int]) -> list[int]:
-    return [round((a * b) ** 0.5) for a, b in pairwise(sorted(values))]
+    return [round((a * b) ** 0.5) for a, b in pairwise(sorted(set(values)))]
 
 
 def _spread(mean: int, ratios: Sequence[int]) -> tuple[int, ...]:

@@ -12,36 +12,24 @@ import torch.distributed as dist
 from hmoe_megatron import host
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.placement.profiles import Profile
-from hmoe_megatron.profiling.fit import errors, fit_profile
-from hmoe_megatron.profiling.layers import Layer, experts_run, layers_kept_apart, layers_to_fit
-from hmoe_megatron.profiling.links import Link, measure_links
+from hmoe_megatron.profiling.fit import FITTED, errors, fit_profile
+from hmoe_megatron.profiling.layers import Layer, experts_run
+from hmoe_megatron.profiling.links import measure_links
 from hmoe_megatron.profiling.timing import least_times, timer
 
-
-@dataclass(frozen=True)
-class Errors:
-    """Predicted over measured time, minus 1, of each case that was fit and of each that was kept apart."""
-
-    fit: np.ndarray
-    apart: np.ndarray
-
-    def __str__(self):
-        return ", ".join(f"{name} median {np.median(np.abs(errors)):.1%}, nine of ten within "
-                         f"{np.quantile(np.abs(errors), 0.9):.1%}"
-                         for name, errors in (("fit", self.fit), ("kept apart", self.apart)))
+LINKS = {"intra_node_bytes_per_s": "link inside a node", "inter_node_bytes_per_s": "link across nodes"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A profile and how far off it is: of the layers kept apart, their errors; of each link that was measured, too."""
+    """A profile; times_s of the layers kept apart; errors: predicted over measured, minus 1, by what was timed."""
 
     profile: Profile
-    compute: Errors
-    layers_apart: tuple[Layer, ...]
-    links: dict[str, Errors]
+    times_s: np.ndarray
+    errors: dict[str, np.ndarray]
 
 
-def measure(hidden_sizes: Sequence[int], rows: Sequence[int], widths: Sequence[int], seconds: float) -> Measured:
+def measure(fit: Sequence[Layer], apart: Sequence[Layer], seconds: float) -> Measured:
     """Times expert compute for `seconds`, then all-to-all if torch.distributed has two ranks or more.
 
     All ranks call it, compute at the same time, and return the same; a time is the mean over ranks. fp32 on one thread
@@ -51,34 +39,36 @@ def measure(hidden_sizes: Sequence[int], rows: Sequence[int], widths: Sequence[i
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    fit, apart = (make(hidden_sizes, rows, widths) for make in (layers_to_fit, layers_kept_apart))
+    hidden_size = max(layer.hidden_size for layer in fit)
+    links = measure_links(hidden_size, device, dtype) if ranks > 1 else (None, None)
     compute = expert_compute("auto", on_gpu)
-    times_s = least_times([experts_run(layer, compute, device, dtype) for layer in fit + apart], seconds,
+    times_s = least_times([experts_run(layer, compute, device, dtype) for layer in (*fit, *apart)], seconds,
                           timer(device))
     if ranks > 1:
         times = torch.tensor(times_s, device=device)
         dist.all_reduce(times)
         times_s = times.cpu().numpy() / ranks
-    profile = fit_profile(fit, times_s[:len(fit)], f"measured on {machine(device)}", dtype.itemsize)
-    found = Errors(errors(fit, times_s[:len(fit)], profile), errors(apart, times_s[len(fit):], profile))
-    links = dict(zip(("intra_node_bytes_per_s", "inter_node_bytes_per_s"),
-                     measure_links(max(hidden_sizes), device, dtype) if ranks > 1 else (None, None), strict=True))
-    return Measured(_with_links(profile, links, found, ranks), found, tuple(apart),
-                    {rate: Errors(link.errors, link.errors_apart) for rate, link in links.items() if link})
+    fit_s, apart_s = times_s[:len(fit)], times_s[len(fit):]
+    profile = fit_profile(fit, fit_s, f"measured on {_machine(device)}", dtype.itemsize)
+    found = {"layers fit": errors(fit, fit_s, profile), "layers kept apart": errors(apart, apart_s, profile)}
+    rates, sources = {}, dict.fromkeys(FITTED, _source(len(fit), "layers", found["layers kept apart"], ranks))
+    for (rate, what), link in zip(LINKS.items(), links, strict=True):
+        if link:
+            found |= {f"{what}, fit": link.errors, f"{what}, kept apart": link.errors_apart}
+            rates[rate] = link.bytes_per_s
+            sources[rate] = _source(len(link.errors), "all-to-alls", link.errors_apart, ranks)
+    return Measured(replace(profile, sources=sources, **rates), apart_s, found)
 
 
-def _with_links(profile: Profile, links: dict[str, Link | None], found: Errors, ranks: int) -> Profile:
-    how = f"tools/profile_hardware.py, {ranks} ranks, torch {torch.__version__}: {found}"
-    sources = dict.fromkeys(("flops_per_s", "launch_s", "activation_bytes_per_s", "row_tile"), how)
-    sources |= {rate: "measured" if link else "not measured" for rate, link in links.items()}
-    return replace(profile, sources=sources, **{rate: link.bytes_per_s for rate, link in links.items() if link})
+def _source(cases: int, what: str, errors_apart: np.ndarray, ranks: int) -> str:
+    return (f"fit to {cases} {what} timed by tools/profile_hardware.py, {ranks} rank(s), torch {torch.__version__}; "
+            f"median error of those kept apart {np.median(np.abs(errors_apart)):.1%}")
 
 
-def machine(device: torch.device) -> str:
+def _machine(device: torch.device) -> str:
     """Name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-              ] if info.exists() else []
-    return models[0] if models else platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
