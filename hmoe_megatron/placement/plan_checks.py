@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 
+from hmoe_megatron.placement.fields import parsed, shown
 from hmoe_megatron.placement.ranks import MAX_RANKS
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text, widths_fingerprint
 
@@ -25,30 +26,15 @@ _LAYER_FIELDS = ("widths", "tokens", "pieces", "predicted")
 
 
 def parse_json(text: str):
-    def no_repeats(pairs):
-        if len(fields := dict(pairs)) < len(pairs):
-            raise ValueError("a field is there twice")
-        return fields
-
-    def no_constants(name):
-        raise ValueError(f"{name} is no number here")
-
-    if len(text) > MAX_FILE_BYTES:
-        raise ValueError(f"placement plan: over {MAX_FILE_BYTES} bytes, too large to be one")
     if text.count("[") + text.count("{") > MAX_NESTS:
         raise ValueError(f"placement plan: over {MAX_NESTS} lists and objects, too large to be one")
-    try:
-        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants)
-    except RecursionError:
-        raise ValueError("placement plan: nested too deeply to be one") from None
-    except ValueError as error:
-        raise ValueError(f"placement plan: not read as JSON: {str(error)[:200]}") from None
+    return parsed("placement plan", text, MAX_FILE_BYTES)
 
 
 def form_problems(body) -> list[str]:
     """What keeps parsed JSON from having the fields, types and lengths of a plan; `cost` checks itself."""
     if type(body) is dict and "schema" in body and not _is_int(body["schema"], SCHEMA, SCHEMA):
-        return [f"schema {_shown(body['schema'])}: this version reads {SCHEMA}; make the plan again"]
+        return [f"schema {shown(body['schema'])}: this version reads {SCHEMA}; make the plan again"]
     if problems := _field_problems("the file", body, _TOP_FIELDS):
         return problems
     layers, ranks = body["layers"], body["ranks"]
@@ -105,7 +91,7 @@ def content_problems(body: dict) -> list[str]:
     if body["sha256"] != checksum(content):
         problems.append("altered after it was written (sha256 does not match); make the plan again")
     if body["widths_fingerprint"] != widths_fingerprint([layer["widths"] for layer in body["layers"]]):
-        problems.append(f"widths_fingerprint {_shown(body['widths_fingerprint'])} is not that of its widths")
+        problems.append(f"widths_fingerprint {shown(body['widths_fingerprint'])} is not that of its widths")
     return problems
 
 
@@ -152,10 +138,6 @@ def _is_rank(value) -> bool:
     """Types only: `Rank` checks the amounts."""
     return (type(value) is list and len(value) == 3 and type(value[0]) is int and _is_amount(value[1])
             and type(value[2]) in (int, type(None)))
-
-
-def _shown(value) -> str:
-    return f"{value!r:.80}" if type(value) in (str, int, float, bool) else type(value).__name__
 
 
 def canonical(value) -> str:

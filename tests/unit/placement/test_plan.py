@@ -265,7 +265,7 @@ def test_a_forged_plan_is_refused(change, words):
     ('{"schema": -Infinity}', "-Infinity is no number here"),
     ('{"schema": %s}' % ("9" * 5000), "not read as JSON"),
     ("[" * 200_000, "nested too deeply"),
-    (" " * (MAX_FILE_BYTES + 1), f"over {MAX_FILE_BYTES} bytes, too large"),
+    (" " * (MAX_FILE_BYTES + 1), f"over {MAX_FILE_BYTES} characters, too large"),
     ("[" + "[]," * MAX_NESTS + "{}]", f"over {MAX_NESTS} lists and objects, too large"),
 ])
 def test_what_is_no_plan_is_refused(text, words):
