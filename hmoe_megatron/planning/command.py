@@ -27,7 +27,7 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
     notes: list[str] = []
     model = _model(given, model_flags)
     tokens_LE = _loads(given, model, notes)
-    cost = _cost(given, model)
+    cost = _cost(given, model, notes)
     ranks = _ranks(given, model)
     old = _old_plan(given, model, notes)
     for path in (given.output, given.plot):
@@ -70,10 +70,14 @@ def _loads(given: argparse.Namespace, model: Model, notes: list[str]):
     return model.even_loads()
 
 
-def _cost(given: argparse.Namespace, model: Model) -> CostModel:
+def _cost(given: argparse.Namespace, model: Model, notes: list[str]) -> CostModel:
     profile = profile_named(given.profile)
-    if model.hidden_size is None and profile.unit != FLOPS.unit:
-        raise ValueError(f"--hidden-size: --profile {given.profile} predicts seconds, which depend on it")
+    if model.hidden_size is None:
+        if profile.unit != FLOPS.unit:
+            raise ValueError(f"--hidden-size: --profile {given.profile} predicts seconds, which depend on it")
+        if given.gib:
+            raise ValueError(f"--hidden-size: the bytes under --gib {given.gib:.80} depend on it")
+        notes.append("no --hidden-size: FLOPs and bytes are those of a hidden size of 1")
     return CostModel(profile, model.hidden_size or 1, given.expert_data_parallel_size, model.live_micro_batches)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +164,7 @@ def test_the_picture(capsys, tmp_path, words):
     ([*MODEL, "--hmoe-max-cuts", "-1"], "--hmoe-max-cuts -1"),
     ([*MODEL, "--profile", "h1000"], "h1000"),
     ([*MODEL[:-4], "--profile", "h100"], "--hidden-size: --profile h100 predicts seconds"),
+    ([*MODEL[:-4], "--gib", "3"], "--hidden-size: the bytes under --gib 3"),
     ([*MODEL, "--nodes", "3"], "--nodes 3: give a number that divides the 4 ranks"),
     ([*MODEL, "--speeds", "1,2"], "--speeds 1,2: give one number above 0, or 4 with commas"),
     ([*MODEL, "--gib", "0"], "--gib 0: give one number above 0"),
@@ -209,3 +211,10 @@ def test_the_model_is_the_one_training_builds():
 def test_the_example_in_the_help_runs(capsys):
     lines = re.findall(r"python tools/plan_placement.py (--num-experts .*)", plan_placement.__doc__)
     assert len(lines) == 1 and call(capsys, *lines[0].split())[0] == 0
+
+
+def test_the_readme_shows_what_its_command_prints(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    command = re.search(r"python tools/plan_placement.py (.*)", readme)[1]
+    status, out, _ = call(capsys, *command.split())
+    assert status == 0 and out[out.index("layer 0") :] in readme
