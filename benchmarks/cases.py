@@ -9,8 +9,8 @@ from hmoe_megatron.placement.exact import any_that_fits
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.profiles import PROFILES
 
-SLACK = (1.0, *[1.005] * 5, *[1.02] * 20, *[1.1] * 20, *[1.5] * 20)  # of caps over the bytes of some placement
-MORE_NODES = 10_000
+SLACK = (1.0, *[1.005] * 10, *[1.02] * 60, *[1.1] * 60, *[1.5] * 60)  # of caps over the bytes of some placement
+MORE_NODES = 5_000
 
 
 @dataclass(frozen=True)

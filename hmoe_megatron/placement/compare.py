@@ -53,7 +53,7 @@ def comparison_table(plans: dict[str, PlacementPlan]) -> str:
 
 
 def _time(time: float, seconds: bool) -> str:
-    return f"{1e6 * time:,.1f}" if seconds else f"{time:.4g}"
+    return f"{1e6 * time:,.1f}" if seconds else f"{time:.3e}"
 
 
 def layers_table(plans: dict[str, PlacementPlan]) -> str:
