@@ -142,7 +142,7 @@ def caps_lines(pool, cases: int):
     found = Counter(pool.map(under_caps, range(cases), chunksize=50))
     yield (f"\n## Memory caps\n\n{cases:,} random layers of 2 to 40 experts whose caps some placement keeps: kept "
            f"{found['kept']:,}, broken {found['broken']}; not found {found['not found']}, where for up to 16 experts "
-           f"HiGHS has none either with more nodes; of up to 16 experts given up though HiGHS has one: {found['missed']}.")
+           f"HiGHS has none either with more nodes; of these given up though HiGHS has one: {found['missed']}.")
 
 
 def speed_lines():

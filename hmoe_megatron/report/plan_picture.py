@@ -81,7 +81,7 @@ def _bars(axes: Axes, of: LayerPlan, heights: list[list[float]]) -> None:
         bottoms = np.cumsum([0.0, *held])
         for piece, height, bottom in zip(pieces, held, bottoms, strict=False):
             face = colour.to_rgba(widths[piece.expert])
-            axes.bar(rank, height, 0.9, bottom, color=face, edgecolor="white" if few else face, linewidth=0.8,
+            axes.bar(rank, height, 0.9, bottom, color=face, edgecolor="white", linewidth=0.8 if few else 0,
                      hatch=HATCH if piece.width < widths[piece.expert] else None)
             if few and height > LEAST_SHARE * tallest:
                 dark = sum(face[:3]) < 1.5
