@@ -1,94 +1,70 @@
 """When to plan again: measured loads in, a new plan or None out.
 
-The loads of the last observations are averaged. When what imbalance cost in them would, over as long a life as can be
-expected, pay for a move, a candidate is planned and tested on the observations that follow: what it would have gained
-there is its evidence. It is taken when that gain, times `life`, pays for the move ("expected to last `life` times as
-long as it has lasted", and at most to the end of the run), and dropped when it is not ahead. Each dropped candidate
-doubles the number of observations before the next verdict, so loads that change faster are averaged over.
-An account of time spent, moves and planning included, against the time of staying with the first plan decides what may
-be risked: a move is made only if, with the way back, it leaves the account within `allowance` of the run, and when the
-account falls so far that just the way back is left, the way back is taken.
+Loads are averaged over `patience` observations, and over all since the last candidate. When perfect balance under one
+of these means could pay for a move, a candidate is planned for it and tested on the observations that follow. What it
+gains there is the evidence. It is taken when
 
-Guaranteed, whatever the loads: the run takes at most 1 + allowance times what staying takes, plus what one observation
-loses beyond `_reserve`. Times are those the cost model predicts for the measured loads, and the rest of the run is
-taken to be, on average, no faster with the first plan than the fastest observation so far. The price of the guarantee:
-a move that takes more than about half the allowance of the run (there and back) is never made. How much is gained is
-not guaranteed but measured, see `simulate`.
+    gain in the test * min(life, what is left of the run / length of the test) > time to move,
 
-Letters: L MoE layers, E experts, X experts of all layers end to end, T observations, R ranks.
+so a gain is expected to last `life` times as long as it has lasted, at most to the end of the run. It is dropped when
+it gains nothing, or too little in LONGEST of the run. Each one dropped doubles the patience: loads that change faster
+than a test lasts are averaged over. One taken sets it back to SHORTEST.
+
+`Account` bounds the loss: a change is made only if it can be undone within `max_loss` of the run, and undone when just
+the time for that is left. The price: a move that takes more than about half of `max_loss` of the run is never made.
+How much is gained is not guaranteed but measured (`simulate`).
+
+Letters: L MoE layers, E experts, X experts of all layers end to end, T observations (here 1).
 """
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_array
 
-from hmoe_megatron.placement.moves import columns, diff, traffic
+from hmoe_megatron.placement.account import Account
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.solver import InfeasiblePlan
+from hmoe_megatron.placement.step_times import StepTimes
 
-SHORTEST = 8  # observations averaged and tested at least: fewer are mostly noise
-LONGEST = 0.05  # of the run: older loads are forgotten, a candidate that has not paid by then is dropped
-
-
-class StepTimes:
-    """Time of one micro-batch under a plan, for many loads at once. A layer takes as long as its slowest rank, a
-    pipeline stage the sum of its layers, a micro-batch as long as the slowest stage."""
-
-    def __init__(self, plan: PlacementPlan):
-        cost, ranks, layers = plan.cost, plan.rank_specs, plan.layers
-        first_L = np.cumsum([0] + [len(layer.widths) for layer in layers])
-        rows = [np.stack([first_L[n] + expert, hi - lo, rank, np.full_like(rank, n * plan.ranks)])
-                for n, layer in enumerate(layers) for expert, lo, hi, rank in [columns(layer.pieces)]]
-        expert, width, rank, layer = np.concatenate(rows, axis=1)
-        speed_R = np.array([spec.speed for spec in ranks])
-
-        def matrix(values):  # [L * R, X]
-            return csr_array((values, (layer + rank, expert)), (len(layers) * plan.ranks, first_L[-1]))
-
-        padded = -(-width // cost.width_tile) * cost.width_tile
-        self._per_piece, self._per_width = matrix(1 / speed_R[rank]), matrix(padded / speed_R[rank])
-        self._per_row = matrix(cost.travel(ranks)[rank])
-        self._cost, self._share_R = cost, speed_R / speed_R.sum()
-        self._layers_by_stage = [np.flatnonzero(np.array(plan.stages) == stage) for stage in sorted(set(plan.stages))]
-
-    def by_rank(self, tokens_TX: np.ndarray) -> np.ndarray:
-        """[L, R, T]."""
-        per_piece_TX, per_width_TX = self._cost.compute(tokens_TX)
-        time = self._per_width @ per_width_TX.T
-        if self._cost.profile.launch_s:
-            time += self._per_piece @ per_piece_TX.T
-        if self._per_row.data.any():
-            time += self._per_row @ tokens_TX.T
-        return time.reshape(-1, self._share_R.size, len(tokens_TX))
-
-    def __call__(self, tokens_TX: np.ndarray) -> np.ndarray:
-        """[T]."""
-        return self._slowest_stage(self.by_rank(tokens_TX).max(axis=1))
-
-    def balanced(self, tokens_TX: np.ndarray) -> np.ndarray:
-        """[T] if the same work were shared by the ranks as their speeds are: about the best that a plan can do."""
-        return self._slowest_stage(np.einsum("lrt,r->lt", self.by_rank(tokens_TX), self._share_R))
-
-    def _slowest_stage(self, time_LT: np.ndarray) -> np.ndarray:
-        return np.max([time_LT[members].sum(axis=0) for members in self._layers_by_stage], axis=0)
+SHORTEST = 8  # observations averaged, and tested: fewer are mostly noise
+LONGEST = 0.05  # of the run: older loads are forgotten, and no test takes longer
 
 
-def moving_time(old: PlacementPlan, new: PlacementPlan, bytes_per_s: float, pause: float) -> float:
-    """What a change of plan takes: the pause, and the bytes of the rank that sends or receives most."""
-    most = max(amounts.max() for amounts in traffic(diff(old, new), new.cost, max(old.ranks, new.ranks), new.stages))
-    return pause + float(most) / bytes_per_s
+class Choice:
+    """A plan, its times, and the time of the way back from it to the first plan."""
+
+    def __init__(self, plan: PlacementPlan, way_back: float):
+        self.plan, self.way_back, self.times = plan, way_back, StepTimes(plan)
+
+
+@dataclass
+class Stretch:
+    """Sum over the micro-batches of successive observations."""
+
+    total: np.ndarray | float = 0.0
+    micro_batches: int = 0
+    observations: int = 0
+
+    def add(self, amount: np.ndarray | float, micro_batches: int) -> None:
+        self.total = self.total + micro_batches * amount
+        self.micro_batches += micro_batches
+        self.observations += 1
+
+    @property
+    def mean(self) -> np.ndarray | float:
+        return self.total / self.micro_batches
 
 
 class ReplanPolicy:
-    """The plan in force, and the account. One object a run; the same observations give the same plans on every rank.
+    """The plan in force and when to change it. One object a run; the same observations give the same plans.
 
-    first: plan at the start; run: micro-batches that each expert-parallel group will process in all. replan(tokens_LE,
-    plan in force) makes a plan; move_time(old, new) is what it takes to change, planning_time what `replan` takes, both
-    in the unit of the plan's cost. allowance: share of the run's time that may be lost, see the top of the file. life:
-    how many times as long as it has lasted a gain is expected to last. hysteresis: share of the time in force that a
-    candidate must be better by; only what it gains beyond that is counted.
+    first: the plan at the start. run: micro-batches that the expert-parallel group will process in all.
+    replan(tokens_LE, plan in force): makes a plan with the widths, ranks, cost and stages of `first`.
+    move_time(old, new), planning_time: what a change and a call of `replan` take, in the unit of the cost;
+    move_time(first, first) is what the least change takes. max_loss, life: see above. hysteresis: share of the time in
+    force that a candidate must be better by; only what it gains beyond that counts.
+    ValueError for an argument out of range and for a plan of `replan` that is made for something else.
     """
 
     def __init__(
@@ -98,102 +74,131 @@ class ReplanPolicy:
         replan: Callable[[list[np.ndarray], PlacementPlan], PlacementPlan],
         move_time: Callable[[PlacementPlan, PlacementPlan], float],
         planning_time: float = 0.0,
-        allowance: float = 0.015,
+        max_loss: float = 0.015,
         life: float = 3.0,
-        hysteresis: float = 0.005,var='A'
+        hysteresis: float = 0.005,
     ):
-        self.var=var
-        self.first, self.run, self.replan, self.move_time = first, run, replan, move_time
-        self.planning_time, self.allowance, self.life, self.hysteresis = planning_time, allowance, life, hysteresis
-        self.stay = self.spent = self.moving = self.planning = 0.0
-        self.done, self.observations, self.calls = 0, 0, 0
-        self._fastest, self._worst_loss = math.inf, 0.0
-        self._offsets = np.cumsum([len(layer.widths) for layer in first.layers])[:-1]
-        self._first_times = StepTimes(first)
-        self._price = move_time(first, first)  # of the last candidate; before that of a move of nothing
+        least_price = move_time(first, first)
+        _check({
+            f"run {run}: give the number of micro-batches, at least 1": run >= 1,
+            f"planning_time {planning_time}: give a time, at least 0": planning_time >= 0,
+            f"move_time: {least_price} for no change; give a time, at least 0": least_price >= 0,
+            f"max_loss {max_loss}: give a share from 0 to 1": 0 <= max_loss <= 1,
+            f"life {life}: give a number above 0": life > 0,
+            f"hysteresis {hysteresis}: give a share from 0 to 1": 0 <= hysteresis <= 1,
+        })
+        self.first, self.replan, self.move_time, self.planning_time = first, replan, move_time, planning_time
+        self.life, self.hysteresis = life, hysteresis
+        self.account = Account(run, max_loss)
+        self.calls = 0  # of `replan`
+        self._experts_L = [len(layer.widths) for layer in first.layers]
+        self._least_price = least_price + planning_time
         self._patience = SHORTEST
-        self._in_force(first, self._first_times, back=0.0)
+        self._first = self._now = Choice(first, way_back=0.0)
+        self._candidate: Choice | None = None
+        self._recent, self._loads = Stretch(), Stretch()
+
+    @property
+    def plan(self) -> PlacementPlan:
+        """In force."""
+        return self._now.plan
 
     def observe(self, tokens_LE: Sequence[np.ndarray], micro_batches: int = 1) -> PlacementPlan | None:
         """The plan to change to now, which from then on is in force, or None.
 
-        tokens_LE: rows of each expert in one micro-batch, the mean over as many as have run since the last call.
+        tokens_LE: rows of each expert in one micro-batch, the mean over as many as have run since the last call. The
+        same on all ranks that are to agree. ValueError for anything but finite loads of these experts, some above 0.
         """
-        tokens_TX, n = np.concatenate(tokens_LE, dtype=float)[None], micro_batches
-        stay, now = (float(times(tokens_TX)[0]) * n for times in (self._first_times, self._times))
-        self.done, self.observations = self.done + n, self.observations + 1
-        self.stay, self.spent = self.stay + stay, self.spent + now
-        self._fastest, self._worst_loss = min(self._fastest, stay / n), max(self._worst_loss, now - stay)
-        if self.plan is not self.first and self._room() < self._back:
-            self._patience *= 2
-            return self._change(self.first, self._first_times, self._back, back=0.0)
-        self._sum_TX, self._averaged, self._block = self._sum_TX + n * tokens_TX, self._averaged + n, self._block + 1
-        if self._candidate:
-            candidate = float(self._candidate_times(tokens_TX)[0]) * n
-            self._worst_loss = max(self._worst_loss, candidate - stay)
-            self._gain += (1 - self.hysteresis) * now - candidate
-            self._tested, self._test = self._tested + n, self._test + 1
-            return self._verdict()
-        if self._long_enough(self._block, self._averaged):
-            mean_TX = self._sum_TX / self._averaged
-            gain = (1 - self.hysteresis) * self._times(mean_TX)[0] - self._times.balanced(mean_TX)[0]
-            if self._pays(gain * self._averaged, self._averaged, self._price + self.planning_time):
-                if self._room() >= self._back + self.planning_time:
-                    self._plan(mean_TX)
-            if self._candidate or self._averaged >= LONGEST * self.run:
-                self._forget()
-        return None
+        tokens_TX = self._checked(tokens_LE, micro_batches)
+        first, now = self._first.times, self._now.times(tokens_TX).item()
+        self.account.book(micro_batches, first(tokens_TX).item(), now, first.balanced(tokens_TX).item())
+        if self._now is not self._first and self.account.room < self._now.way_back:
+            return self._change(self._first, self._now.way_back)
+        if self._candidate is None:
+            self._recent.add(tokens_TX, micro_batches)
+            self._loads.add(tokens_TX, micro_batches)
+            return self._look_for_candidate()
+        self._gain.add((1 - self.hysteresis) * now - self._candidate.times(tokens_TX).item(), micro_batches)
+        return self._verdict()
 
-    def _room(self) -> float:
-        """What may still be lost: the allowance of the run, less the account and a reserve for one observation."""
-        whole_run = self.stay + max(self.run - self.done, 0) * self._fastest
-        reserve = max(self._worst_loss, self.stay / self.observations)
-        return self.allowance * whole_run - (self.spent - self.stay) - reserve
+    def _look_for_candidate(self) -> None:
+        """For the recent loads where they make it worth while, as after a change; else for all."""
+        if not self._long_enough(self._recent):
+            return
+        worth = [loads.mean for loads in (self._recent, self._loads) if self._could_pay(loads)]
+        self._recent = Stretch()
+        if worth or self._too_long(self._loads):
+            self._loads = Stretch()
+        if worth and self.account.room >= self._now.way_back + self.planning_time:
+            self._plan(np.split(worth[0][0], np.cumsum(self._experts_L)[:-1]))
 
-    def _pays(self, gain: float, micro_batches: int, price: float) -> bool:
-        """Whether what was gained in so many micro-batches will, over its expected life, pay the price."""
-        return gain * min(self.life, max(self.run - self.done, 0) / micro_batches) > price
+    def _could_pay(self, loads: Stretch) -> bool:
+        """Whether perfect balance would pay for the least change."""
+        times = self._now.times
+        gain = (1 - self.hysteresis) * times(loads.mean).item() - times.balanced(loads.mean).item()
+        return self._pays(gain * loads.micro_batches, loads, self._least_price)
 
-    def _long_enough(self, observations: int, micro_batches: int) -> bool:
-        return observations >= self._patience or observations >= SHORTEST and micro_batches >= LONGEST * self.run
-
-    def _plan(self, mean_TX: np.ndarray) -> None:
-        self.calls, self.planning = self.calls + 1, self.planning + self.planning_time
-        self.spent += self.planning_time
+    def _plan(self, tokens_LE: list[np.ndarray]) -> None:
+        self.calls += 1
+        self.account.spent += self.planning_time
         try:
-            candidate = self.replan(np.split(mean_TX[0], self._offsets), self.plan)
+            plan = self.replan(tokens_LE, self.plan)
         except InfeasiblePlan:
-            candidate = self.plan
-        if [layer.pieces for layer in candidate.layers] == [layer.pieces for layer in self.plan.layers]:
+            plan = self.plan
+        _check({f"replan: its plan has not the {name} of the first": getattr(plan, name) == getattr(self.first, name)
+                for name in ("widths", "rank_specs", "cost", "stages")})
+        if _same(plan, self.plan):
             self._patience *= 2
             return
-        self._candidate, self._candidate_times = candidate, StepTimes(candidate)
-        self._price = self.move_time(self.plan, candidate)
-        self._gain, self._tested, self._test = 0.0, 0, 0
+        self._price, self._gain = self.move_time(self.plan, plan), Stretch()
+        self._candidate = self._first if _same(plan, self.first) else Choice(plan, self.move_time(plan, self.first))
 
     def _verdict(self) -> PlacementPlan | None:
-        if not self._long_enough(self._test, self._tested):
+        """Take the candidate, or None: it is dropped, or its test goes on."""
+        gain, price, way_back = self._gain, self._price, self._candidate.way_back
+        if not self._long_enough(gain):
             return None
-        if self._pays(self._gain, self._tested, self._price):
-            back = self.move_time(self._candidate, self.first)
-            if self._price + back <= self._room():
-                self._patience = {'A':SHORTEST,'B':self._patience,'C':max(SHORTEST,self._patience//2)}[self.var]
-                return self._change(self._candidate, self._candidate_times, self._price, back)
-        if self._gain <= 0 or self._tested >= LONGEST * self.run:
+        if self._pays(gain.total, gain, price) and self.account.room >= price + way_back:
+            self._patience = SHORTEST
+            return self._change(self._candidate, price)
+        if gain.total <= 0 or self._too_long(gain):
             self._candidate = None
             self._patience *= 2
         return None
 
-    def _change(self, plan: PlacementPlan, times: StepTimes, price: float, back: float) -> PlacementPlan:
-        self.spent, self.moving = self.spent + price, self.moving + price
-        self._in_force(plan, times, back)
-        return plan
+    def _pays(self, gain: float, over: Stretch, price: float) -> bool:
+        return gain * min(self.life, self.account.left / over.micro_batches) > price
 
-    def _in_force(self, plan: PlacementPlan, times: StepTimes, back: float) -> None:
-        """back: time to return to the first plan."""
-        self.plan, self._times, self._back = plan, times, back
-        self._candidate = None
-        self._forget()
+    def _long_enough(self, stretch: Stretch) -> bool:
+        return stretch.observations >= (SHORTEST if self._too_long(stretch) else self._patience)
 
-    def _forget(self) -> None:
-        self._sum_TX, self._averaged, self._block = 0.0, 0, 0
+    def _too_long(self, stretch: Stretch) -> bool:
+        return stretch.micro_batches >= LONGEST * self.account.run
+
+    def _change(self, choice: Choice, price: float) -> PlacementPlan:
+        self.account.spent += price
+        self._now, self._candidate = choice, None
+        self._recent, self._loads = Stretch(), Stretch()
+        return choice.plan
+
+    def _checked(self, tokens_LE: Sequence[np.ndarray], micro_batches: int) -> np.ndarray:
+        experts_L = [len(tokens_E) for tokens_E in tokens_LE]
+        _check({
+            f"tokens_LE: loads of {experts_L!s:.80} experts by layer; give them for {self._experts_L!s:.80}":
+                experts_L == self._experts_L,
+            f"micro_batches {micro_batches}: give how many have run since the last call, at least 1":
+                micro_batches >= 1,
+        })
+        tokens_X = np.concatenate(tokens_LE, dtype=float)
+        _check({"tokens_LE: give finite loads of at least 0, and some above it":
+                tokens_X.min() >= 0 and 0 < tokens_X.sum() < np.inf})
+        return tokens_X[None]
+
+
+def _check(rules: dict[str, bool]) -> None:
+    if broken := [rule for rule, kept in rules.items() if not kept]:
+        raise ValueError("policy: " + "; ".join(broken))
+
+
+def _same(plan: PlacementPlan, other: PlacementPlan) -> bool:
+    return all(a.pieces == b.pieces for a, b in zip(plan.layers, other.layers, strict=True))

@@ -109,7 +109,7 @@ def _check(name, steps, experts, ranks, tokens, topk, heat, period, burst, jitte
         f"period {period}, burst {burst}: at least 1 step, a burst no longer than the period":
             period >= 1 and (name != "W7" or 1 <= burst <= period),
         f"rank_E: give the rank of each of {experts} experts, from 0 to {ranks - 1}":
-            rank_E is None or (len(rank_E) == experts and 0 <= min(rank_E) and max(rank_E) < ranks),
+            rank_E is None or (len(rank_E) == experts and min(rank_E) >= 0 and max(rank_E) < ranks),
     }
     if wrong := [text for text, right in checks.items() if not right]:
         raise ValueError(f"trace {name}: " + "; ".join(wrong))
