@@ -1,4 +1,4 @@
-"""Plans over layers: bytes evened out, caps shared by the layers of a pipeline stage, an old plan kept where it can be."""
+"""Plans over layers: bytes evened out, caps shared in a pipeline stage, an old plan kept where it can be."""
 
 import random
 
