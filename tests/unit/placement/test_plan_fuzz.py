@@ -284,8 +284,8 @@ def test_what_is_no_plan(text):
 def test_any_json_in_any_field(changes):
     body = copy.deepcopy(BODY)
     for path, value in changes:
-        try:
-            at(body, path[:-1])[path[-1]] = value
-        except (KeyError, IndexError, TypeError):  # an earlier change took the place away
-            continue
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier change took the place away
+            place = at(body, path[:-1])
+            if isinstance(place, dict) == isinstance(path[-1], str):  # else it would be no JSON
+                place[path[-1]] = value
     read(refitted(body))
