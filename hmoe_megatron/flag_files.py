@@ -1,10 +1,10 @@
 """Flags of `pretrain_hmoe.py` from files: an .args file, and what a run was started with."""
 
-import json
 import shlex
 from pathlib import Path
 
 from hmoe_megatron.files import RUN_ARGUMENTS_FILE
+from hmoe_megatron.placement.fields import parsed
 
 MAX_BYTES = 1 << 20
 
@@ -15,7 +15,11 @@ def read_args(path: str | Path, included_by: tuple[Path, ...] = ()) -> list[str]
     if path in included_by:
         raise ValueError(f"{included_by[-1]}: includes {path}, which includes it: remove one of the two")
     words = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text") from None
+    for number, line in enumerate(lines, 1):
         try:
             first, *rest = shlex.split(line, comments=True) or [None]
         except ValueError as error:
@@ -37,8 +41,8 @@ def run_arguments(run_dir: Path) -> list[str]:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: over {MAX_BYTES} bytes: not written by pretrain_hmoe.py")
     try:
-        argv = json.loads(path.read_bytes())
-    except ValueError as error:
+        argv = parsed("flags of a run", path.read_bytes().decode(), MAX_BYTES)
+    except ValueError as error:  # also not UTF-8
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv):
         raise ValueError(f"{path}: not a list of flags: not written by pretrain_hmoe.py")

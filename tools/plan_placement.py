@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     machine.add_argument("--profile", metavar="NAME|FILE", default="flops", help=f"{', '.join(PROFILES)}, or a file of "
                          "tools/profile_hardware.py; default: flops, where a cut costs nothing")
     machine.add_argument("--nodes", metavar="N", type=int, default=1, help="of the ranks, in order; default: 1")
-    machine.add_argument("--speeds", metavar="X,X,...", help="of the ranks relative to the profile; default: all 1")
+    machine.add_argument("--speeds", metavar="X[,X,...]", default="1", help="of the ranks relative to the profile; "
+                         "default: 1")
     machine.add_argument("--gib", metavar="X[,X,...]", help="GiB of a GPU for the experts of its stage: weights, "
                          "gradients, optimizer, activations; one number, or one a rank; default: no cap")
     machine.add_argument("--expert-data-parallel-size", metavar="N", type=int, default=1, help="copies of each expert, "

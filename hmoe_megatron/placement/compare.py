@@ -23,8 +23,8 @@ class Outcome:
 
 
 def outcomes(plans: dict[str, PlacementPlan]) -> dict[str, Outcome]:
-    """Name of a plan -> what it gives. The last plan's bound holds for all of them."""
-    bound = list(plans.values())[-1].bound
+    """Name of a plan -> what it gives. The least of their bounds holds for all."""
+    bound = min(plan.bound for plan in plans.values())
     return {name: _outcome(plan, bound) for name, plan in plans.items()}
 
 

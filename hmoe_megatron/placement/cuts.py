@@ -174,7 +174,7 @@ class _Shedding:
             most = min(most, padded + math.floor(room / slope / tile) * tile - before) if room > 0 else 0
         if self.capped:
             room = self.cap[to] - self.bytes[to] - (0.0 if before else self.piece_bytes[e])
-            most = min(most, math.floor(room / self.width_bytes[e]))
+            most = math.floor(min(most, room / self.width_bytes[e]))  # a rank without a cap has infinite room
         return max(most // unit * unit, 0)
 
     def _move(self, source: int, to: int, e: int, width: int) -> None:

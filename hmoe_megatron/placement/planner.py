@@ -4,6 +4,7 @@ Letters: L MoE layers, E logical experts, F width of one expert.
 Pure: the same input gives the same plan on every machine. Ties go to the lower index, limits are counts.
 """
 
+import contextlib
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.ranks import Rank, as_ranks, kinds
 from hmoe_megatron.placement.solver import InfeasiblePlan, contiguous, solve
-from hmoe_megatron.widths import MAX_EXPERTS, MAX_TOTAL_WIDTH
+from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text
 
 MAX_TOKENS = 1e18
 LAST = (math.inf,)
@@ -35,20 +36,25 @@ def plan_layer(
     """The placement of one layer with the fastest slowest rank, under loads tokens_E (None: all experts equal).
 
     ranks: how many, or a Rank for each. cost: training FLOPs unless given. max_cuts: ranks - 1 unless given; 0 keeps
-    experts whole. Cuts lie at multiples of cut_multiple. Never slower than contiguous whole experts, and equal to them
-    where they are as fast; never slower than with max_cuts=0. With FLOPs as cost and ranks - 1 cuts the slowest rank
-    is within EQUAL_TIME, or one cut_multiple of an expert, of the mean. Experts without tokens are spread by bytes.
+    experts whole. Cuts lie at multiples of cut_multiple. Never slower than contiguous whole experts that keep the caps,
+    and equal to them where they are as fast; never slower than with max_cuts=0. With FLOPs as cost, ranks - 1 cuts and
+    no caps the slowest rank is within EQUAL_TIME, or one cut_multiple of an expert, of the mean. Experts without tokens
+    are spread by bytes.
     ValueError names the argument, its value and what it may be; InfeasiblePlan the ranks that lack bytes.
     """
     ranks, cost = as_ranks(ranks), cost or CostModel()
     widths, tokens = _checked(tokens_E, widths_E)
-    max_cuts = len(ranks) - 1 if max_cuts is None else max_cuts
-    _check_whole("max_cuts (--hmoe-max-cuts)", max_cuts, 0)
-    _check_whole("cut_multiple (--hmoe-cut-multiple)", cut_multiple, 1)
+    max_cuts, cut_multiple = _cut_limits(max_cuts, cut_multiple, ranks)
     problem = LayerProblem.of(tokens, widths, ranks, cost, max_cuts, cut_multiple)
     bound = lower_bound(problem, whole=not max_cuts)
-    pieces = _laid_out(solve(problem, bound), widths, kinds(ranks), cut_multiple)
-    return LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound))
+    return _layer_plan(solve(problem, bound), problem, ranks, cost, bound, kinds(ranks))
+
+
+def _layer_plan(held, problem: LayerProblem, ranks, cost, bound: float, kind_R: Sequence[int]) -> LayerPlan:
+    """Ranks of one kind are put in order."""
+    pieces = _laid_out(held, problem.widths_E, kind_R, problem.unit)
+    tokens = tuple(problem.tokens_E.tolist())
+    return LayerPlan(pieces, problem.widths_E, tokens, predict(pieces, tokens, cost, ranks, bound))
 
 
 def plan_model(
@@ -65,8 +71,8 @@ def plan_model(
 
     Layers may differ in widths and number of experts. stages: pipeline stage of each layer (default: one); the layers
     of a stage share a rank's bytes. old: a plan in force, for the same widths: ranks are renamed and cuts laid so that
-    the fewest bytes move from it. Raises as plan_layer does, InfeasiblePlan with the layer; whether another sharing of
-    the caps among layers would do is not searched for beyond two ways.
+    the fewest bytes move from it. Raises as plan_layer does, InfeasiblePlan with the layers of the stage; of the ways
+    to share caps among layers a few are tried.
     """
     ranks, cost = as_ranks(ranks), cost or CostModel()
     keys = [(None if tokens_E is None else tuple(tokens_E), tuple(widths_E))
@@ -74,17 +80,22 @@ def plan_model(
     stages = tuple(stages) or (0,) * len(keys)
     if len(stages) != len(keys):
         raise ValueError(f"stages: {len(stages)} pipeline stages for {len(keys)} layers; give one a layer")
+    for n, stage in enumerate(stages):
+        _check_whole(f"stages[{n}]", stage, 0, MAX_LAYERS)
 
-    def planned(key, ranks):
-        return plan_layer(*key, ranks, cost, max_cuts, cut_multiple)
+    max_cuts, cut_multiple = _cut_limits(max_cuts, cut_multiple, ranks)
 
     uncapped = [replace(rank, bytes=None) for rank in ranks]
-    plans = {key: planned(key, uncapped) for key in dict.fromkeys(keys)}
+    plans = {key: plan_layer(*key, uncapped, cost, max_cuts, cut_multiple) for key in dict.fromkeys(keys)}
     layers = list(even_bytes([plans[key] for key in keys], ranks, stages))
     for stage in sorted(set(stages)):
         members = [n for n, of in enumerate(stages) if of == stage]
         if overflow([layers[n] for n in members], ranks):
-            shared = _sharing_caps([keys[n] for n in members], members, ranks, planned)
+            try:
+                shared = _sharing_caps([keys[n] for n in members], ranks, cost, max_cuts, cut_multiple)
+            except InfeasiblePlan as error:
+                raise InfeasiblePlan(f"layers {ranges_text(members)}: {error}") from None
+            assert not overflow(shared, ranks), "a plan over a cap must not leave"
             for n, layer in zip(members, shared, strict=True):
                 layers[n] = layer
     if old is not None:
@@ -99,28 +110,56 @@ def overflow(layers: Sequence[LayerPlan], ranks: Sequence[Rank]) -> dict[int, in
             if rank.bytes is not None and held > rank.bytes}
 
 
-def _sharing_caps(keys, members, ranks, planned) -> list[LayerPlan]:
-    """The layers of a stage one after the other, each under a share of what is left of the caps."""
-    need = [sum(planned(key, 1).predicted.bytes) for key in keys]
+def _sharing_caps(keys, ranks, cost, max_cuts: int, unit: int) -> list[LayerPlan]:
+    """The layers of a stage one after the other, each under a share of what is left of the caps.
+
+    If no way to share is found: whole experts in order if these fit, else all layers at once. Raises InfeasiblePlan.
+    """
+    if len(keys) == 1:
+        return [plan_layer(*keys[0], ranks, cost, max_cuts, unit)]
+    need = [sum(plan_layer(*key, 1, cost).predicted.bytes) for key in keys]
     later = [sum(need[i + 1:]) for i in range(len(need))]
     caps = sum(rank.bytes or 0 for rank in ranks)
-    try:
-        return _in_turn(keys, members, ranks, planned,
-                        lambda i, left, cap: left * need[i] // (need[i] + later[i]))
-    except InfeasiblePlan:  # a layer may take what the later ones don't need if they fill all ranks alike
-        return _in_turn(keys, members, ranks, planned,
-                        lambda i, left, cap: max(left - -(-later[i] * cap // caps), 0))
+
+    def by_need(i, left, cap):
+        return left * need[i] // (need[i] + later[i])
+
+    def what_later_ones_leave(i, left, cap):  # if these fill all ranks alike
+        return max(left - -(-later[i] * cap // max(caps, 1)), 0)
+
+    for share in (by_need, what_later_ones_leave):
+        with contextlib.suppress(InfeasiblePlan):
+            return _in_turn(keys, ranks, share, lambda key, budgets: plan_layer(*key, budgets, cost, max_cuts, unit))
+    in_order = [contiguous_plan([widths_E], ranks, None if tokens_E is None else [tokens_E], cost).layers[0]
+                for tokens_E, widths_E in keys]
+    return _at_once(keys, ranks, cost, max_cuts, unit) if overflow(in_order, ranks) else in_order
 
 
-def _in_turn(keys, members, ranks, planned, share) -> list[LayerPlan]:
+def _at_once(keys, ranks, cost, max_cuts, unit) -> list[LayerPlan]:
+    """As if all experts were of one layer: their sum on each rank is balanced, not each layer."""
+    problems = [LayerProblem.of(tokens, widths, ranks, cost, max_cuts, unit) for widths, tokens in
+                (_checked(*key) for key in keys)]
+    tokens_X = np.concatenate([problem.tokens_E for problem in problems])
+    widths_X = [width for problem in problems for width in problem.widths_E]
+    together = LayerProblem.of(tokens_X, widths_X, ranks, cost, max_cuts, unit)
+    held = solve(together, lower_bound(together, whole=not max_cuts))
+    layers, first = [], 0
+    for problem in problems:
+        of_layer = range(first, first + len(problem.widths_E))
+        mine = [{x - first: rank[x] for x in sorted(rank) if x in of_layer} for rank in held]
+        bound = lower_bound(problem, whole=not max_cuts)
+        # In another order the ranks of one layer would no longer fit those of the others: each is of its own kind.
+        layers.append(_layer_plan(mine, problem, ranks, cost, bound, range(len(ranks))))
+        first = of_layer.stop
+    return layers
+
+
+def _in_turn(keys, ranks, share, planned) -> list[LayerPlan]:
     left, layers = [rank.bytes for rank in ranks], []
-    for i, (n, key) in enumerate(zip(members, keys, strict=True)):
+    for i, key in enumerate(keys):
         budgets = [replace(rank, bytes=None if rest is None else share(i, rest, rank.bytes))
                    for rank, rest in zip(ranks, left, strict=True)]
-        try:
-            layers.append(planned(key, budgets))
-        except InfeasiblePlan as error:
-            raise InfeasiblePlan(f"layer {n}, under what the other layers of its stage leave it: {error}") from None
+        layers.append(planned(key, budgets))
         left = [None if rest is None else rest - held
                 for rest, held in zip(left, layers[-1].predicted.bytes, strict=True)]
     return layers
@@ -155,17 +194,23 @@ def whole_plan(
         pieces: list[list[Piece]] = [[] for _ in ranks]
         for e, rank in enumerate(owners(tokens, widths)):
             pieces[rank].append(Piece(e, 0, widths[e]))
-        bound = lower_bound(LayerProblem.of(tokens, widths, ranks, cost, 0, 1))
+        bound = _least_bound(tokens, widths, ranks, cost)
         pieces = tuple(map(tuple, pieces))
         layers.append(LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound)))
     return PlacementPlan(tuple(layers), cost, ranks, stages)
+
+
+def _least_bound(tokens_E, widths_E, ranks, cost) -> float:
+    """With any cuts anywhere."""
+    return lower_bound(LayerProblem.of(tokens_E, widths_E, ranks, cost, 0, 1))
 
 
 def under(plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
     """The pieces of `plan` with what they cost under the loads, ranks, cost and stages of `other`."""
     layers = []
     for held, to in zip(plan.layers, other.layers, strict=True):
-        predicted = predict(held.pieces, to.tokens, other.cost, other.rank_specs, to.predicted.bound)
+        bound = _least_bound(to.tokens, held.widths, other.rank_specs, other.cost)
+        predicted = predict(held.pieces, to.tokens, other.cost, other.rank_specs, bound)
         layers.append(LayerPlan(held.pieces, held.widths, to.tokens, predicted))
     return PlacementPlan(tuple(layers), other.cost, other.rank_specs, other.stages)
 
@@ -224,6 +269,14 @@ def _checked(tokens_E, widths_E) -> tuple[tuple[int, ...], tuple[float, ...]]:
             if isinstance(m, bool) or not isinstance(m, numbers.Real) or not 0 <= m <= MAX_TOKENS:
                 raise ValueError(f"tokens_E[{e}] {m!r:.80}: a load is a number from 0 to {MAX_TOKENS:g}")
     return tuple(map(int, widths)), tuple(map(float, tokens))
+
+
+def _cut_limits(max_cuts: int | None, cut_multiple: int, ranks: Sequence[Rank]) -> tuple[int, int]:
+    """(max_cuts, cut_multiple) as Python's numbers: whatever whole numbers they were, arithmetic on them is exact."""
+    max_cuts = len(ranks) - 1 if max_cuts is None else max_cuts
+    _check_whole("max_cuts (--hmoe-max-cuts)", max_cuts, 0)
+    _check_whole("cut_multiple (--hmoe-cut-multiple)", cut_multiple, 1, MAX_TOTAL_WIDTH)
+    return int(max_cuts), int(cut_multiple)
 
 
 def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -8,7 +8,6 @@ held[r] = {expert: width of its piece on rank r} is a placement before its range
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -77,7 +76,7 @@ class LayerProblem:
         """The problem of evening out the bytes of whole experts."""
         return dataclasses.replace(
             self.without_caps(), fixed_CE=np.zeros_like(self.fixed_CE), max_cuts=0, tile=1,
-            slope_CE=np.broadcast_to(self.width_bytes_E, self.slope_CE.shape) ,
+            slope_CE=np.broadcast_to(self.width_bytes_E, self.slope_CE.shape),
         )
 
     @functools.cached_property
@@ -103,15 +102,8 @@ class LayerProblem:
         """Width of each whole expert, in whole tiles."""
         return -(-np.array(self.widths_E) // self.tile) * self.tile
 
-    def time(self, rank: int, e: int, width: int) -> float:
-        kind = self.kind_R[rank]
-        return float(self.fixed_CE[kind, e] + self.slope_CE[kind, e] * (-(-width // self.tile) * self.tile))
-
     def bytes(self, e: int, width: int) -> float:
         return float(self.piece_bytes_E[e] + self.width_bytes_E[e] * width)
-
-    def time_of(self, rank: int, pieces: dict[int, int]) -> float:
-        return math.fsum(self.time(rank, e, w) for e, w in pieces.items())
 
     def times(self, held: Sequence[dict[int, int]]) -> list[float]:
         ranks, experts, widths = _columns(held)
@@ -120,11 +112,14 @@ class LayerProblem:
         times = self.fixed_CE[kinds, experts] + self.slope_CE[kinds, experts] * padded
         return np.bincount(ranks, times, self.ranks).tolist()
 
+    def held_bytes(self, held: Sequence[dict[int, int]]) -> np.ndarray:
+        """[R]."""
+        ranks, experts, widths = _columns(held)
+        return np.bincount(ranks, self.piece_bytes_E[experts] + self.width_bytes_E[experts] * widths, self.ranks)
+
     def overflow(self, held: Sequence[dict[int, int]]) -> list[float]:
         """Bytes that each rank holds over its cap."""
-        ranks, experts, widths = _columns(held)
-        held_bytes = self.piece_bytes_E[experts] + self.width_bytes_E[experts] * widths
-        return np.maximum(np.bincount(ranks, held_bytes, self.ranks) - self.cap_R, 0.0).tolist()
+        return np.maximum(self.held_bytes(held) - self.cap_R, 0.0).tolist()
 
     def items(self, chunks: Sequence[tuple[int, int]]) -> Items:
         """(expert, width) of parts that stay together, as what `whole` balances."""

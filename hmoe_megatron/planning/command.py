@@ -9,6 +9,7 @@ from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, write_whole
 from hmoe_megatron.flag_files import read_args, run_arguments
 from hmoe_megatron.placement.compare import comparison_table, layers_table, outcomes
 from hmoe_megatron.placement.cost import CostModel
+from hmoe_megatron.placement.fields import shown
 from hmoe_megatron.placement.moves import diff, moved_bytes
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import plan_model, under
@@ -19,6 +20,7 @@ from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.planning.loads import mean_loads
 from hmoe_megatron.planning.model import Model, model_of
 
+MAX_LAST, MAX_NUMBER = 100_000, 1e6
 PLANNED, OLD = "planned", "old plan"
 
 
@@ -30,9 +32,7 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
     cost = _cost(given, model, notes)
     ranks = _ranks(given, model)
     old = _old_plan(given, model, notes)
-    for path in (given.output, given.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
+    _check_outputs(given)
     plan = plan_model(tokens_LE, model.widths_LE, ranks, cost, model.max_cuts, model.cut_multiple, model.stages, old)
     plans = rivals(plan)
     if old:
@@ -53,6 +53,17 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
     return "\n".join(_text(given, plans, moves, notes))
 
 
+def _check_outputs(given: argparse.Namespace) -> None:
+    paths = [Path(path).absolute() for path in (given.output, given.plot) if path is not None]
+    for path in paths:
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
+        if path.is_dir():
+            raise ValueError(f"{path}: a directory; give a file")
+    if len({*paths}) < len(paths):
+        raise ValueError(f"--output and --plot {paths[0]}: give two files")
+
+
 def _model(given: argparse.Namespace, model_flags: list[str]) -> Model:
     if given.args and given.run:
         raise ValueError("--args and --run: give one of them; flags on the command line win over either")
@@ -61,8 +72,8 @@ def _model(given: argparse.Namespace, model_flags: list[str]) -> Model:
 
 
 def _loads(given: argparse.Namespace, model: Model, notes: list[str]):
-    if given.last < 1:
-        raise ValueError(f"--last {given.last}: give at least 1 line of loads")
+    if not 1 <= given.last <= MAX_LAST:
+        raise ValueError(f"--last {shown(given.last)}: give 1 to {MAX_LAST} lines of loads")
     path = Path(given.loads) if given.loads else Path(given.run) / TELEMETRY_FILE if given.run else None
     if path and (given.loads or path.exists()):
         return mean_loads(path, model, given.last, notes)
@@ -75,7 +86,7 @@ def _cost(given: argparse.Namespace, model: Model, notes: list[str]) -> CostMode
     if model.hidden_size is None:
         if profile.unit != FLOPS.unit:
             raise ValueError(f"--hidden-size: --profile {given.profile} predicts seconds, which depend on it")
-        if given.gib:
+        if given.gib is not None:
             raise ValueError(f"--hidden-size: the bytes under --gib {given.gib:.80} depend on it")
         notes.append("no --hidden-size: FLOPs and bytes are those of a hidden size of 1")
     return CostModel(profile, model.hidden_size or 1, given.expert_data_parallel_size, model.live_micro_batches)
@@ -87,8 +98,8 @@ def _ranks(given: argparse.Namespace, model: Model) -> list[Rank]:
     if not 1 <= given.nodes <= number or number % given.nodes:
         raise ValueError(f"--nodes {given.nodes}: give a number that divides the {number} ranks "
                          "(--expert-model-parallel-size)")
-    speeds = _numbers("--speeds", given.speeds or "1", number)
-    caps = _numbers("--gib", given.gib, number) if given.gib else [None] * number
+    speeds = _numbers("--speeds", given.speeds, number)
+    caps = [None] * number if given.gib is None else _numbers("--gib", given.gib, number)
     return [Rank(rank * given.nodes // number, speed * model.expert_tp,
                  None if cap is None else int(cap * 2**30) * model.expert_tp)
             for rank, (speed, cap) in enumerate(zip(speeds, caps, strict=True))]
@@ -99,8 +110,9 @@ def _numbers(flag: str, text: str, ranks: int) -> list[float]:
         numbers = [float(word) for word in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, ranks) or not all(0 < x < float("inf") for x in numbers):
-        raise ValueError(f"{flag} {text:.80}: give one number above 0, or {ranks} with commas, one a rank")
+    if len(numbers) not in (1, ranks) or not all(0 < x <= MAX_NUMBER for x in numbers):
+        raise ValueError(f"{flag} {text:.80}: give one number above 0, or {ranks} with commas, one a rank (at most "
+                         f"{MAX_NUMBER:g})")
     return numbers * (ranks // len(numbers))
 
 

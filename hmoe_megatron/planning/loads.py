@@ -4,12 +4,14 @@ A line of counts is {"tokens": [[m, ...], ...]}: rows of each expert of each MoE
 expert-parallel group. Letters: L MoE layers, E logical experts.
 """
 
-import json
+import codecs
+import re
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 
+from hmoe_megatron.placement.fields import parsed
 from hmoe_megatron.placement.planner import MAX_TOKENS
 from hmoe_megatron.planning.model import Model
 from hmoe_megatron.telemetry_file import MAX_LINE_BYTES, open_regular, read_records
@@ -20,9 +22,11 @@ _REMEDY = "give telemetry.jsonl of a run, or lines {\"tokens\": [[rows of each e
 def mean_loads(path: Path, model: Model, last: int, notes: list[str]) -> list[np.ndarray]:
     """tokens_LE of one micro-batch, the mean over the `last` lines. Raises ValueError with file, line and remedy."""
     with open_regular(path, _REMEDY) as file:
-        first = file.readline(MAX_LINE_BYTES + 1)
-    read = _counts if first.lstrip().startswith(b'{"tokens"') else _telemetry
+        first = file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    read = _counts if re.match(rb'\s*{\s*"tokens"', first) else _telemetry
     kept = deque(read(path, model, notes), maxlen=last)
+    if not kept:
+        raise ValueError(f"{path}: holds no whole line; {_REMEDY}")
     notes.append(f"loads: the mean of the last {len(kept)} lines of {path}")
     loads = [np.mean(of_steps, axis=0) for of_steps in zip(*kept, strict=True)]
     if (found := [load.size for load in loads]) != (wanted := [len(widths) for widths in model.widths_LE]):
@@ -45,18 +49,20 @@ def _counts(path: Path, model: Model, notes: list[str]):
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
             try:
                 yield _counts_of(line, [len(widths) for widths in model.widths_LE])
-            except RecursionError:
-                raise ValueError(f"{path}:{number}: nested too deeply") from None
             except ValueError as error:
+                if not line.endswith((b"\n", b"}")):
+                    notes.append(f"{path.name} ends in the middle of line {number}, which is left out.")
+                    return
                 raise ValueError(f"{path}:{number}: {str(error)[:200]}; {_REMEDY}") from None
 
 
 def _counts_of(line: bytes, experts_L: list[int]) -> list[np.ndarray]:
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES} bytes")
-    value = json.loads(line.decode())
+    value = parsed("a line of counts", line.decode(), MAX_LINE_BYTES)
     counts = value.get("tokens") if type(value) is dict and len(value) == 1 else None
     if type(counts) is not list or not all(type(of) is list for of in counts):
         raise ValueError("not an object with lists under \"tokens\" alone")

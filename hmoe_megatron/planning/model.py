@@ -12,7 +12,10 @@ import numpy as np
 
 from hmoe_megatron.accounting import expected_active_width
 from hmoe_megatron.config import add_hmoe_arguments, hmoe_config_from_args, moe_layers, widths_from_args
+from hmoe_megatron.placement.fields import shown
+from hmoe_megatron.placement.ranks import MAX_RANKS
 
+MAX_SIZE = 1 << 40
 _SIZES = {  # Megatron's flags: default
     "--num-layers": 1, "--num-experts": None, "--hidden-size": None, "--seq-length": 4096, "--micro-batch-size": 1,
     "--moe-router-topk": 2, "--expert-model-parallel-size": None, "--tensor-model-parallel-size": 1,
@@ -52,7 +55,8 @@ def model_of(words: Sequence[str], more: Sequence[str]) -> Model:
 
     Raises ValueError with flag, value and remedy, also for any of `more` that is not known here.
     """
-    if unknown := _parse(more)[1]:
+    unknown = _parse(more)[1] + [word for word in more if word.startswith("--hmoe-placement")]
+    if unknown:
         raise ValueError(f"{' '.join(unknown):.200}: not a flag that a placement depends on; see --help")
     args = _parse([*words, *more, "--hmoe-placement", "auto"])[0]
     if missing := [flag for flag in ("--num-experts", "--expert-model-parallel-size")
@@ -60,8 +64,9 @@ def model_of(words: Sequence[str], more: Sequence[str]) -> Model:
         raise ValueError(f"{' and '.join(missing)}: give the size, or a file that has it (--args, --run)")
     for flag in _SIZES:
         value = getattr(args, flag[2:].replace("-", "_"))
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} {value}: give a whole number of at least 1")
+        most = MAX_RANKS if flag.endswith("-parallel-size") else MAX_SIZE
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{flag} {shown(value)}: give a whole number from 1 to {most}")
     args.moe_layer_freq = _layer_pattern(args.moe_layer_freq)
     settings = hmoe_config_from_args(args)
     widths = widths_from_args(args, settings)
@@ -107,7 +112,7 @@ def _layer_pattern(text: str) -> int | list[int]:
     """--moe-layer-freq as a number or a list; Megatron also takes expressions, which would have to be evaluated."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if type(value) is int and value >= 1 or type(value) is list and all(x in (0, 1) for x in value):
         return value

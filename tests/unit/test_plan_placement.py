@@ -9,9 +9,10 @@ import pytest
 from matplotlib.image import imread
 
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE
-from hmoe_megatron.placement import PlacementPlan, plan_model
+from hmoe_megatron.placement import PROFILES, CostModel, PlacementPlan, contiguous_plan, nodes_of, plan_model
 from hmoe_megatron.placement.moves import diff
 from hmoe_megatron.planning.model import model_of
+from hmoe_megatron.report import plan_picture
 from hmoe_megatron.widths import layer_widths
 from tools import plan_placement
 
@@ -120,6 +121,29 @@ def test_counts_of_any_trainer(capsys, tmp_path):
     assert tokens_of(result) == counts_TLE[2:].mean(axis=0).tolist()
 
 
+def test_counts_as_files_really_are(capsys, tmp_path):
+    """A byte-order mark, a space after the brace, a blank line, and an end that a killed trainer left."""
+    line = json.dumps({"tokens": [[5.0] * EXPERTS] * LAYERS}).replace("{", "{ ")
+    (tmp_path / "counts.jsonl").write_text(f"\ufeff{line}\n\n{line}\n{line[:40]}")
+    result = planned(capsys, *MODEL, "--loads", tmp_path / "counts.jsonl")
+    assert tokens_of(result) == [[5.0] * EXPERTS] * LAYERS
+    assert "last 2 lines" in str(result["notes"]) and "in the middle of line 4" in str(result["notes"])
+
+
+def test_experts_per_token_are_measured_too(capsys, tmp_path):
+    (tmp_path / "t.jsonl").write_text(telemetry_line(1, [[1 / 8] * 8] * LAYERS, experts_per_token=3.0))
+    result = planned(capsys, *MODEL, "--loads", tmp_path / "t.jsonl", "--tensor-model-parallel-size", 2,
+                     "--expert-tensor-parallel-size", 1)
+    assert sum(tokens_of(result)[0]) == pytest.approx(RANKS * 128 / 2 * 3)
+
+
+def test_pieces_divide_among_the_gpus_of_a_rank(capsys):
+    result = planned(capsys, *MODEL, "--expert-model-parallel-size", 8, "--expert-tensor-parallel-size", 2,
+                     "--hmoe-cut-multiple", 8)
+    inner = [lo for layer in result["plan"]["layers"] for rank in layer["pieces"] for _, lo, _ in rank if lo]
+    assert inner and all(lo % 16 == 0 for lo in inner) and any(lo % 32 for lo in inner)
+
+
 def test_the_machine(capsys):
     result = planned(capsys, *MODEL, "--profile", "h100", "--nodes", 2, "--speeds", "1,1,2,2", "--gib", 3,
                      "--expert-tensor-parallel-size", 2, "--expert-data-parallel-size", 8)  # fmt: skip
@@ -142,6 +166,41 @@ def test_the_plan_it_writes_is_the_one_it_prints(capsys, tmp_path):
     assert json.loads(written.to_json()) == result["plan"]
     again = planned(capsys, *MODEL, "--old-plan", tmp_path / "plan.json")
     assert again["moves"] == []
+
+
+def bars(axes):
+    """Height of each rank's bar."""
+    tops = {}
+    for bar in axes.patches:
+        rank = round(bar.get_x() + bar.get_width() / 2)
+        tops[rank] = max(tops.get(rank, 0), bar.get_y() + bar.get_height())
+    return [tops.get(rank, 0) for rank in range(len(tops))]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_the_picture_shows(layer):
+    cost, ranks = CostModel(PROFILES["h100"], 1024), nodes_of(2, 2, bytes=3 << 30)
+    tokens_LE = [[900.0] * EXPERTS, [2000.0, *[50.0] * (EXPERTS - 1)]]
+    plans = {"before": contiguous_plan(WIDTHS[:2], ranks, tokens_LE, cost),
+             "after": plan_model(tokens_LE, WIDTHS[:2], ranks, cost, cut_multiple=16)}  # fmt: skip
+    figure = plan_picture.plans_figure(plans, layer)
+    axes = figure.axes[:4]
+    for column, plan in enumerate(plans.values()):
+        of = plan.layers[layer]
+        slowest = max(of.predicted.time)
+        scale = 1e3 if max(max(p.layers[layer].predicted.time) for p in plans.values()) >= 1e-3 else 1e6
+        assert bars(axes[column]) == pytest.approx([time * scale for time in of.predicted.time])
+        assert bars(axes[2 + column]) == pytest.approx([held / 2**30 for held in of.predicted.bytes])
+        mean, = (line.get_ydata()[0] for line in axes[column].lines)
+        assert mean == pytest.approx(sum(of.predicted.time) / 4 * scale)
+        assert f"slowest over mean {slowest * scale / mean:.3f}, {of.cuts} cut" in axes[column].get_title()
+        caps, = axes[2 + column].collections
+        assert {y for segment in caps.get_segments() for _, y in segment} == {1.5}  # shared by two layers
+        hatched = sum(bool(bar.get_hatch()) for bar in axes[column].patches)
+        assert hatched == sum(p.width < of.widths[p.expert] for rank in of.pieces for p in rank)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert ("piece of a cut expert" in labels) == any(plan.layers[layer].cuts for plan in plans.values())
+    assert "cap of a rank / the 2 layers of the stage" in labels
 
 
 @pytest.mark.parametrize("words", [[], ["--gib", "1"], ["--layer", "1", "--profile", "h100"],
@@ -169,7 +228,16 @@ def test_the_picture(capsys, tmp_path, words):
     ([*MODEL, "--speeds", "1,2"], "--speeds 1,2: give one number above 0, or 4 with commas"),
     ([*MODEL, "--gib", "0"], "--gib 0: give one number above 0"),
     ([*MODEL, "--gib", "0.0001"], "do not fit"),
+    ([*MODEL, "--gib", "1e300"], "--gib 1e300: give one number above 0"),
+    ([*MODEL, "--gib", ""], "--gib : give one number above 0"),
     ([*MODEL, "--last", "0"], "--last 0"),
+    ([*MODEL, "--last", "1" + "0" * 30], "--last 1"),
+    ([*MODEL, "--seq-length", "1" + "0" * 400], "--seq-length of over 300 digits: give a whole number"),
+    ([*MODEL, "--expert-model-parallel-size", "100000000"], "--expert-model-parallel-size 100000000: give a whole"),
+    ([*MODEL, "--moe-layer-freq", "[" * 100_000], "give a number or a list of 0 and 1"),
+    ([*MODEL, "--hmoe-placement", "contiguous"], "--hmoe-placement: not a flag"),
+    ([*MODEL, "--output", "/tmp"], "/tmp: a directory"),
+    ([*MODEL, "--output", "/tmp/x", "--plot", "/tmp/x"], "give two files"),
     ([*MODEL, "--layer", "3"], "--layer 3: the plan has layers 0-2"),
     ([*MODEL, "--output", "/nowhere/plan.json"], "there is no directory /nowhere"),
     ([*MODEL, "--old-plan", "/nowhere/plan.json"], "/nowhere/plan.json"),
@@ -190,8 +258,10 @@ def test_refusals(capsys, words, message):
     ('{"tokens": [[1,2]], "more": 1}', ":1: not an object with lists"),
     ('{"tokens": [[1,2],[1,2],[1,2]]}', ":1: experts by layer [2, 2, 2], of the model [8, 8, 8]"),
     ('{"tokens": [' + ",".join(["[1,1,1,1,1,1,1,-1]"] * 3) + "]}", "a count is not a number from 0"),
-    ('{"tokens": [' + ",".join(["[1,1,1,1,1,1,1,NaN]"] * 3) + "]}", "a count is not a number from 0"),
-    ('{"tokens": ' + "[" * 100_000, ":1: "),
+    ('{"tokens": [' + ",".join(["[1,1,1,1,1,1,1,NaN]"] * 3) + "]}", "NaN is no number"),
+    ('{"tokens": [' + ",".join(["[1,1,1,1,1,1,1,true]"] * 3) + "]}", "a count is not a number from 0"),
+    ('{"tokens": ' + "[" * 100_000, "holds no whole line"),
+    ('{"tokens": ' + "[" * 100_000 + "\n", ":1: a line of counts: nested too deeply"),
     (telemetry_line(1, [[1.0]] * 2), "2 MoE layers, the model has 3"),
     (telemetry_line(1, [[0.5, 0.5]] * 3), "experts of each layer [2, 2, 2], of the model [8, 8, 8]"),
 ])  # fmt: skip

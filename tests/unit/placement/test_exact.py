@@ -2,12 +2,16 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks.cases import capped_layer, whole_layer
+from hmoe_megatron.placement import exact
 from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.exact import any_that_fits, fastest
+from hmoe_megatron.placement.rivals import equal_counts
 
 NODES = 20_000
 WITHIN = 0.005
@@ -71,3 +75,41 @@ def test_what_can_not_fit_is_proven():
     one_byte = [replace(rank, bytes=1) for rank in case.ranks]
     found = any_that_fits(replace(case, ranks=one_byte).problem(), NODES)
     assert found.held is None and found.proven
+
+
+def test_whole_experts_are_never_slower_than_by_eplbs_method():
+    for seed in range(200):
+        case = whole_layer(seed)
+        problem, planned = case.problem(), max(case.plan().predicted.time)
+        for weights_E in (case.tokens_E, [m * F for m, F in zip(case.tokens_E, case.widths_E, strict=True)]):
+            owners = np.array(equal_counts(weights_E, problem.ranks))
+            assert planned <= max(problem.times(problem.held(problem.whole, owners))) * (1 + 1e-9), seed
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_under_caps_plans_are_near_the_fastest_and_cuts_make_none_slower(seed):
+    """Random caps, which whole experts keep."""
+    case = whole_layer(1000 + seed)
+    case = replace(case, ranks=case.ranks[:3])
+    problem = case.problem()
+    owners = np.random.default_rng(seed).integers(0, problem.ranks, len(case.widths_E))
+    caps = problem.held_bytes(problem.held(problem.whole, owners)) * 1.1
+    case = replace(case, ranks=[replace(rank, bytes=int(cap)) for rank, cap in zip(case.ranks, caps, strict=True)])
+    best = max(problem.times(fastest(case.problem(), NODES).held))
+    whole = max(case.plan().predicted.time)
+    assert best * (1 - 1e-4) <= whole <= best * (1 + WITHIN)
+    assert max(replace(case, max_cuts=len(case.ranks) - 1).plan().predicted.time) <= whole * (1 + 1e-9)
+
+
+def test_what_highs_finds_is_counted_again(monkeypatch):
+    """Its tolerance may let a placement one byte over a cap pass."""
+    case = whole_layer(3)
+    problem = case.problem()
+    held = fastest(problem, NODES).held
+    caps = problem.held_bytes(held)
+    caps[0] -= 1
+    short = replace(problem, cap_R=caps)
+    values = np.array([float(e in rank) for e in range(len(case.widths_E)) for rank in held] + [0.0])
+    monkeypatch.setattr(exact, "milp", lambda **_: SimpleNamespace(x=values, status=0))
+    assert any_that_fits(replace(short, cap_R=caps + 1), NODES).held == [dict(sorted(rank.items())) for rank in held]
+    assert any_that_fits(short, NODES).held is None and not any_that_fits(short, NODES).proven

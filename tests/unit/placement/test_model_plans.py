@@ -15,7 +15,7 @@ from hmoe_megatron.placement import (
     plan_model,
     validate_pieces,
 )
-from hmoe_megatron.placement.planner import overflow
+from hmoe_megatron.placement.planner import overflow, under
 from hmoe_megatron.placement.solver import EQUAL_TIME
 
 COST = CostModel(hidden_size=64, expert_data_parallel_size=4)
@@ -73,11 +73,11 @@ def test_what_cannot_fit_says_where_how_much_and_what_would_help():
     with pytest.raises(InfeasiblePlan) as error:
         plan_model(tokens_LE, widths_LE, [Rank(bytes=1000)] * 2, COST, max_cuts=0)
     text = str(error.value)
-    assert "layer 0" in text and "rank 0 lacks" in text and "rank 1 lacks" in text
+    assert "layers 0-1: " in text and "rank 0 lacks" in text and "rank 1 lacks" in text
     for remedy in ("more cuts than 0 (--hmoe-max-cuts)", "--expert-model-parallel-size", "--micro-batch-size"):
         assert remedy in text
-    layer_bytes = sum(plan_layer(tokens_LE[0], widths_LE[0], 1, COST).predicted.bytes)
-    assert f"{layer_bytes:,}" in text
+    stage_bytes = 2 * sum(plan_layer(tokens_LE[0], widths_LE[0], 1, COST).predicted.bytes)
+    assert f"experts of {stage_bytes:,} bytes do not fit under the caps of 2 ranks, 2,000 bytes in all" in text
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -111,3 +111,56 @@ def test_whole_model_on_many_nodes():
 def test_stages_must_match():
     with pytest.raises(ValueError, match="2 pipeline stages for 1 layers"):
         plan_model(None, [[4]], 1, stages=[0, 1])
+
+
+def test_no_room_at_all_is_said_and_numpys_numbers_are_numbers():
+    with pytest.raises(InfeasiblePlan, match="layers 0-0|layers 0: "):
+        plan_model([[7]], [[6]], [Rank(bytes=0)] * 2, COST)
+    with pytest.raises(InfeasiblePlan):
+        plan_model([[7]] * 2, [[6]] * 2, [Rank(bytes=0)] * 2, COST)
+    plan = plan_layer([1, 9], [10, 20], 3, None, np.int64(2), np.int64(4))
+    assert plan == plan_layer([1, 9], [10, 20], 3, None, 2, 4)
+    for stages in (["0"], [0.5], [-1], [True]):
+        with pytest.raises(ValueError, match=r"stages\[0\]"):
+            plan_model(None, [[6]], 2, stages=stages)
+    with pytest.raises(ValueError, match="cut_multiple .* at most"):
+        plan_layer([1], [10], 2, cut_multiple=2**63)
+
+
+@pytest.mark.parametrize("max_cuts", [None, 0])
+@pytest.mark.parametrize("seed", range(12))
+def test_caps_that_contiguous_placement_of_all_layers_keeps_are_kept(seed, max_cuts):
+    """Also where they leave no byte free."""
+    tokens_LE, widths_LE = random_model(seed, layers=4)
+    in_order = contiguous_plan(widths_LE, 5, tokens_LE, COST)
+    for slack in (1.0, 1.03):
+        ranks = [Rank(bytes=int(held * slack)) for held in held_bytes(in_order)]
+        plan = plan_model(tokens_LE, widths_LE, ranks, COST, max_cuts)
+        assert plan.missing_bytes() == {}
+
+
+def test_layers_that_fit_only_together():
+    """Each layer is one large expert and small ones: no share of the caps by layer holds what all of them do."""
+    widths_LE, tokens_LE = [[900, 10], [900, 10], [500, 400, 10]], [[1.0, 1.0], [1.0, 1.0], [1.0] * 3]
+    of = {F: plan_layer([1.0], [F], 1, COST).predicted.bytes[0] for F in (10, 400, 500, 900)}
+    ranks = [Rank(bytes=max(of[900] + of[10], of[500] + of[400] + of[10]))] * 3
+    with pytest.raises(InfeasiblePlan):  # a third of the caps is less than the large expert
+        plan_layer(tokens_LE[0], widths_LE[0], [Rank(bytes=ranks[0].bytes // 3)] * 3, COST, max_cuts=0)
+    plan = plan_model(tokens_LE, widths_LE, ranks, COST, max_cuts=0)
+    assert plan.missing_bytes() == {}
+    assert [validate_pieces(layer.pieces, layer.widths) for layer in plan.layers] == [[]] * 3
+
+
+def test_time_and_bound_are_those_of_the_slowest_stage():
+    plan = contiguous_plan([[10, 30], [20, 20], [5, 5]], 2, stages=(0, 1, 1))
+    assert plan.time == 18 * 30 and plan.bound == 18 * 25
+    assert contiguous_plan([[10, 30], [20, 20], [5, 5]], 2).time == 18 * (30 + 20 + 5)
+
+
+def test_a_plan_under_other_loads():
+    old = contiguous_plan([[10, 30]], 2, [[1.0, 1.0]])
+    new = plan_model([[6.0, 1.0]], [[10, 30]], nodes_of(2, 1), COST)
+    moved = under(old, new)
+    assert moved.layers[0].pieces == old.layers[0].pieces and moved.layers[0].tokens == (6.0, 1.0)
+    assert moved.cost == COST and moved.rank_specs == nodes_of(2, 1)
+    assert moved.time == 18 * 64 * 60 and moved.bound == pytest.approx(18 * 64 * 45)
