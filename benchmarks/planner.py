@@ -147,7 +147,7 @@ def caps_lines(pool, cases: int):
 
 def speed_lines():
     times = []
-    for seed in range(60):
+    for seed in range(200):
         widths = expert_widths("arithmetic:9:23", 256, 256 * MEAN_WIDTH)
         tokens = np.random.default_rng(seed).lognormal(0, 0.6, 256)
         start = time.perf_counter()

@@ -13,11 +13,13 @@ import numpy as np
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.whole import STARTS, from_many_starts, improve, largest_first
 
+Timed = tuple[list[dict[int, int]], float]  # a placement and the time of its slowest rank
+
 ROUNDING = 1e-12
 ROUNDS = 2  # of moves and swaps: what they leave is cut
 
 
-def fit(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
+def fit(problem: LayerProblem, target: float) -> Timed | None:
     """held[r] with every rank at most at `target` and its cap, at most max_cuts cuts; None if none is found.
 
     Cuts are at multiples of problem.unit: at most one piece of an expert has a width that is no multiple.
@@ -32,7 +34,7 @@ def fit(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
     return _Shedding(problem, problem.held(chunks, owner_I), target).run()
 
 
-def _fit_whole(problem: LayerProblem, target: float) -> list[dict[int, int]] | None:
+def _fit_whole(problem: LayerProblem, target: float) -> Timed | None:
     items = problem.items(problem.whole)
     owner_I = improve(items, largest_first(items, target), target)
     owner_I = from_many_starts(items, owner_I, target, STARTS // 4)  # for one of many targets
@@ -84,7 +86,7 @@ class _Shedding:
         # Ranks with room, by room: the smallest room that is enough is found by bisection.
         self.room = sorted((self.target - load, rank) for rank, load in enumerate(self.load) if load < self.target)
 
-    def run(self) -> list[dict[int, int]] | None:
+    def run(self) -> Timed | None:
         over = [r for r in range(self.problem.ranks) if self._is_over(r)]
         for rank in sorted(over, key=lambda r: (-self.load[r], r)):
             if self.load[rank] < self.target:  # over its cap alone: it gives, and takes nothing
@@ -93,7 +95,7 @@ class _Shedding:
                 if not self._give(rank):
                     return None
         cuts = sum(map(len, self.held)) - len(self.problem.widths_E)
-        return self.held if cuts <= self.problem.max_cuts else None
+        return (self.held, max(self.load)) if cuts <= self.problem.max_cuts else None
 
     def _is_over(self, rank: int) -> bool:
         return self.load[rank] > self.target or (self.capped and self.bytes[rank] > self.cap[rank])
@@ -137,6 +139,14 @@ class _Shedding:
         elif give <= 0:
             return None
         return give, fixed + slope * (-(-give // tile) * tile)
+
+    def _load(self, rank: int) -> float:
+        """Summed anew: what rounding adds does not accumulate over moves."""
+        kind, tile, load = self.problem.kind_R[rank], self.problem.tile, 0.0
+        fixed_E, slope_E = self.fixed[kind], self.slope[kind]
+        for e, width in self.held[rank].items():
+            load += fixed_E[e] + slope_E[e] * (-(-width // tile) * tile)
+        return load
 
     def _time(self, rank: int, e: int, width: int) -> float:
         kind, tile = self.problem.kind_R[rank], self.problem.tile
@@ -185,7 +195,7 @@ class _Shedding:
         if not self.held[source][e]:
             del self.held[source][e]
         for rank in (source, to):
-            self.load[rank] = math.fsum(self._time(rank, x, w) for x, w in self.held[rank].items())
+            self.load[rank] = self._load(rank)
             if self.capped:
                 self.bytes[rank] = math.fsum(self.problem.bytes(x, w) for x, w in self.held[rank].items())
             if self.load[rank] < self.target and not self._is_over(rank):

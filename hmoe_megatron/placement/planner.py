@@ -264,11 +264,14 @@ def _checked(tokens_E, widths_E) -> tuple[tuple[int, ...], tuple[float, ...]]:
     if set(map(type, widths)) != {int} or min(widths) < 1 or max(widths) > MAX_TOTAL_WIDTH:
         for e, F in enumerate(widths):
             _check_whole(f"widths_E[{e}] (--hmoe-widths)", F, 1, MAX_TOTAL_WIDTH)
-    if set(map(type, tokens)) != {float} or not all(0 <= m <= MAX_TOKENS for m in tokens):
+        widths = map(int, widths)
+    # The sum is NaN if one is, which min and max may overlook.
+    if set(map(type, tokens)) != {float} or not (min(tokens) >= 0 and max(tokens) <= MAX_TOKENS and sum(tokens) >= 0):
         for e, m in enumerate(tokens):
             if isinstance(m, bool) or not isinstance(m, numbers.Real) or not 0 <= m <= MAX_TOKENS:
                 raise ValueError(f"tokens_E[{e}] {m!r:.80}: a load is a number from 0 to {MAX_TOKENS:g}")
-    return tuple(map(int, widths)), tuple(map(float, tokens))
+        tokens = map(float, tokens)
+    return tuple(widths), tuple(tokens)
 
 
 def _cut_limits(max_cuts: int | None, cut_multiple: int, ranks: Sequence[Rank]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from hmoe_megatron.placement.bound import lower_bound
-from hmoe_megatron.placement.cuts import fit
+from hmoe_megatron.placement.cuts import Timed, fit
 from hmoe_megatron.placement.exact import any_that_fits, fastest
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.whole import CLOSE, FEW_ITEMS, from_many_starts, improve, largest_first
@@ -66,8 +66,8 @@ def _uncapped(problem: LayerProblem, bound: float) -> list[dict[int, int]]:
     return held
 
 
-def _busy(problem: LayerProblem, bound: float) -> tuple[list[dict[int, int]], float]:
-    """(held, time of the slowest rank) where every expert has tokens."""
+def _busy(problem: LayerProblem, bound: float) -> Timed:
+    """The fastest placement found where every expert has tokens."""
     none_is_faster = lower_bound(problem, whole=True) * (1 - EQUAL_TIME)  # of whole experts
     if problem.max_cuts and none_is_faster > bound * (1 + EQUAL_TIME) and (cut := _cut(problem, bound, none_is_faster)):
         return cut
@@ -78,7 +78,7 @@ def _busy(problem: LayerProblem, bound: float) -> tuple[list[dict[int, int]], fl
     return held, time
 
 
-def _whole(problem: LayerProblem) -> tuple[list[dict[int, int]], float]:
+def _whole(problem: LayerProblem) -> Timed:
     """Whole experts: longest first with moves and swaps; where that is not close to the bound, other ways too."""
     experts = len(problem.widths_E)
     items, bound = problem.items(problem.whole), lower_bound(problem, whole=True)
@@ -95,15 +95,15 @@ def _whole(problem: LayerProblem) -> tuple[list[dict[int, int]], float]:
     return problem.held(problem.whole, best), items.slowest(best)
 
 
-def _cut(problem: LayerProblem, bound: float, most: float) -> tuple[list[dict[int, int]], float] | None:
-    """The fastest placement with cuts that is faster than `most`, to a fraction of its gap to the bound; its time."""
+def _cut(problem: LayerProblem, bound: float, most: float) -> Timed | None:
+    """The fastest placement with cuts that is faster than `most`, to a fraction of its gap to the bound."""
     # A target equal to the bound wants every rank exactly full, which takes luck that only few experts have.
     slack, low, found = 0.0 if len(problem.widths_E) <= FEW_ITEMS else EQUAL_TIME, bound, None
     while bound * (1 + slack) < most and (found := fit(problem, bound * (1 + slack))) is None:
         low, slack = bound * (1 + slack), max(EQUAL_TIME, 2 * slack)
     if found is None and (found := fit(problem, most)) is None:
         return None
-    return _refined(problem, found, low, max(problem.times(found)))
+    return _refined(problem, found, low)
 
 
 def _capped(problem: LayerProblem, bound: float) -> list[dict[int, int]]:
@@ -131,29 +131,27 @@ def _under_caps(problem: LayerProblem, bound: float) -> list[dict[int, int]] | N
     longest = float(problem.whole_CE.max(axis=0).sum()) or 1.0
     found = fit(problem, longest)  # the caps alone
     if found is None or not bound:
-        return found
-    low, high, target = bound, max(problem.times(found)), bound * (1 + EQUAL_TIME)
-    while target < high:
-        if held := fit(problem, target):
-            found, high = held, max(problem.times(held))
+        return found and found[0]
+    low, target = bound, bound * (1 + EQUAL_TIME)
+    while target < found[1]:
+        if faster := fit(problem, target):
+            found = faster
             break
         low, target = target, bound + 2 * (target - bound)
-    return _refined(problem, found, low, high)[0]
+    return _refined(problem, found, low)[0]
 
 
-def _refined(
-    problem: LayerProblem, found: list[dict[int, int]], low: float, high: float
-) -> tuple[list[dict[int, int]], float]:
-    """`found`, which takes `high`, or a faster placement; and its time. None was found as fast as `low`."""
+def _refined(problem: LayerProblem, found: Timed, low: float) -> Timed:
+    """`found` or a faster placement; none was found as fast as `low`."""
     for _ in range(REFINEMENTS):
-        if high <= low * (1 + EQUAL_TIME):
+        if found[1] <= low * (1 + EQUAL_TIME):
             break
-        middle = (low + high) / 2
-        if (held := fit(problem, middle)) is None:
+        middle = (low + found[1]) / 2
+        if (faster := fit(problem, middle)) is None:
             low = middle
         else:
-            found, high = held, max(problem.times(held))
-    return found, high
+            found = faster
+    return found
 
 
 def _last_resort(problem: LayerProblem) -> list[dict[int, int]]:
