@@ -4,6 +4,10 @@ Variables, with P = E * R pairs of expert e and rank r: held_P (binary: r holds 
 last_P (binary: it has the last units of a width that is no multiple of the cut unit), and the slowest rank's time.
 """
 
+import contextlib
+import ctypes
+import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +47,35 @@ def _solve(problem: LayerProblem, program: dict, node_limit: int, **options) -> 
 
     What HiGHS finds is counted again in whole bytes: its tolerance lets none over a cap.
     """
-    found = milp(**program, options={"node_limit": node_limit, **options})
+    with _silenced():
+        found = milp(**program, options={"node_limit": node_limit, **options})
     if found.x is None:
         return Exact(None, proven=found.status == _INFEASIBLE)
     held = _held(problem, np.rint(found.x[:-1]).astype(int))
     if any(problem.overflow(held)):
         return Exact(None, proven=False)
     return Exact(held, proven=found.status == _OPTIMAL)
+
+
+@contextlib.contextmanager
+def _silenced():
+    """HiGHS as scipy 1.18 has it now and then prints a line of debugging to standard output, whatever its options."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    libc, null = ctypes.CDLL(None), os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    libc.fflush(None)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)  # what C has buffered would come out later
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(null)
 
 
 def _program(problem: LayerProblem) -> dict:

@@ -1,5 +1,6 @@
 """HiGHS as the oracle: itself against every assignment, then the planner of whole experts against it."""
 
+import ctypes
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -113,3 +114,14 @@ def test_what_highs_finds_is_counted_again(monkeypatch):
     monkeypatch.setattr(exact, "milp", lambda **_: SimpleNamespace(x=values, status=0))
     assert any_that_fits(replace(short, cap_R=caps + 1), NODES).held == [dict(sorted(rank.items())) for rank in held]
     assert any_that_fits(short, NODES).held is None and not any_that_fits(short, NODES).proven
+
+
+def test_highs_is_silent_and_python_is_not(monkeypatch, capfd):
+    """What it prints would be in the tool's JSON."""
+    libc = ctypes.CDLL(None)
+    monkeypatch.setattr(exact, "milp", lambda **_: libc.puts(b"from C") and SimpleNamespace(x=None, status=2))
+    print("before")
+    any_that_fits(whole_layer(3).problem(), NODES)
+    print("after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
