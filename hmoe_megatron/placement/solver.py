@@ -20,7 +20,7 @@ from hmoe_megatron.placement.whole import CLOSE, FEW_ITEMS, from_many_starts, im
 EQUAL_TIME = 0.002
 REFINEMENTS = 4  # halvings of the interval in which the fastest placement with cuts lies
 EXACT_PAIRS = 512  # of expert and rank: what HiGHS is given
-EXACT_NODES = 2_000
+EXACT_NODES = 5_000
 ROUNDING = 1e-9
 MAX_NAMED = 8
 
