@@ -7,16 +7,15 @@ import subprocess
 from datetime import date
 from pathlib import Path
 
+from hmoe_megatron.profiling.cpu import cpu_name
+
 ROOT = Path(__file__).parents[1]
 
 
 def stamp(*packages: str) -> str:
     """Machine, versions, date and commit, in a line."""
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-              ] if info.exists() else []
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return (f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, Python "
+    return (f"{cpu_name()}, {os.cpu_count()} cores, Python "
             f"{platform.python_version()}, {versions}; {date.today()}, commit {_commit()}")
 
 

@@ -53,8 +53,7 @@ def layer(schedule: str, load: str, experts: int, ranks: int, multiple: int):
 
 
 def over_mean(plan: PlacementPlan) -> float:
-    times = plan.layers[0].predicted.time
-    return max(times) * len(times) / sum(times)
+    return plan.layers[0].predicted.over_mean
 
 
 def flops_tables():

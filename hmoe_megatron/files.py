@@ -1,12 +1,34 @@
-"""Names of a run's files; files that are either whole or not there, and their hashes."""
+"""Names of a run's files; files that are either whole or not there, their hashes, and files of others read back."""
 
 import hashlib
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 PLAN_FILE = "placement_plan.json"
 RUN_ARGUMENTS_FILE = "run_arguments.json"
 TELEMETRY_FILE = "telemetry.jsonl"
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """The file, open to read bytes. Raises ValueError that says why it can't be read, without its path."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, a device might never end
+            raise ValueError("not a regular file")
+        return open(path, "rb")
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+
+
+def read_text(path: str | os.PathLike, max_bytes: int) -> str:
+    """UTF-8 text of a regular file; of a longer one more than max_bytes of it. Raises ValueError as `open_regular`."""
+    with open_regular(path) as file:
+        try:
+            return file.read(max_bytes + 1).decode()
+        except UnicodeDecodeError:
+            raise ValueError("not UTF-8 text") from None
+
 
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write ``data`` under a temporary name in the same directory, on the disk, then rename: never half a file."""

@@ -4,11 +4,11 @@ Legend: L MoE layers, E logical experts.
 """
 
 import json
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from hmoe_megatron.files import open_regular
 from hmoe_megatron.placement.ranks import MAX_RANKS
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS
 
@@ -26,7 +26,7 @@ def read_records(path: Path, notes: list[str]) -> Iterator[tuple[int, dict]]:
     file, line where there is one, and remedy.
     """
     last, number = None, 0
-    with open_regular(path, _REMEDY) as file:
+    with open_with_remedy(path, _REMEDY) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             try:
@@ -43,14 +43,12 @@ def read_records(path: Path, notes: list[str]) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}: holds no step; {_REMEDY}")
 
 
-def open_regular(path: Path, remedy: str) -> BinaryIO:
+def open_with_remedy(path: Path, remedy: str) -> BinaryIO:
     """The file, open to read bytes. Raises ValueError with the path and `remedy` if it is none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block, a device might never end
-            raise ValueError(f"{path}: not a regular file; {remedy}")
-        return path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {remedy}") from None
+        return open_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from None
 
 
 def _parse(line: bytes) -> dict | None:

@@ -62,13 +62,8 @@ def layers_table(plans: dict[str, PlacementPlan]) -> str:
     columns = "".join(f"{number:>10}" for number in range(1, len(plans) + 1))
     rows = []
     for layer, of_plans in enumerate(zip(*(plan.layers for plan in plans.values()), strict=True)):
-        rows.append(f"{layer:>7}" + "".join(f"{_over_mean(of.predicted.time):>10.4f}" for of in of_plans))
+        rows.append(f"{layer:>7}" + "".join(f"{of.predicted.over_mean:>10.4f}" for of in of_plans))
     if len(rows) > MAX_LAYERS:
         half = MAX_LAYERS // 2
         rows[half:-half] = [f"{'...':>7}  ({len(rows) - 2 * half} layers more)"]
     return "\n".join(["slowest rank over the mean, by layer:", *names, f"{'layer':>7}{columns}", *rows])
-
-
-def _over_mean(times) -> float:
-    mean = sum(times) / len(times)
-    return max(times) / mean if mean else 1.0

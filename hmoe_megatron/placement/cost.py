@@ -156,6 +156,11 @@ class Prediction:
     bound: float
 
     @property
+    def over_mean(self) -> float:
+        """Slowest rank over the mean; 1 where no rank has anything to do."""
+        return max(self.time) * len(self.time) / total if (total := sum(self.time)) else 1.0
+
+    @property
     def gap(self) -> float:
         """Slowest rank over the bound, minus 1."""
         return max(max(self.time) / self.bound - 1, 0.0) if self.bound else 0.0

@@ -5,7 +5,6 @@ The file is JSON; a reader trusts nothing in it (see `PlacementPlan.from_json`).
 """
 
 import os
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
 
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import read_text, write_whole
 from hmoe_megatron.placement.cost import CostModel, Prediction, predict
 from hmoe_megatron.placement.plan_checks import (
     MAX_FILE_BYTES,
@@ -234,16 +233,10 @@ def _read_layer(problems: list[str], where: str, layer: dict) -> LayerPlan | Non
 
 
 def _read_text(path: str | os.PathLike) -> str:
-    remedy = "give a plan file (.json), or auto, to --hmoe-placement"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, a device might never end
-            raise ValueError(f"not a regular file; {remedy}")
-        with open(path, "rb") as file:
-            return file.read(MAX_FILE_BYTES + 1).decode()
-    except OSError as error:
-        raise ValueError(f"{error.strerror}; {remedy}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"not UTF-8 text; {remedy}") from None
+        return read_text(path, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{error}; give a plan file (.json), or auto, to --hmoe-placement") from None
 
 
 def validate_pieces(pieces: Sequence[Sequence[Piece]], widths: Sequence[int]) -> list[str]:

@@ -53,8 +53,14 @@ def plan_layer(
 def _layer_plan(held, problem: LayerProblem, ranks, cost, bound: float, kind_R: Sequence[int]) -> LayerPlan:
     """Ranks of one kind are put in order."""
     pieces = _laid_out(held, problem.widths_E, kind_R, problem.unit)
-    tokens = tuple(problem.tokens_E.tolist())
-    return LayerPlan(pieces, problem.widths_E, tokens, predict(pieces, tokens, cost, ranks, bound))
+    return _predicted(pieces, problem.widths_E, tuple(problem.tokens_E.tolist()), ranks, cost, bound)
+
+
+def _predicted(pieces, widths, tokens, ranks, cost, bound: float | None = None) -> LayerPlan:
+    """With what the pieces cost; without a bound, that with any cuts anywhere."""
+    if bound is None:
+        bound = lower_bound(LayerProblem.of(tokens, widths, ranks, cost, max_cuts=0, unit=1))
+    return LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound))
 
 
 def plan_model(
@@ -194,25 +200,15 @@ def whole_plan(
         pieces: list[list[Piece]] = [[] for _ in ranks]
         for e, rank in enumerate(owners(tokens, widths)):
             pieces[rank].append(Piece(e, 0, widths[e]))
-        bound = _least_bound(tokens, widths, ranks, cost)
-        pieces = tuple(map(tuple, pieces))
-        layers.append(LayerPlan(pieces, widths, tokens, predict(pieces, tokens, cost, ranks, bound)))
+        layers.append(_predicted(tuple(map(tuple, pieces)), widths, tokens, ranks, cost))
     return PlacementPlan(tuple(layers), cost, ranks, stages)
-
-
-def _least_bound(tokens_E, widths_E, ranks, cost) -> float:
-    """With any cuts anywhere."""
-    return lower_bound(LayerProblem.of(tokens_E, widths_E, ranks, cost, 0, 1))
 
 
 def under(plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
     """The pieces of `plan` with what they cost under the loads, ranks, cost and stages of `other`."""
-    layers = []
-    for held, to in zip(plan.layers, other.layers, strict=True):
-        bound = _least_bound(to.tokens, held.widths, other.rank_specs, other.cost)
-        predicted = predict(held.pieces, to.tokens, other.cost, other.rank_specs, bound)
-        layers.append(LayerPlan(held.pieces, held.widths, to.tokens, predicted))
-    return PlacementPlan(tuple(layers), other.cost, other.rank_specs, other.stages)
+    layers = tuple(_predicted(held.pieces, held.widths, to.tokens, other.rank_specs, other.cost)
+                   for held, to in zip(plan.layers, other.layers, strict=True))
+    return PlacementPlan(layers, other.cost, other.rank_specs, other.stages)
 
 
 def _laid_out(

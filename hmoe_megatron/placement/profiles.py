@@ -2,10 +2,9 @@
 
 import json
 import os
-import stat
 from dataclasses import dataclass, field
 
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import read_text, write_whole
 from hmoe_megatron.placement.fields import checked_fields, is_text, names_of, parsed, plain, range_problems, shown
 
 SCHEMA = 1
@@ -96,14 +95,7 @@ class Profile:
     def load(cls, path: str | os.PathLike) -> "Profile":
         """The profile in a file. Raises ValueError with the path and what is wrong."""
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, a device might never end
-                raise ValueError("not a regular file")
-            with open(path, "rb") as file:
-                return cls.from_json(file.read(MAX_FILE_BYTES + 1).decode())
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text") from None
+            return cls.from_json(read_text(path, MAX_FILE_BYTES))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -156,11 +156,12 @@ def _refined(problem: LayerProblem, found: Timed, low: float) -> Timed:
 
 def _last_resort(problem: LayerProblem) -> list[dict[int, int]]:
     """By bytes alone, then by HiGHS, where the layer is small enough. Raises InfeasiblePlan."""
-    alike = problem.held(problem.whole, largest_first(problem.items(problem.whole), target=math.inf))
+    items = problem.items(problem.whole)
+    alike = problem.held(problem.whole, largest_first(items, target=math.inf))
     lacking = {r: missing for r, missing in enumerate(problem.overflow(alike)) if missing}
     if not lacking:
         return alike
-    needed, pairs = problem.items(problem.whole).bytes_I.sum(), len(problem.widths_E) * problem.ranks
+    needed, pairs = items.bytes_I.sum(), len(problem.widths_E) * problem.ranks
     certain = needed > problem.cap_R.sum()  # a cut adds bytes
     if not certain and pairs <= EXACT_PAIRS:
         for max_cuts in sorted({0, problem.max_cuts}):  # without cuts it answers sooner

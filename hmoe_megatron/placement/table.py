@@ -72,8 +72,7 @@ def _summary(plan: LayerPlan, unit: str) -> str:
 
 
 def _over_mean(plan: LayerPlan) -> str:
-    total = sum(plan.predicted.time)
-    return f"{max(plan.predicted.time) * plan.ranks / total:.4f}" if total else "-"
+    return f"{plan.predicted.over_mean:.4f}" if any(plan.predicted.time) else "-"
 
 
 def _cuts(plan: LayerPlan) -> str:

@@ -14,14 +14,14 @@ import numpy as np
 from hmoe_megatron.placement.fields import parsed
 from hmoe_megatron.placement.planner import MAX_TOKENS
 from hmoe_megatron.planning.model import Model
-from hmoe_megatron.telemetry_file import MAX_LINE_BYTES, open_regular, read_records
+from hmoe_megatron.telemetry_file import MAX_LINE_BYTES, open_with_remedy, read_records
 
 _REMEDY = "give telemetry.jsonl of a run, or lines {\"tokens\": [[rows of each expert], ... of each layer]}"
 
 
 def mean_loads(path: Path, model: Model, last: int, notes: list[str]) -> list[np.ndarray]:
     """tokens_LE of one micro-batch, the mean over the `last` lines. Raises ValueError with file, line and remedy."""
-    with open_regular(path, _REMEDY) as file:
+    with open_with_remedy(path, _REMEDY) as file:
         first = file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
     read = _counts if re.match(rb'\s*{\s*"tokens"', first) else _telemetry
     kept = deque(read(path, model, notes), maxlen=last)
@@ -45,7 +45,7 @@ def _telemetry(path: Path, model: Model, notes: list[str]):
 
 
 def _counts(path: Path, model: Model, notes: list[str]):
-    with open_regular(path, _REMEDY) as file:
+    with open_with_remedy(path, _REMEDY) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1

@@ -4,6 +4,7 @@
     timing.py    the least time of each, in turns
     fit.py       the profile with the least error
     links.py     all-to-all inside a node and across
+    cpu.py       the processor's name
     machine.py   all of it, on the machine at hand
 
 What is there for a GPU (bf16, events, cache flush) has never been run on one.

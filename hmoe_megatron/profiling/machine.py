@@ -1,9 +1,7 @@
 """Measures the machine at hand: one process for its compute, several under torchrun for its links too."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ import torch.distributed as dist
 from hmoe_megatron import host
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.placement.profiles import Profile
+from hmoe_megatron.profiling.cpu import cpu_name
 from hmoe_megatron.profiling.fit import FITTED, errors, fit_profile
 from hmoe_megatron.profiling.layers import Layer, experts_run
 from hmoe_megatron.profiling.links import measure_links
@@ -69,6 +68,4 @@ def _machine(device: torch.device) -> str:
     """Name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return cpu_name()

@@ -12,7 +12,7 @@ from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES
 from hmoe_megatron.report.scalars import Scalars, read_scalars
-from hmoe_megatron.telemetry_file import BALANCES, open_regular, read_records
+from hmoe_megatron.telemetry_file import BALANCES, open_with_remedy, read_records
 
 MAX_NUMBERS = 1 << 26  # kept of all lines together: 0.5 GiB
 
@@ -50,7 +50,7 @@ def _read_plan(path: Path, shape: tuple[int, int], notes: list[str]) -> Placemen
         notes.append(f"No {PLAN_FILE} in the run directory: the widths of the experts are not known here.")
         return None
     remedy = "a training run writes it; without it the report leaves the widths out"
-    with open_regular(path, remedy) as file:
+    with open_with_remedy(path, remedy) as file:
         text = file.read(MAX_FILE_BYTES + 1)
     try:
         plan = PlacementPlan.from_json(text.decode())

@@ -26,6 +26,7 @@ from hmoe_megatron.placement import (
 from hmoe_megatron.placement.cost import predict
 from hmoe_megatron.placement.plan_checks import MAX_PROBLEM_CHARS, MAX_PROBLEMS
 from hmoe_megatron.widths import widths_fingerprint
+from tests.unit.placement.hostile_json import BYTES, JSON
 
 MAX_MESSAGE = (MAX_PROBLEMS + 1) * MAX_PROBLEM_CHARS
 AMOUNT, WHOLE = (int, float), (int,)
@@ -242,10 +243,6 @@ def test_edited_pieces(seed):
     assert 10 < kept < 140
 
 
-BYTES = ["", " ", "0", "9", "-", "[", "]", "{}", ",", ":", '"', ".", "e5", "e999", "\x00", "\ud800", "é", "true",
-         "null", "NaN", "1e999", "[]", '"a":1,']  # fmt: skip
-
-
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("fit", [False, True], ids=["as it is", "checksum made to fit"])
 def test_altered_characters(seed, fit):
@@ -265,12 +262,6 @@ def test_altered_characters(seed, fit):
         assert fit or plan in (None, PLAN)  # a space, or 0.50 for 0.5
         kept += plan is not None
     assert kept < 150
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=12,
-)  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

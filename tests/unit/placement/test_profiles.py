@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hmoe_megatron.placement import FLOPS, CostModel, Profile
 from hmoe_megatron.placement.cost import training_flops
 from hmoe_megatron.placement.profiles import MAX_FILE_BYTES, PROFILES, profile_named
+from tests.unit.placement.hostile_json import BYTES, JSON
 
 GPUS = ("a100", "h100", "h200", "b200")
 RATES = ("flops_per_s", "launch_s", "memory_bytes_per_s", "activation_bytes_per_s", "row_tile", "width_tile",
@@ -171,12 +172,6 @@ def test_no_field_may_miss():
         assert read(json.dumps(body)) is None, name
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=12,
-)  # fmt: skip
-
-
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.text() | JSON.map(json.dumps))
 def test_what_is_no_profile(text):
@@ -187,10 +182,6 @@ def test_what_is_no_profile(text):
 @given(st.dictionaries(st.sampled_from(list(BODY["profile"])), JSON, min_size=1, max_size=3))
 def test_any_json_in_any_field(changes):
     read(json.dumps({"schema": 1, "profile": BODY["profile"] | changes}))
-
-
-BYTES = ["", " ", "0", "9", "-", "[", "]", "{}", ",", ":", '"', ".", "e5", "e999", "\x00", "\ud800", "é", "true",
-         "null", "NaN", "1e999", "[]", '"a":1,']  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
