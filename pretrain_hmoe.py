@@ -11,19 +11,24 @@ import sys
 
 
 def main() -> int:
-    """Exit code: 0, or 2 for settings that can't work."""
+    """Exit code: 0, 2 for settings that can't work, those of hmoe_megatron/exits.py."""
     argv = sys.argv[1:]
     from hmoe_megatron import host
 
     host.prepare_environment()  # before torch and Megatron read it
     from hmoe_megatron import training
+    from hmoe_megatron.exits import RunEnded
 
     training.prepare()  # Megatron, made to run on this machine
     try:
         args, layout = training.parse_arguments(argv)  # flags, widths, placement plan; nothing has started yet
-    except (ValueError, AssertionError) as error:
+        checkpoints = training.open_checkpoints(args, layout)  # found, compared, --save locked
+    except (ValueError, AssertionError, RunEnded) as error:
         return training.refuse(error)
-    training.train(args, layout, argv)  # model, data, telemetry, Megatron's loop
+    try:
+        training.train(args, layout, checkpoints, argv)  # model, data, telemetry, Megatron's loop
+    except RunEnded as error:
+        return training.refuse(error)
     return 0
 
 

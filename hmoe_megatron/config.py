@@ -56,7 +56,8 @@ class HMoEConfig:
     placement: str = _setting(
         "auto",
         "Where experts live on the expert-parallel ranks: auto (FLOPs balanced, experts cut by width where one is "
-        "the bottleneck), contiguous (whole experts in order, as Megatron), or a plan file (.json).",
+        "the bottleneck), contiguous (whole experts in order, as Megatron), checkpoint (the plan in the checkpoint "
+        "that --load names), or a plan file (.json).",
     )
     max_cuts: int | None = _setting(
         None, "Most cuts a layer that --hmoe-placement auto may make; default: ranks - 1. 0: whole experts only."
@@ -71,6 +72,16 @@ class HMoEConfig:
     run_dir: str | None = _setting(
         None, "Directory for the placement plan and telemetry.jsonl; default: --save, without it nothing is written."
     )
+    skip_integrity: bool = _setting(
+        False,
+        "Load a checkpoint without comparing the SHA-256 of its files (a read of all of them), also one without a "
+        "manifest, which other programs write. Pickled objects are still restricted to those of a checkpoint.",
+    )
+    max_failed_saves: int = _setting(
+        3,
+        "Failed saves in a row that end the run. Before that a failed save is reported and training goes on; the last "
+        "good checkpoint stays as it is.",
+    )
 
     def __post_init__(self):
         problems = list(self._problems())
@@ -82,7 +93,7 @@ class HMoEConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 yield f"{_flag(name)} {value}: give a finite number, 0 or more (0 turns the loss off)"
-        for name in ("total_width", "width_multiple", "max_experts_per_token", "cut_multiple"):
+        for name in ("total_width", "width_multiple", "max_experts_per_token", "cut_multiple", "max_failed_saves"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{_flag(name)} {value}: give a whole number of at least 1"
@@ -101,11 +112,12 @@ class HMoEConfig:
                 yield f"--hmoe-router-entropy-coeff {self.router_entropy_coeff} contradicts --hmoe-router topk: the " \
                       "entropy loss limits how many experts Top-P uses; remove it, or use --hmoe-router topp"
         if self.placement not in ("auto", "contiguous"):
-            if not self.placement.endswith(".json"):
-                yield f"--hmoe-placement {self.placement!r}: give auto, contiguous, or the path of a plan file (.json)"
+            if self.placement != "checkpoint" and not self.placement.endswith(".json"):
+                yield f"--hmoe-placement {self.placement!r}: give auto, contiguous, checkpoint, or the path of a " \
+                      "plan file (.json)"
             if self.max_cuts is not None:
                 yield f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement {self.placement}: " \
-                      "a plan file already says where experts are cut; remove one of them"
+                      "a plan already says where experts are cut; remove one of them"
         elif self.placement == "contiguous" and self.max_cuts:
             yield f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement contiguous, which cuts nothing: " \
                   "remove it, or use --hmoe-placement auto"
@@ -145,13 +157,13 @@ def add_hmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     hints = typing.get_type_hints(HMoEConfig)
     for field in dataclasses.fields(HMoEConfig):
         kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
+        takes = {"action": "store_true"} if kind is bool else {"type": kind, "choices": field.metadata["choices"]}
         group.add_argument(
             _flag(field.name),
             dest=f"hmoe_{field.name}",
-            type=kind,
             default=field.default,
-            choices=field.metadata["choices"],
             help=field.metadata["help"].replace("%", "%%"),
+            **takes,
         )
     return parser
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hmoe_megatron.flag_files import run_arguments
-from hmoe_megatron.training import model_config, parse_arguments
+from hmoe_megatron.training import model_config, open_checkpoints, parse_arguments
 
 # One process holds the whole model, whatever layout trained it: checkpoints are by logical expert.
 ONE_PROCESS = (
@@ -29,19 +29,20 @@ DROPPED = (
 def load_model(run_dir: Path, flags: list[str] = ()) -> torch.nn.Module:
     """The model of the last checkpoint in ``run_dir``, in evaluation mode; ``flags`` override those of the run."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training import checkpointing
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
     argv = [*without(run_arguments(run_dir), *DROPPED), *ONE_PROCESS, "--load", str(run_dir), *flags]
     args, layout = parse_arguments(argv)
+    open_checkpoints(args, layout)
     set_global_variables(args)
     initialize_megatron()
     config = model_config(args, layout)
     models = config.get_builder_cls()(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    load_checkpoint(models, None, None)
+    checkpointing.load_checkpoint(models, None, None)
     return models[0].eval()
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from hmoe_megatron import host
 from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
+from hmoe_megatron.checkpoint import directory
+from hmoe_megatron.checkpoint.session import Checkpoints
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
+from hmoe_megatron.exits import RunEnded
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.layout import ExpertLayout
@@ -98,9 +101,19 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
             None, widths_LE, ranks, cost, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
         )  # fmt: skip
     else:
-        plan = PlacementPlan.load(settings.placement, widths_LE, ranks)
+        plan = PlacementPlan.load(plan_file(args, settings), widths_LE, ranks)
     check_plan(args, plan, widths, expert_tp)
     return plan
+
+
+def plan_file(args: argparse.Namespace, settings: HMoEConfig) -> Path:
+    """File of the plan that ``--hmoe-placement`` names, or that the checkpoint of ``--load`` holds."""
+    if settings.placement != "checkpoint":
+        return Path(settings.placement)
+    if not args.load:
+        raise ValueError("--hmoe-placement checkpoint needs --load: give the directory of a run, or use auto")
+    _, checkpoint = directory.find(args.load, args.ckpt_step)
+    return checkpoint / PLAN_FILE
 
 
 def check_plan(args: argparse.Namespace, plan: PlacementPlan, widths, expert_tp: int) -> None:
@@ -142,8 +155,19 @@ def run_directory(args: argparse.Namespace, settings: HMoEConfig) -> Path | None
     return Path(directory) if directory else None
 
 
-def train(args: argparse.Namespace, layout: ExpertLayout, argv: list[str]) -> None:
-    """Train: everything from here on needs the process group, which Megatron starts. ``argv``: the flags as given."""
+def open_checkpoints(args: argparse.Namespace, layout: ExpertLayout) -> Checkpoints:
+    """The run's checkpoints, ready to be loaded and saved; see ``Checkpoints.prepare`` for what it raises."""
+    checkpoints = Checkpoints(args, layout)
+    checkpoints.prepare()
+    checkpoints.install()
+    return checkpoints
+
+
+def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoints, argv: list[str]) -> None:
+    """Train: everything from here on needs the process group, which Megatron starts. ``argv``: the flags as given.
+
+    Raises RunEnded for what ends the run with a reason of its own.
+    """
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import pretrain
@@ -166,12 +190,18 @@ def train(args: argparse.Namespace, layout: ExpertLayout, argv: list[str]) -> No
         announce(layout, parameters)
         if run_dir:
             write_run(layout, run_dir, argv)
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except SystemExit as left:  # Megatron leaves so after a signal, --exit-interval, --exit-duration-in-mins
+        if not left.code:
+            checkpoints.end()
+        raise
+    checkpoints.end()
 
 
 def announce(layout: ExpertLayout, parameters) -> None:
@@ -195,10 +225,13 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
 
 
 def refuse(error: Exception) -> int:
-    """Say on one rank why the settings can't work; the exit code, 2."""
-    if int(os.environ["RANK"]) == 0:
-        print(f"pretrain_hmoe.py: error: {str(error) or asserted(error)}", file=sys.stderr, flush=True)
-    return 2
+    """Say why the run can't start or go on; the exit code, 2 for settings that can't work."""
+    ended = isinstance(error, RunEnded)
+    rank = int(os.environ["RANK"])
+    if rank == 0 or (ended and not error.on_every_rank):
+        where = f"rank {rank}: " if rank else ""
+        print(f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}", file=sys.stderr, flush=True)
+    return error.exit_code if ended else 2
 
 
 def asserted(error: Exception) -> str:

@@ -1,0 +1,177 @@
+"""The checkpoints of one run: found, compared and locked before anything starts, then put around Megatron's."""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import os
+from pathlib import Path
+
+import hmoe_megatron
+from hmoe_megatron.checkpoint import directory, lock, settings
+from hmoe_megatron.checkpoint.manifest import Manifest, load_manifest
+from hmoe_megatron.exits import CheckpointRefused
+from hmoe_megatron.files import PLAN_FILE
+from hmoe_megatron.host.registry import replace
+from hmoe_megatron.layout import ExpertLayout
+
+_LAYOUT = ("world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+           "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
+           "use_distributed_optimizer").split()  # fmt: skip
+
+
+class Checkpoints:
+    """What `--save`, `--load` and `--ckpt-step` mean for one run."""
+
+    def __init__(self, args: argparse.Namespace, layout: ExpertLayout):
+        self.args, self.plan, self.hmoe = args, layout.plan, layout.settings
+        self.settings = settings.model_settings(args, layout.widths)
+        self._lock = None
+
+    @property
+    def may_be_new(self) -> bool:
+        """Whether the run may start anew where --load holds nothing: it does where it is to save there itself."""
+        args = self.args
+        return bool(args.load and args.save and not args.exit_on_missing_checkpoint
+                    and Path(args.load).absolute() == Path(args.save).absolute())  # fmt: skip
+
+    def prepare(self) -> None:
+        """Before any process group: lock and tidy --save (rank 0), find what --load names, compare its settings.
+
+        Raises CheckpointRefused, DirectoryInUse, or ValueError for a --save that can't be written to.
+        """
+        if self.args.save and int(os.environ.get("RANK", "0")) == 0:
+            self._take(Path(self.args.save))
+        found = self.find()
+        if found:
+            self._compare(found[1])
+        if self.args.save and not self._goes_on_in_save(found):
+            self._keep_others(Path(self.args.save))
+
+    def _take(self, root: Path) -> None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = lock.hold(root)
+            done = directory.tidy(root)
+        except OSError as error:
+            raise ValueError(f"--save {root}: {error.strerror}: give a directory that can be written to") from None
+        for line in done if self._lock else [*done, "can't be locked on this file system: let one run only save here"]:
+            print(f" {root}: {line}", flush=True)
+
+    def _goes_on_in_save(self, found) -> bool:
+        return bool(found) and found[1].parent.absolute() == Path(self.args.save).absolute()
+
+    def _keep_others(self, root: Path) -> None:
+        complete = directory.complete_iterations(root)
+        if complete:
+            raise ValueError(f"--save {root} holds the checkpoints of a run (the last: iteration {complete[-1]}), and "
+                             f"this run does not go on from them: add --load {root}, or give another --save")
+
+    def find(self, load_arg: str = "load") -> tuple[int, Path] | None:
+        """(iteration, directory) of the checkpoint that this run starts from; None without one."""
+        args = self.args
+        root, pretrained = getattr(args, load_arg, None), getattr(args, "pretrained_checkpoint", None)
+        found = None
+        if root:
+            found = directory.find(root, args.ckpt_step, self.may_be_new or bool(pretrained))
+        return directory.find(pretrained) if found is None and pretrained else found
+
+    def _compare(self, path: Path) -> None:
+        """Raises CheckpointRefused with every setting that differs and matters; says the others."""
+        try:
+            saved = load_manifest(path).settings
+        except CheckpointRefused:
+            if self.hmoe.skip_integrity and not (path / directory.MANIFEST_FILE).exists():
+                return
+            raise
+        refused, told = settings.differences(saved, self.settings, bool(self.args.finetune))
+        if refused:
+            raise CheckpointRefused(f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
+                                    "that saved it (another plan, layout or number of ranks is no difference)")
+        if told and int(os.environ.get("RANK", "0")) == 0:
+            print(f" goes on with other settings: {'; '.join(told)}", flush=True)
+
+    def manifest(self, iteration: int, files: dict) -> Manifest:
+        """Manifest of this run's checkpoint of `iteration`."""
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+        layout = {name: settings.plain(getattr(self.args, name, None)) for name in _LAYOUT}
+        versions["hmoe-megatron"] = hmoe_megatron.__version__
+        return Manifest(iteration, self.settings, layout, versions, files)
+
+    def install(self) -> None:
+        """Put this run's save and load around Megatron's: they have no seam. Once a process."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import state_dict_saver
+        from megatron.core.dist_checkpointing.strategies import torch as strategies
+        from megatron.training import async_utils, checkpointing, training  # noqa: F401  it takes them by name
+
+        from hmoe_megatron.checkpoint import reader, saving
+
+        self.saver = saver = saving.Saver(
+            Path(self.args.save or "."), self.manifest, lambda folder: self.plan.save(folder / PLAN_FILE),
+            self.hmoe.max_failed_saves,
+        )  # fmt: skip
+        _around(checkpointing, "save_checkpoint", saver.save_checkpoint)
+        _around(checkpointing, "load_checkpoint", self.load_checkpoint)
+        _around(async_utils, "maybe_finalize_async_save", saver.finalize)
+        _around(dist_checkpointing, "save", saver.write)
+        _around(state_dict_saver, "save_state_dict_async_finalize", saving.finalize_together)
+        strategies.TorchDistSaveShardedStrategy.async_save = functools.partialmethod(
+            _method_around, strategies.TorchDistSaveShardedStrategy.async_save, saving.hashing_request
+        )
+        replace(strategies, "_get_filesystem_reader", reader.checkpoint_reader)
+        # Megatron truncates the tracker before it writes it. Its `open` in this one module is ours.
+        checkpointing.maybe_msc = _Opener(checkpointing.maybe_msc, saver.open_tracker)
+
+    def load_checkpoint(self, stock, models, optimizer, scheduler, load_arg="load", **named):
+        """Megatron's load_checkpoint of what `find` finds; without a checkpoint Megatron starts anew."""
+        from hmoe_megatron.checkpoint import loading, together
+
+        try:
+            found = together.first_rank(lambda: self.find(load_arg))
+        except together.StepFailed as error:
+            raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
+        if found is None:
+            return stock(models, optimizer, scheduler, load_arg, **named)
+        iteration, path = found
+        with _setting(self.args, "ckpt_step", iteration):
+            return loading.load_checkpoint(
+                stock, path, self.hmoe.skip_integrity, models, optimizer, scheduler, load_arg, **named
+            )
+
+    def end(self) -> None:
+        """When training is over. Raises SavingFailed if its last steps could not be saved."""
+        self.saver.end()
+
+
+class _Opener:
+    """`original` with another `open`."""
+
+    def __init__(self, original, opener):
+        self._original, self._opener = original, opener
+
+    def __getattr__(self, name):
+        stock = getattr(self._original, name)
+        return functools.partial(self._opener, stock) if name == "open" else stock
+
+
+def _around(owner, name: str, function) -> None:
+    """Let `function`, which is handed the stock one first, stand for `owner.name`, also where it was imported."""
+    stock = getattr(owner, name)
+    replace(owner, name, functools.wraps(stock)(functools.partial(function, stock)))
+
+
+def _method_around(self, stock, function, *args, **named):
+    return function(functools.partial(stock, self), *args, **named)
+
+
+@contextlib.contextmanager
+def _setting(args, name: str, value):
+    before = getattr(args, name)
+    setattr(args, name, value)
+    try:
+        yield
+    finally:
+        setattr(args, name, before)
+
+
