@@ -18,6 +18,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "hmoe_manifest.json"
 MAX_ITERATION = 10**12
 _CHECKPOINT = re.compile(r"iter_(\d{7,12})")
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of files.write_whole
 _LEFTOVER = re.compile(r"\.(iter_\d{7,12})\.(saving|replaced)")
 
 
@@ -141,6 +142,8 @@ def tidy(root: Path) -> list[str]:
     done = []
     for entry in _entries(root):
         if entry.is_symlink() or not entry.is_dir():
+            if _TEMPORARY.fullmatch(entry.name):
+                entry.unlink()
             continue
         if match := _LEFTOVER.fullmatch(entry.name):
             path = entry.with_name(match[1])

@@ -26,6 +26,8 @@ _ALLOWED = {
     "torch.distributed.checkpoint.planner": {
         "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
     "builtins": {"set"},
 }  # fmt: skip
 
