@@ -70,7 +70,7 @@ class Saver:
                  max_failed: int):  # fmt: skip
         self.root, self.manifest, self.write_plan, self.max_failed = root, manifest, write_plan, max_failed
         self.failed_in_a_row = 0
-        self.last_error = ""
+        self.last_error = self.config_error = ""
         self.tracked = None  # what the tracker said before the save that Megatron is about to note there
         self.writing: list[Path] = []  # checkpoints that are not in their place yet, oldest first
 
@@ -96,7 +96,7 @@ class Saver:
 
     def report(self, what: str, error: BaseException) -> None:
         """Say on rank 0 that a save failed and why, and remove what it wrote: the next one may need the space."""
-        self.last_error = _reason(error)
+        self.last_error = _reason(error) + _free(self.root)
         failed = self.writing.pop(0) if self.writing else None
         if together.rank() == 0:
             print(f" {what}: {self.last_error}", flush=True)
@@ -143,6 +143,14 @@ class Saver:
             request.add_finalize_fn(lambda: self._publish(path))
         return request
 
+    def save_config(self, stock, *args) -> None:
+        """Megatron's save_config (metadata.json), which rank 0 writes alone: a failure is raised where all publish."""
+        self.config_error = ""
+        try:
+            stock(*args)
+        except OSError as error:
+            self.config_error = f": {error.strerror}"
+
     def _publish(self, path: Path) -> None:
         """Collect the hashes, write the manifest, put the directory in its place, name it in the tracker."""
         saving, iteration = directory.saving_path(path), int(path.name.removeprefix("iter_"))
@@ -150,7 +158,7 @@ class Saver:
         def publish():
             for name in (".metadata", "metadata.json"):
                 if not (saving / name).is_file() or not (saving / name).stat().st_size:
-                    raise OSError(f"{name} was not written")
+                    raise OSError(f"{name} was not written{self.config_error}")
             self.write_plan(saving)
             self.manifest(iteration, _records(saving)).save(saving)
             directory.sync(saving)
@@ -181,6 +189,13 @@ def _records(saving: Path) -> dict[str, FileRecord]:
         mark.unlink()
     rest = [entry.name for entry in saving.iterdir() if entry.name not in records and entry.name != MANIFEST_FILE]
     return records | record_files(saving, rest)
+
+
+def _free(root: Path) -> str:
+    """How much room is left: Megatron's writers do not hand on why they failed."""
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(root).free / 1e6:.0f} MB free there)"
+    return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -84,7 +84,9 @@ class Checkpoints:
             if self.hmoe.skip_integrity and not (path / directory.MANIFEST_FILE).exists():
                 return
             raise
-        refused, told = settings.differences(saved, self.settings, bool(self.args.finetune))
+        pretrained = self.args.pretrained_checkpoint
+        finetune = self.args.finetune or bool(pretrained and path.parent.absolute() == Path(pretrained).absolute())
+        refused, told = settings.differences(saved, self.settings, finetune)
         if refused:
             raise CheckpointRefused(f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
                                     "that saved it (another plan, layout or number of ranks is no difference)")
@@ -101,6 +103,7 @@ class Checkpoints:
     def install(self) -> None:
         """Put this run's save and load around Megatron's: they have no seam. Once a process."""
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing import serialization
         from megatron.core.dist_checkpointing.strategies import state_dict_saver
         from megatron.core.dist_checkpointing.strategies import torch as strategies
         from megatron.training import async_utils, checkpointing, training  # noqa: F401  it takes them by name
@@ -115,6 +118,7 @@ class Checkpoints:
         _around(checkpointing, "load_checkpoint", self.load_checkpoint)
         _around(async_utils, "maybe_finalize_async_save", saver.finalize)
         _around(dist_checkpointing, "save", saver.write)
+        _around(serialization, "save_config", saver.save_config)
         _around(state_dict_saver, "save_state_dict_async_finalize", saving.finalize_together)
         strategies.TorchDistSaveShardedStrategy.async_save = functools.partialmethod(
             _method_around, strategies.TorchDistSaveShardedStrategy.async_save, saving.hashing_request

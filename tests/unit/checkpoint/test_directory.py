@@ -88,7 +88,7 @@ def test_a_file_in_place_of_the_directory(tmp_path):
 
 @pytest.mark.parametrize("iteration", [4, 8], ids=["over the last good one", "a new one"])
 def test_a_save_cut_off_at_any_step_harms_nothing(tmp_path, monkeypatch, iteration):
-    """Cut before each call that changes the disk in turn; after `tidy` the checkpoint that the tracker names is whole."""
+    """Cut before each call in turn that changes the disk; after `tidy` the checkpoint that is named is whole."""
     changes = [(os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "fsync"), (os, "mkdir")]
     outcomes, cut_at, finished = set(), 0, False
     while not finished:

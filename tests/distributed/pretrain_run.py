@@ -1,0 +1,50 @@
+"""The entry point in ranks of `run_ranks`: a whole run, from its flags to its exit code, in seconds."""
+
+import contextlib
+import io
+import sys
+from typing import NamedTuple
+
+from tests.distributed.training_run import TINY
+
+# Ranks come from a fork server, whose children can't start loader processes of their own.
+MODEL = "--hmoe-widths 16,32,48,64 --num-workers 0"
+
+
+class Ended(NamedTuple):
+    """code: of the process; output: what it printed, both streams."""
+
+    code: int
+    output: str
+
+    def errors(self) -> list[str]:
+        """The lines that say why a run ended."""
+        return [line for line in self.output.splitlines() if line.startswith("pretrain_hmoe.py: error: ")]
+
+
+class _Tee(io.StringIO):
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text):
+        self.stream.write(text)
+        return super().write(text)
+
+
+def pretrain(flags: str, prepare=None, *given) -> Ended:
+    """pretrain_hmoe.py with TINY, MODEL and `flags` on this rank; `prepare(*given)` is called in this process first."""
+    import pretrain_hmoe
+    from hmoe_megatron.training import prepare as prepare_megatron
+
+    prepare_megatron()
+    if prepare:
+        prepare(*given)
+    sys.argv = ["pretrain_hmoe.py", *TINY, *MODEL.split(), *flags.split()]
+    output = _Tee(sys.stdout)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = pretrain_hmoe.main()
+        except SystemExit as left:
+            code = left.code or 0
+    return Ended(code, output.getvalue())

@@ -1,0 +1,171 @@
+"""What a run does with the checkpoint that --load names: goes on, or says in one line why it can't."""
+
+import contextlib
+import shutil
+
+import pytest
+
+from hmoe_megatron.checkpoint import directory, lock
+from tests.distributed.plans import cut, save_plan
+from tests.distributed.pretrain_run import pretrain
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_run import LAYERS
+
+STEPS = "--save-interval 2 --train-iters"
+EP2 = "--expert-model-parallel-size 2"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of 4 steps under EP 2 with cut experts, checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    pieces = cut(((3, 0, 24), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 24, 64)))
+    plan = save_plan(folder / "plan.json", *[pieces] * LAYERS)
+    root = folder / "run"
+    ended = run_ranks(2, pretrain, f"{STEPS} 4 --save {root} --load {root} {EP2} --hmoe-placement {plan}")
+    assert [rank.code for rank in ended] == [0, 0]
+    return root
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def go_on(root, flags=EP2, ranks=2, steps=6):
+    return run_ranks(ranks, pretrain, f"{STEPS} {steps} --load {root} {flags}")
+
+
+def refused(ended, code=3):
+    """The one line that a run which refused its checkpoint says; all ranks end alike, and no traceback is printed."""
+    assert [rank.code for rank in ended] == [code] * len(ended)
+    (line,) = [line for rank in ended for line in rank.errors()]
+    assert not any("Traceback" in rank.output for rank in ended)
+    return line
+
+
+def test_a_resume_says_what_it_checked(copy):
+    ended = go_on(copy)
+    assert [rank.code for rank in ended] == [0, 0]
+    assert f" {copy}/iter_0000004: SHA-256 of " in ended[0].output and "checked in " in ended[0].output
+    assert "at iteration 4" in ended[0].output and "iteration        5/" in ended[1].output
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file"),
+        (lambda path: alter(path / "__1_0.distcp", lambda text: text[:-100]), "__1_0.distcp has "),
+        (lambda path: alter(path / "__0_0.distcp", lambda text: text[:5000] + bytes(64) + text[5064:]),
+         "__0_0.distcp is altered (SHA-256 does not match)"),
+        (lambda path: alter(path / ".metadata", lambda text: text[:-1]), ".metadata has "),
+        (lambda path: alter(path / "placement_plan.json", lambda text: text + b" "), "placement_plan.json has "),
+        (lambda path: (path / directory.MANIFEST_FILE).unlink(), "hmoe_manifest.json is missing: not a complete"),
+        (lambda path: shutil.rmtree(path), "iter_0000004: missing, and latest_checkpointed_iteration.txt names it"),
+    ],
+    ids=["missing shard", "truncated shard", "altered shard", "metadata", "plan", "manifest", "directory"],
+)  # fmt: skip
+def test_damage_is_named_and_the_checkpoint_before_it_loads(copy, damage, said):
+    damage(directory.checkpoint_path(copy, 4))
+    line = refused(go_on(copy))
+    assert said in line and str(copy) in line and "--ckpt-step N" in line
+    assert [rank.code for rank in go_on(copy, f"{EP2} --ckpt-step 2", steps=3)] == [0, 0]
+
+
+def alter(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def test_the_impatient_load_it_unchecked(copy):
+    path = directory.checkpoint_path(copy, 4)
+    (path / directory.MANIFEST_FILE).unlink()
+    ended = go_on(copy, f"{EP2} --hmoe-skip-integrity", steps=5)
+    assert [rank.code for rank in ended] == [0, 0] and "SHA-256" not in ended[0].output
+    alter(path / "__1_0.distcp", lambda text: text[: len(text) // 2])
+    said = [line for rank in go_on(copy, f"{EP2} --hmoe-skip-integrity") for line in rank.errors()]
+    assert said and "beyond the end of __1_0.distcp" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--vocab-size 300", "--vocab-size: 128 in the checkpoint, 300 now"),
+        ("--hmoe-widths 16,32,64,48", "expert_widths of layer 0 (--hmoe-widths): [16, 32, 48, 64] in the checkpoint"),
+        ("--moe-router-topk 1 --moe-router-pre-softmax", "--moe-router-topk: 2 in the checkpoint, 1 now"),
+        ("--hmoe-router topp --hmoe-top-p 0.6", "--hmoe-top-p: None in the checkpoint, 0.6 now"),
+        ("--num-layers 3", "--num-layers: 2 in the checkpoint, 3 now"),
+    ],
+)
+def test_another_model_is_refused_before_anything_starts(saved, flags, said):
+    (ended,) = go_on(saved, flags, ranks=1)
+    line = refused([ended])
+    assert said in line and "is of another model" in line
+    assert "training ..." not in ended.output and "setting random seeds" not in ended.output
+
+
+def test_all_differences_are_listed_at_once(saved):
+    line = refused(go_on(saved, "--num-layers 3 --vocab-size 300", ranks=1))
+    assert "--num-layers" in line and "--vocab-size" in line
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_another_layout_and_plan_is_no_difference(saved, world):
+    ended = go_on(saved, "--hmoe-p-penalty-coeff 0.2", ranks=world)  # EP 1, whole experts
+    assert [rank.code for rank in ended] == [0] * world
+    assert " goes on with other settings: --hmoe-p-penalty-coeff: 0.1 in the checkpoint, 0.2 now" in ended[0].output
+
+
+def test_the_plan_of_the_checkpoint(saved):
+    ended = go_on(saved, f"{EP2} --hmoe-placement checkpoint")
+    assert [rank.code for rank in ended] == [0, 0] and "3[24:64)" in ended[0].output
+    line = refused(go_on(saved, "--hmoe-placement checkpoint", ranks=1), code=2)
+    assert "made for 2 ranks" in line
+    (alone,) = run_ranks(1, pretrain, "--train-iters 1 --hmoe-placement checkpoint")
+    assert "needs --load" in refused([alone], code=2)
+
+
+def test_nothing_to_load(tmp_path):
+    line = refused(go_on(tmp_path / "nowhere", "", ranks=1))
+    assert f"--load {tmp_path}/nowhere does not exist: give the directory" in line
+    line = refused(go_on(tmp_path, "", ranks=1))
+    assert f"--load {tmp_path}: no checkpoint is there" in line
+    (tmp_path / directory.TRACKER_FILE).write_text("")
+    line = refused(go_on(tmp_path, f"--save {tmp_path}", ranks=1))
+    assert "latest_checkpointed_iteration.txt is empty: write the number" in line
+
+
+def test_a_run_that_loads_where_it_saves_starts_anew_in_an_empty_directory(tmp_path):
+    root = tmp_path / "new" / "run"
+    (ended,) = go_on(root, f"--save {root}", ranks=1, steps=2)
+    assert ended.code == 0 and directory.find(root)[0] == 2
+    (ended,) = go_on(tmp_path / "other", f"--save {tmp_path / 'other'} --exit-on-missing-checkpoint", ranks=1)
+    assert "does not exist" in refused([ended])
+
+
+def test_the_checkpoints_of_another_run_are_not_overwritten(saved):
+    (ended,) = run_ranks(1, pretrain, f"{STEPS} 4 --save {saved}")
+    assert "holds the checkpoints of a run (the last: iteration 4)" in refused([ended], code=2)
+
+
+def test_a_second_run_into_one_directory_is_refused(copy):
+    held = lock.hold(copy)
+    with contextlib.closing(held):
+        (ended,) = run_ranks(1, pretrain, f"{STEPS} 6 --load {copy} --save {copy}")
+    assert f"--save {copy} is in use by process" in refused([ended], code=5)
+    assert [rank.code for rank in go_on(copy, f"--save {copy}", ranks=1)] == [0]
+
+
+def save_whatever_it_is():
+    """Let weights be saved that are no numbers, from the third step on."""
+    from hmoe_megatron.checkpoint import saving
+    from tests.distributed.test_saving import not_a_number
+
+    saving.not_finite = lambda models: []
+    not_a_number()
+
+
+def test_weights_that_are_no_numbers_are_not_loaded(tmp_path):
+    flags = f"--train-iters 3 --save-interval 3 --save {tmp_path}"
+    assert [rank.code for rank in run_ranks(1, pretrain, flags, save_whatever_it_is)] == [0]
+    line = refused(go_on(tmp_path, "", ranks=1))
+    assert "iter_0000003: not finite on rank 0: layer 0 expert 3 [0:64) linear_fc2_weight" in line
