@@ -74,5 +74,7 @@ def _refused(path: Path, error: BaseException) -> RunEnded:
         traceback.print_exception(error)
     said = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {said[0]:.500}" if said else type(error).__name__
-    return CheckpointRefused(f"{path}: not loaded: {reason}: {OTHER_CHECKPOINT}, or mend the setting that this names",
-                             on_every_rank=False)  # fmt: skip
+    remedy = f"{OTHER_CHECKPOINT}, or mend the setting that this names"
+    if "OptimizerParamScheduler" in reason:
+        remedy = "give the schedule of the run that saved it, or --override-opt_param-scheduler for the new one"
+    return CheckpointRefused(f"{path}: not loaded: {reason}: {remedy}", on_every_rank=False)

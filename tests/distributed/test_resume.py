@@ -11,7 +11,7 @@ from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import LAYERS
 
-STEPS = "--save-interval 2 --train-iters"
+STEPS = "--save-interval 2 --override-opt_param-scheduler --train-iters"
 EP2 = "--expert-model-parallel-size 2"
 
 
@@ -100,7 +100,7 @@ def test_another_model_is_refused_before_anything_starts(saved, flags, said):
     (ended,) = go_on(saved, flags, ranks=1)
     line = refused([ended])
     assert said in line and "is of another model" in line
-    assert "training ..." not in ended.output and "setting random seeds" not in ended.output
+    assert "initialize" not in ended.output and "setting random seeds" not in ended.output
 
 
 def test_all_differences_are_listed_at_once(saved):
@@ -113,6 +113,12 @@ def test_another_layout_and_plan_is_no_difference(saved, world):
     ended = go_on(saved, "--hmoe-p-penalty-coeff 0.2", ranks=world)  # EP 1, whole experts
     assert [rank.code for rank in ended] == [0] * world
     assert " goes on with other settings: --hmoe-p-penalty-coeff: 0.1 in the checkpoint, 0.2 now" in ended[0].output
+
+
+def test_another_schedule_is_refused_with_the_flag_that_takes_it(saved):
+    (ended,) = run_ranks(1, pretrain, f"--train-iters 6 --load {saved}")
+    line = refused([ended])
+    assert "total number of iterations do not match" in line and "--override-opt_param-scheduler for the new" in line
 
 
 def test_the_plan_of_the_checkpoint(saved):
