@@ -13,7 +13,7 @@ WEIGHTS, MODULE, LOGITS, ARRIVED, GRADIENTS, CHECK = range(6)
 
 
 class Finding(NamedTuple):
-    """What one rank saw. ``order``: (kind, and within a kind what came first); the smallest of all ranks is the cause."""
+    """What one rank saw. ``order``: (kind, then what came first); the smallest over all ranks is the cause."""
 
     order: tuple
     text: str
@@ -41,16 +41,24 @@ def findings_of(chunks, probe, stats, failed: bool) -> list[Finding]:
     return found
 
 
+def finding_of_norm(norm: float, chunks) -> Finding:
+    """A gradient norm that is not finite although no check failed: sums over ranks overflowed."""
+    largest, label = max(
+        (gradient.abs().max().item(), label) for _, label, parameter in named_parameters(chunks)
+        if (gradient := getattr(parameter, "main_grad", None)) is not None and gradient.numel()
+    )  # fmt: skip
+    text = f"the gradient norm is {norm}; the largest gradient, {largest:.3g}, is of {label}"
+    return Finding((CHECK, -largest), text)
+
+
 def first_of_all_ranks(findings: list[Finding]) -> str:
     """The cause: the finding nearest to the origin over all ranks, and its rank. Every rank must call it."""
     rank = torch.distributed.get_rank()
     first = min(findings, default=None)
-    alike = sum(finding.order[0] == first.order[0] for finding in findings) if first else 0
     ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, first and (first.order, rank, first.text, alike))
-    _, rank, text, alike = min(entry for entry in ranks if entry)
-    others = f" ({alike - 1} more like this on the rank)" if alike > 1 else ""
-    return f"rank {rank}: {text}{others}"
+    torch.distributed.all_gather_object(ranks, first and (first.order, rank, first.text))
+    _, rank, text = min(entry for entry in ranks if entry)
+    return f"rank {rank}: {text}"
 
 
 def labelled(model, name: str) -> tuple[int, str]:
@@ -75,7 +83,7 @@ def named_parameters(chunks):
 
 
 class ModuleProbe:
-    """While a step is repeated: the first module of this rank that gave what is not finite, and whether it was given it."""
+    """While a step is repeated: the first module of this rank that gave what is not finite, or was given it."""
 
     def __init__(self, chunks):
         self.findings = []

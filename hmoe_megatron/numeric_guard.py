@@ -1,7 +1,7 @@
 """A NaN or an infinity ends the run on every rank, before the optimizer takes it in and before a checkpoint does.
 
-Stock Megatron 0.19.2 saves a checkpoint in the middle of the bad step, exits 16, and exits 16 again at every resume on the
-same GPU; and it lets the first step after a start pass unchecked. Here the step is repeated once, in place, to see
+Stock Megatron 0.19.2 saves a checkpoint in the middle of the bad step, exits 16, and exits 16 again at every resume on
+the same GPU; and it lets the first step after a start pass unchecked. Here the step is repeated once, in place, to see
 whether the fault comes back and in which module; then all ranks leave Megatron's loop with exit code 17 and one line.
 On a healthy step this does what stock does: the same checks, the same reduction of one flag.
 """
@@ -18,7 +18,7 @@ from megatron.core.rerun_state_machine import (
     RerunStateMachine,
 )
 
-from hmoe_megatron.numeric_culprit import CHECK, Finding, ModuleProbe, first_of_all_ranks, findings_of
+from hmoe_megatron.numeric_culprit import CHECK, Finding, ModuleProbe, finding_of_norm, findings_of, first_of_all_ranks
 
 EXIT_CODE = EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 
@@ -33,7 +33,7 @@ class NumericGuard(RerunStateMachine):
     def __init__(self, *args, **named):
         super().__init__(*args, **named)
         self.first_iteration_complete = True  # the first step is checked too: no checkpoint is needed for that
-        self.chunks = []
+        self.chunks, self.step = [], 0  # of the loop, steps from 1
         self.rejected = {}  # state of the machine -> the first check that this rank failed in it
         self.fault = None  # None, or "reproduced", "transient", "once": on all ranks the same
         self.probe = None
@@ -74,24 +74,23 @@ class NumericGuard(RerunStateMachine):
             return False, True, EXIT_CODE
         return super().should_checkpoint_and_exit()
 
-    def state_dict(self, data_iterator, ckpt_format, force=False):
-        """None: no checkpoint carries a fault to the next start."""
-        return None
+    def state_dict(self, data_iterator, ckpt_format, force=False) -> None:
+        """Nothing: no checkpoint carries a fault to the next start."""
 
     def validate_state_dict(self, state_dict) -> bool:
         """False: a checkpoint of stock Megatron may hold a fault, and would end every resume with exit code 16."""
         return False
 
-    def explain(self, step: int, stats, why: str | None = None) -> None:
-        """Print one line on rank 0: step, culprit, remedy. Every rank calls it. ``why``: when no check was failed."""
+    def explain(self, stats, norm: float | None = None) -> None:
+        """Print one line on rank 0: step, culprit, remedy. Every rank calls it. ``norm``: if it is what failed."""
         findings = findings_of(self.chunks, self.probe, stats, failed=bool(self.rejected))
         for message in self.rejected.values():
             findings.append(Finding((CHECK,), message))
-        if why:
-            findings.append(Finding((CHECK, 1), why))
+        if norm is not None:
+            findings.append(finding_of_norm(norm, self.chunks))
         cause = first_of_all_ranks(findings)
         if torch.distributed.get_rank() == 0:
-            print(f"error: step {step}: {cause}. {remedy(self.fault, step)}", file=sys.stderr, flush=True)
+            print(f"error: step {self.step}: {cause}. {remedy(self.fault, self.step)}", file=sys.stderr, flush=True)
 
 
 def remedy(fault: str | None, step: int) -> str:
@@ -103,6 +102,21 @@ def remedy(fault: str | None, step: int) -> str:
     if fault == "reproduced":
         return f"Repeating the step gave it again. {resume}: resume from it; if that ends here too, {persistent}"
     return f"{resume}: resume from it; if that ends here again, {persistent}"
+
+
+def end_for_router(step: int, layers: list[int]) -> None:
+    """End the run if ``layers``, the same on all ranks, names decoder layers whose routers gave what is not finite.
+
+    Minus infinity as a logit only keeps an expert from being chosen: loss and gradients stay finite.
+    """
+    if not layers:
+        return
+    if torch.distributed.get_rank() == 0:
+        named = ", ".join(map(str, layers))
+        cause = f"the router's logits in decoder layer {named} held NaN or infinity"
+        print(f"error: step {step} or one since the last that was logged: {cause}. Resume from the last checkpoint; "
+              "if that ends here again, lower --lr or go back to an older checkpoint", file=sys.stderr, flush=True)
+    sys.exit(EXIT_CODE)
 
 
 def install(stats) -> None:
@@ -122,10 +136,11 @@ def install(stats) -> None:
             guard.chunks = model
             if training.get_args().check_for_nan_in_loss_and_grad:
                 _check_norm(optimizer, guard, stats)
+        guard.step = iteration + 1
         result = stock_step(forward_step_func, data_iterator, model, optimizer, *more, iteration=iteration, **named)
         if guard.fault:
             if guard.fault != "norm":  # that one was explained before the optimizer changed anything
-                guard.explain(iteration + 1, stats)
+                guard.explain(stats)
             return {}, 1, False, True, EXIT_CODE, None, None, 0
         return result
 
@@ -143,7 +158,7 @@ def _check_norm(optimizer, guard, stats) -> None:
         norm = stock_norm()
         if norm is not None and not math.isfinite(norm):
             guard.fault = "norm"
-            guard.explain(guard.current_iteration + 1, stats, f"the gradient norm is {norm}")
+            guard.explain(stats, norm)
         return norm
 
     optimizer.get_grad_norm = get_grad_norm

@@ -14,7 +14,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def pretrain(flags: str, fault=None) -> dict:
-    """Train TINY plus ``flags`` through Megatron's loop on mock data. ``fault``: called first, changes the model's code.
+    """Train TINY plus ``flags`` through Megatron's loop on mock data. ``fault``: called first, spoils the model's code.
 
     Returns, for this rank: exit code (0 for a run to its end), what it printed, steps done.
     """
@@ -68,10 +68,10 @@ class BadLogits:
 
 
 class BadExpert:
-    """From ``step`` on a weight (``what`` "weight") of an expert is NaN, or in ``step`` its ``gradient`` is ``value``."""
+    """In ``step`` one weight of an expert (``what``: "weight"), or of its gradient ("gradient"), is ``value``."""
 
-    def __init__(self, layer, expert, step, what, value=NAN):
-        self.layer, self.expert, self.step, self.what, self.value = layer, expert, step, what, value
+    def __init__(self, layers, expert, step, what, value=NAN):
+        self.layers, self.expert, self.step, self.what, self.value = layers, expert, step, what, value
 
     def __call__(self):
         from hmoe_megatron.experts import HMoEExperts
@@ -79,7 +79,7 @@ class BadExpert:
         stock = HMoEExperts.forward
 
         def forward(experts, x_RH, tokens_per_slot_L, probs_R):
-            if experts.layer == self.layer and now() == self.step:
+            if experts.layer in self.layers and now() == self.step:
                 for piece in (piece for piece in experts.pieces if piece.expert == self.expert):
                     if self.what == "weight":
                         piece.linear_fc1_weight.data[0, 0] = self.value
@@ -88,3 +88,23 @@ class BadExpert:
             return stock(experts, x_RH, tokens_per_slot_L, probs_R)
 
         HMoEExperts.forward = forward
+
+
+class OneExpert:
+    """The router sends every token to one expert, with probability 1."""
+
+    def __init__(self, expert):
+        self.expert = expert
+
+    def __call__(self):
+        from hmoe_megatron.router import HMoERouter
+
+        stock = HMoERouter.gating
+
+        def gating(router, hidden):
+            logits = stock(router, hidden)
+            forced = torch.zeros_like(logits)
+            forced[..., self.expert] = 1e4
+            return logits + forced
+
+        HMoERouter.gating = gating
