@@ -157,8 +157,8 @@ def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(
     idle = [expert for expert in range(EXPERTS) if expert != used]
     ranks = run_ranks(
         2, pretrain,
-        f"{MODEL} {TOPP} {EP2} --train-iters {count} --weight-decay 0 --log-interval 5 --save {run} --save-interval {count} "
-        f"--hmoe-idle-expert-steps {patience}",
+        f"{MODEL} {TOPP} {EP2} --train-iters {count} --weight-decay 0 --log-interval 5 --save {run} "
+        f"--save-interval {count} --hmoe-idle-expert-steps {patience}",
         OneExpert(used), timeout_s=10 * TIMEOUT_S,
     )  # fmt: skip
     assert [rank["code"] for rank in ranks] == [0, 0]
@@ -180,7 +180,7 @@ def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(
                 assert torch.equal(value, drawn) == (expert in idle), key
 
     plan = save_plan(tmp_path / "cut.json", *[cut(((3, 0, 23), (0, 0, 16)), ((1, 0, 32), (2, 0, 48), (3, 23, 64)))] * 2)
-    flags = f"{MODEL} {TOPP} {EP2} --hmoe-placement {plan} --load {run} --train-iters {count + 1}"
+    flags = f"{MODEL} {TOPP} {EP2} --hmoe-placement {plan} --load {run} --train-iters {count}"
     moved = run_ranks(2, steps, flags, 0)
     for (layer, expert, matrix, lo, hi), value in (item for rank in moved for item in rank["experts"].items()):
         whole_expert = saved[f"decoder.layers.{layer}.mlp.experts.{expert}.linear_{matrix}.weight"]
