@@ -3,6 +3,7 @@
 Only asked after a step has failed, so nothing here is in the hot path. Legend: R routed rows, H hidden size.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -51,14 +52,14 @@ def finding_of_norm(norm: float, chunks) -> Finding:
     return Finding((CHECK, -largest), text)
 
 
-def first_of_all_ranks(findings: list[Finding]) -> str:
-    """The cause: the finding nearest to the origin over all ranks, and its rank. Every rank must call it."""
+def first_of_all_ranks(findings: list[Finding]) -> tuple[str, str]:
+    """The finding nearest to the origin over all ranks, with its rank, and its host. Every rank must call it."""
     rank = torch.distributed.get_rank()
     first = min(findings, default=None)
     ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, first and (first.order, rank, first.text))
-    _, rank, text = min(entry for entry in ranks if entry)
-    return f"rank {rank}: {text}"
+    torch.distributed.all_gather_object(ranks, first and (first.order, rank, first.text, os.uname().nodename))
+    _, rank, text, host = min(entry for entry in ranks if entry)
+    return f"rank {rank}: {text}", host
 
 
 def labelled(model, name: str) -> tuple[int, str]:

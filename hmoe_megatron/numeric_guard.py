@@ -88,17 +88,19 @@ class NumericGuard(RerunStateMachine):
             findings.append(Finding((CHECK,), message))
         if norm is not None:
             findings.append(finding_of_norm(norm, self.chunks))
-        cause = first_of_all_ranks(findings)
+        cause, host = first_of_all_ranks(findings)
         if torch.distributed.get_rank() == 0:
-            print(f"error: step {self.step}: {cause}. {remedy(self.fault, self.step)}", file=sys.stderr, flush=True)
+            line = f"error: step {self.step}: {cause}. {remedy(self.fault, self.step, host)}"
+            print(line, file=sys.stderr, flush=True)
 
 
-def remedy(fault: str | None, step: int) -> str:
+def remedy(fault: str, step: int, host: str) -> str:
     """What the user can do. ``fault``: "reproduced", "transient", or another for a step that was not repeated."""
     resume = "No checkpoint was written; the last one is untouched"
     persistent = f"lower --lr, or leave the data of this step out with --iterations-to-skip {step}"
     if fault == "transient":
-        return f"Repeating the step gave finite values. {resume}: resume from it; if it happens again, suspect hardware"
+        hardware = f"suspect the hardware of {host}"
+        return f"Repeating the step gave finite values. {resume}: resume from it; if it happens again, {hardware}"
     if fault == "reproduced":
         return f"Repeating the step gave it again. {resume}: resume from it; if that ends here too, {persistent}"
     return f"{resume}: resume from it; if that ends here again, {persistent}"
@@ -130,7 +132,7 @@ def install(stats) -> None:
     stock_step = training.train_step
     rerun_state_machine.RerunStateMachine = NumericGuard
 
-    def train_step(forward_step_func, data_iterator, model, optimizer, *more, iteration=None, **named):
+    def train_step(forward_step_func, data_iterator, model, optimizer, *more, iteration, **named):
         guard = rerun_state_machine.get_rerun_state_machine()
         if not guard.chunks:
             guard.chunks = model

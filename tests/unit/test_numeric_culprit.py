@@ -89,9 +89,10 @@ def test_the_probe_names_the_first_module_and_leaves_no_hook(x, text):
 
 
 def test_the_remedy_names_the_step():
-    assert "--iterations-to-skip 12" in remedy("reproduced", 12)
-    assert "--iterations-to-skip" not in remedy("transient", 12)
-    assert all("untouched" in remedy(fault, 1) for fault in ("reproduced", "transient", "once", "norm"))
+    assert "--iterations-to-skip 12" in remedy("reproduced", 12, "node7")
+    assert "--iterations-to-skip" not in remedy("transient", 12, "node7")
+    assert "node7" in remedy("transient", 12, "node7")
+    assert all("untouched" in remedy(fault, 1, "node7") for fault in ("reproduced", "transient", "once", "norm"))
 
 
 def idle_lines(counts, patience=10, interval=5):
