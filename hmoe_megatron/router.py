@@ -63,7 +63,7 @@ class HMoERouter(TopKRouter):
         counts_E = counted_TE.sum(dim=0)
         local_tokens = weights_TE.shape[0] if valid_T is None else valid_T.sum()
         # 0, or NaN where a logit is NaN or infinite: who is to blame is known without a copy from the device.
-        not_finite = (logits_TE.detach() * 0).sum(dtype=torch.float64)
+        not_finite = logits_TE.detach().sum(dtype=torch.float64) * 0
         self.stats.record(self.layer, counts_E, local_tokens + not_finite)
 
         coeffs = self.hmoe.loss_coeffs
