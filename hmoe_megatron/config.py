@@ -69,6 +69,9 @@ class HMoEConfig:
         "a layer, bf16 computed in fp32; for machines without a GPU), auto (cpu without a GPU, else reference).",
         ("auto", "reference", "cpu"),
     )
+    idle_expert_steps: int = _setting(
+        1000, "Warn once of an expert that got no token for this many steps (looked at every --log-interval steps)."
+    )
     run_dir: str | None = _setting(
         None, "Directory for the placement plan and telemetry.jsonl; default: --save, without it nothing is written."
     )
@@ -93,7 +96,8 @@ class HMoEConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 yield f"{_flag(name)} {value}: give a finite number, 0 or more (0 turns the loss off)"
-        for name in ("total_width", "width_multiple", "max_experts_per_token", "cut_multiple", "max_failed_saves"):
+        counts = "total_width width_multiple max_experts_per_token cut_multiple idle_expert_steps max_failed_saves"
+        for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{_flag(name)} {value}: give a whole number of at least 1"

@@ -62,7 +62,9 @@ class HMoERouter(TopKRouter):
         counted_TE = routing_map_TE if valid_T is None else routing_map_TE & valid_T.unsqueeze(-1)
         counts_E = counted_TE.sum(dim=0)
         local_tokens = weights_TE.shape[0] if valid_T is None else valid_T.sum()
-        self.stats.record(self.layer, counts_E, local_tokens)
+        # 0, or NaN where a logit is NaN or infinite: who is to blame is known without a copy from the device.
+        not_finite = logits_TE.detach().sum(dtype=torch.float64) * 0
+        self.stats.record(self.layer, counts_E, local_tokens + not_finite)
 
         coeffs = self.hmoe.loss_coeffs
         if not coeffs:

@@ -23,10 +23,20 @@ class RoutingStats:
         self.timing = False
 
     def record(self, layer: int, counts_E: torch.Tensor, num_tokens: torch.Tensor | int) -> None:
-        """Add one micro-batch of this rank: tokens that chose each expert of ``layer``, tokens routed."""
+        """Add one micro-batch of this rank: tokens that chose each expert of ``layer``, tokens routed.
+
+        A NaN for ``num_tokens`` stays in the layer's sum: it marks a router whose logits were not finite.
+        """
         totals = self._on(counts_E.device)[self._row[layer]]
         totals[:-1] += counts_E
         totals[-1] += num_tokens
+
+    def layers_not_finite(self) -> list[int]:
+        """Layers that this rank has marked with a NaN since the last ``take``. Copies from the device."""
+        if self._totals is None:
+            return []
+        marked_L = self._totals[:, -1].isnan().tolist()
+        return [layer for layer, row in self._row.items() if marked_L[row]]
 
     def _on(self, device):
         if self._totals is None:
@@ -66,7 +76,10 @@ class RoutingStats:
         x_RH.register_hook(finish)
 
     def take(self, groups, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(counts_LE, tokens_L) since the last call, float64 on the CPU, summed over each process group in turn."""
+        """(counts_LE, tokens_L) since the last call, float64 on the CPU, summed over each process group in turn.
+
+        tokens_L is NaN in a layer whose router gave logits that are not finite, on any rank.
+        """
         totals = self._on(device).clone()
         self._totals.zero_()
         for group in groups:

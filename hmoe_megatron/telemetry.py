@@ -5,6 +5,7 @@ anything from the device. Legend: L MoE layers, E logical experts, R expert-para
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 from hmoe_megatron.accounting import ParameterCounts, expert_parameters
 from hmoe_megatron.files import TELEMETRY_FILE, write_whole
+from hmoe_megatron.idle_experts import IdleExperts
+from hmoe_megatron.numeric_guard import end_for_router
 
 
 def summary(values_L) -> dict[str, float]:
@@ -136,6 +139,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         layout.stats.timing = log_interval == 1  # the first step logs only then
         self.file = TelemetryFile(run_dir) if run_dir else None
         self.losses = list(layout.settings.loss_coeffs)
+        self.idle = IdleExperts(layout.layers, layout.settings.idle_expert_steps)
         self.active_width = None  # latest measurement
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, *, track_names=None, **named):
@@ -161,6 +165,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
             parallel_state.get_pipeline_model_parallel_group(),
         )
         counts_LE, tokens_L = self.layout.stats.take(groups, device)
+        end_for_router(iteration, [self.layout.layers[row] for row in tokens_L.isnan().nonzero().flatten()])
         own_ms = torch.tensor([self.layout.stats.take_expert_time_ms()], dtype=torch.float64, device=device)
         rank_ms = [torch.empty_like(own_ms) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(rank_ms, own_ms)
@@ -173,6 +178,8 @@ class HMoEMetricsTracker(MoEMetricsTracker):
             return  # the last rank has Megatron's writers and its console
         record["over_layers"] = over_layers(record)
         print(console_line(record), flush=True)
+        if warning := self.idle.look(iteration, counts_LE, max(0, iteration - self.log_interval)):
+            print(warning, file=sys.stderr, flush=True)
         if self.file:
             self.file.write(record)
         scalars = _scalars(record)

@@ -174,6 +174,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
+    from hmoe_megatron import numeric_guard
     from hmoe_megatron.data import datasets_provider, forward_step
     from hmoe_megatron.telemetry import HMoEMetricsTracker
 
@@ -186,6 +187,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         expected_active_width(layout.settings, args.moe_router_topk, widths) for widths in layout.widths.values()
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
+    numeric_guard.install(layout.stats)
     if args.rank == 0:
         announce(layout, parameters)
         if run_dir:

@@ -12,10 +12,11 @@ MODEL = "--hmoe-widths 16,32,48,64 --num-workers 0"
 
 
 class Ended(NamedTuple):
-    """code: of the process; output: what it printed, both streams."""
+    """code: of the process; output: what it printed, both streams; step: of the loop when it ended, from 0."""
 
     code: int
     output: str
+    step: int
 
     def errors(self) -> list[str]:
         """The lines that say why a run ended."""
@@ -47,4 +48,6 @@ def pretrain(flags: str, prepare=None, *given) -> Ended:
             code = pretrain_hmoe.main()
         except SystemExit as left:
             code = left.code or 0
-    return Ended(code, output.getvalue())
+    from megatron.training.global_vars import _GLOBAL_ARGS as args
+
+    return Ended(code, output.getvalue(), getattr(args, "curr_iteration", 0))

@@ -12,7 +12,7 @@ FLAGS = {
     "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",
     "--hmoe-max-experts-per-token", "--hmoe-p-penalty-coeff", "--hmoe-router-entropy-coeff",
     "--hmoe-load-balance-coeff", "--hmoe-placement", "--hmoe-max-cuts", "--hmoe-cut-multiple", "--hmoe-gemm-backend",
-    "--hmoe-run-dir",
+    "--hmoe-run-dir", "--hmoe-idle-expert-steps",
 }  # fmt: skip
 
 
