@@ -186,7 +186,7 @@ def check_dispatch(args: argparse.Namespace, layout) -> None:
         most = ranks * most_slots(slots, args.num_experts, layout.settings, args.moe_router_topk)
         if most > DEEPEP_MOST_SLOTS:
             raise ValueError(
-                f"--moe-flex-dispatcher-backend deepep: a token can fill {most} slots in layer {layer}, its kernels move "
-                f"{DEEPEP_MOST_SLOTS} at most: use hybridep or alltoall, --hmoe-max-experts-per-token, or "
+                f"--moe-flex-dispatcher-backend deepep: a token can fill {most} slots in layer {layer}, its kernels "
+                f"move {DEEPEP_MOST_SLOTS} at most: use hybridep or alltoall, --hmoe-max-experts-per-token, or "
                 "--hmoe-max-cuts 0"
             )

@@ -11,8 +11,8 @@ import torch
 def slot2expert(pieces_by_rank, num_experts: int, slots_per_rank: int = 1) -> list[int]:
     """Logical expert of each slot, rank by rank; ``num_experts`` where a rank has fewer pieces than the fullest one.
 
-    A piece is a slot: an expert cut in two has two slots, both fed by its one column of the router. slots_per_rank: give
-    every rank so many at least.
+    A piece is a slot: an expert cut in two has two slots, both fed by its one column of the router. slots_per_rank:
+    give every rank so many at least.
     """
     slots_per_rank = max(slots_per_rank, max(len(pieces) for pieces in pieces_by_rank))
     experts = []
@@ -51,8 +51,8 @@ def dispatch_slots(config, layer: int):
 
 
 def unpadded(config):
-    """Copy of ``config`` under which Megatron's flex dispatchers don't pad an expert's rows to the tiles of FP8 kernels:
-    experts compute in the model's own precision."""
+    """Copy of ``config`` under which Megatron's flex dispatchers don't pad an expert's rows to the tiles of FP8
+    kernels: experts compute in the model's own precision."""
     config = copy.copy(config)
     config.fp8 = config.fp4 = None
     config.use_transformer_engine_op_fuser = False

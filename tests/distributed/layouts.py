@@ -5,7 +5,8 @@
 
 import dataclasses
 
-from hmoe_megatron.host import flags as host_flags
+from hmoe_megatron.host.flags import cpu_argv
+from tests.gpu.runs import LOCAL, RUNS, TE
 
 # What a layout is put together from. EP1, ETP of TP's size and alltoall or allgather as Megatron has them by default.
 WORDS = {
@@ -59,6 +60,10 @@ class Layout:
     def expert_parallel(self) -> int:
         sizes = [int(word[2:]) for word in self.words.split() if word in ("EP2", "EP4", "EP8")]
         return sizes[0] if sizes else 1
+
+    @property
+    def bf16(self) -> bool:
+        return "bf16" in self.words.split()
 
     @property
     def num_layers(self) -> int:
@@ -177,5 +182,107 @@ WEIGHT_BOUND = 2e-4
 BF16_LOSS_BOUND, BF16_NORM_BOUND = 2e-3, 5e-2
 
 
+# Flags that need a GPU, and what a test without one runs of them.
+NEEDS_GPU = (
+    ("--context-parallel-size 2", "batches, router losses and counts, with a stand-in for the attention"),
+    ("--moe-token-dispatcher-type flex", "Megatron's managers of DeepEP and HybridEP, with a stand-in for the kernels"),
+    ("--fp8-format hybrid", "that no dispatcher pads experts' rows for FP8 kernels"),
+)
+
+PAGE = """# Parallel layouts
+
+Made by `python -m tests.distributed.layouts > docs/parallelism.md` from the parameters of the tests.
+
+Every row was run on 2 shared x86-64 cores without a GPU (torch 2.13.0, Megatron-Core 0.19.2, gloo ranks), five training
+steps of a model of hidden size 32 with four experts in each of two or four layers. `make test` runs the rows marked
+*; `make layouts` runs all.
+
+Words: TPn tensor parallel n with sequence parallel, ETPn expert tensor parallel (default: as TP), PPn pipeline
+parallel, VPPn stages a pipeline rank, EPn expert parallel, DO distributed optimizer. Ranks that are left over are data
+parallel. Their flags:
+
+| word | flags |
+|---|---|
+{words}
+
+## Equal widths: Megatron's own MoE, bit by bit
+
+Compared with Megatron's MoE layer and `SequentialMLP` under the same flags, experts' initial weights equal
+(`--hmoe-gemm-backend reference`, no P-Penalty): the losses and gradient norms of five steps and every weight of every
+rank after them are bitwise equal.
+
+| ranks | layout | in `make test` |
+|---|---|---|
+{stock}
+
+## Unequal widths, cut experts: one rank
+
+Widths 16, 32, 48 and 64 with P-Penalty; with EP > 1 experts are cut by width over the ranks, also in every row with
+recomputation and overlap. Compared with the same model on one rank, experts whole. fp32: losses within {loss:.0e} and
+gradient norms within {norm:.0e} relative, experts' weights after five steps within {weight:.0e}, and the same
+number of tokens for every expert. bf16, where rounding moves tokens to other experts: losses within {bf16_loss:.0e}, norms
+within {bf16_norm:.0e}.
+
+| ranks | layout | compared | in `make test` |
+|---|---|---|---|
+{one}
+
+## What needs a GPU
+
+Refused without one, by these words:
+
+{refused}
+
+With a GPU they need only their flags (FP8 and context parallelism with `--transformer-impl transformer_engine`, flex
+with `--bf16`). Under FP8, Transformer Engine computes attention, dense layers and shared experts in FP8; routed experts
+stay in the model's own precision, and `--fp8-param-gather` is refused. No GPU was at hand. What was run without one:
+
+| flag | run on a CPU |
+|---|---|
+{standins}
+
+The tests that a machine with GPUs should run first (`make test PYTEST_ARGS="-m gpu"`; their flags are checked without
+one, their bounds are guesses; TE: `{te}`, local: `{local}`):
+
+| run | GPUs | compared with |
+|---|---|---|
+{gpu}
+"""
+
+
 def parallelism_document() -> str:
-    return ""
+    """docs/parallelism.md."""
+    return PAGE.format(
+        words="\n".join(f"| {word} | `{flags}` |" for word, flags in (WORDS | MODEL_WORDS).items()),
+        stock=_lines(AGAINST_STOCK, lambda row: ""),
+        one=_lines(AGAINST_ONE_RANK, lambda row: " bf16 bounds |" if row.bf16 else " fp32 bounds |"),
+        loss=LOSS_BOUND, norm=NORM_BOUND, weight=WEIGHT_BOUND, bf16_loss=BF16_LOSS_BOUND, bf16_norm=BF16_NORM_BOUND,
+        te=TE, local=LOCAL,
+        refused="\n".join(f"- {refusal(flag)}" for flag, _ in NEEDS_GPU),
+        standins="\n".join(f"| `{flag}` | {what} |" for flag, what in NEEDS_GPU),
+        gpu="\n".join(f"| {run.name} | {run.gpus} | {gpu_comparison(run)} |" for run in RUNS),
+    )  # fmt: skip
+
+
+def _lines(layouts, comparison):
+    return "\n".join(f"| {row.ranks} | {row.words} |{comparison(row)} {'*' if row.suite else ''} |" for row in layouts)
+
+
+def refusal(flag: str) -> str:
+    """What a machine without a GPU says of a flag."""
+    try:
+        cpu_argv(flag.split())
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{flag} is not refused")
+
+
+def gpu_comparison(run) -> str:
+    if run.against is None:
+        return "losses fall"
+    against = run.against.replace(TE, "TE").replace(LOCAL, "local")
+    return f"{against}, {run.against_gpus} GPU, losses within {run.bound:.0e}"
+
+
+if __name__ == "__main__":
+    print(parallelism_document(), end="")

@@ -69,17 +69,16 @@ def train(tmp_path, ranks, expert_parallel, layers, flags):
 def test_unequal_widths_agree_with_one_rank(tmp_path, one_rank, layout):
     one = one_rank(layout.model_flags, layout.num_layers)
     many = train(tmp_path, layout.ranks, layout.expert_parallel, layout.num_layers, layout.flags)
-    bf16 = "bf16" in layout.words
     apart = {
         "loss": apart_of(losses(many), losses([one])),
         "norm": max(apart_of(rank["grad_norms"], one["grad_norms"]) for rank in many),
         "weights": weights_apart(many, one),
     }
     print(layout, {name: f"{value:.1e}" for name, value in apart.items()})
-    assert apart["loss"] <= (BF16_LOSS_BOUND if bf16 else LOSS_BOUND)
-    assert apart["norm"] <= (BF16_NORM_BOUND if bf16 else NORM_BOUND)
+    assert apart["loss"] <= (BF16_LOSS_BOUND if layout.bf16 else LOSS_BOUND)
+    assert apart["norm"] <= (BF16_NORM_BOUND if layout.bf16 else NORM_BOUND)
     assert len(set(losses(many))) == 5
-    if not bf16:  # where rounding moves tokens to other experts
+    if not layout.bf16:  # where rounding moves tokens to other experts
         assert apart["weights"] <= WEIGHT_BOUND
         for rank in many:  # the layers of all pipeline stages, on every rank
             assert (rank["counts"] == one["counts"]).all() and (rank["tokens"] == one["tokens"]).all()

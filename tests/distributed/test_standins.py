@@ -10,6 +10,7 @@ from tests.distributed.test_layouts import CUTS, MODEL, apart_of, weights_apart
 from tests.distributed.training_run import losses
 
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
+ALLTOALL = "--moe-token-dispatcher-type alltoall"
 EP2 = "--expert-model-parallel-size 2"
 ETP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2"
 
@@ -52,7 +53,7 @@ def test_flex_dispatch_of_cut_experts(tmp_path, one_rank, ranks, router, flags, 
     assert found[0]["hybridep_slots"] == ([3] if backend == "hybridep" else [])
 
 
-@pytest.mark.parametrize("flags", ["", f"{TOPP} {EP2} --moe-token-dispatcher-type alltoall", "--calculate-per-token-loss"])
+@pytest.mark.parametrize("flags", ["", f"{TOPP} {EP2} {ALLTOALL}", "--calculate-per-token-loss"])
 def test_context_parallel(tmp_path, one_rank, flags):
     """Batches are sliced, and the router's losses and counts are those of the whole sequence."""
     plan = CUTS[2] if EP2 in flags else CUTS[1]

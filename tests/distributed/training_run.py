@@ -192,14 +192,15 @@ def _draw_dense(chunks):
         for name, weight in chunk.named_parameters():
             if ".experts." in name or weight.dim() < 2:
                 continue
-            shape, dim = list(weight.shape), weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
-            if dim is not None:
-                shape[dim] *= size
+            split = getattr(weight, "tensor_model_parallel", False)
+            shape = list(weight.shape)
+            if split:
+                shape[weight.partition_dim] *= size
             generator = torch.Generator().manual_seed(zlib.crc32(_global_name(name, chunk).encode()))
             whole = torch.randn(shape, generator=generator) * 0.1
-            if dim is not None:
-                parts = whole.chunk(size * weight.partition_stride, dim)
-                whole = torch.cat(parts[rank::size], dim)
+            if split:
+                parts = whole.chunk(size * weight.partition_stride, weight.partition_dim)
+                whole = torch.cat(parts[rank::size], weight.partition_dim)
             weight.copy_(whole)
     return chunks
 

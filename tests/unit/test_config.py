@@ -80,7 +80,8 @@ def good_arguments(**changes):
 REFUSED = set(
     "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_flex_dispatcher_backend "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
-    "moe_apply_probs_on_input mtp_num_layers fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 moe_router_padding_for_quantization "
+    "moe_apply_probs_on_input mtp_num_layers fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
+    "moe_router_padding_for_quantization "
     "moe_expert_rank_capacity_factor moe_paged_stash moe_mlp_glu_interleave_size "
     "overlap_dispatch_backward_with_experts_wgrad expert_tensor_parallel_num_weight_shards "
     "tensor_parallel_num_weight_shards hybrid_layer_pattern multi_latent_attention experimental_attention_variant "
