@@ -219,7 +219,7 @@ rank after them are bitwise equal.
 
 Widths 16, 32, 48 and 64 with P-Penalty; with EP > 1 experts are cut by width over the ranks, also in every row with
 recomputation and overlap. Compared with the same model on one rank, experts whole:
-- fp32: losses within {loss:.0e} and gradient norms within {norm:.0e}, relative; experts' weights after five steps within
+- fp32: losses within {loss:.0e}, gradient norms within {norm:.0e}, relative; experts' weights after five steps within
   {weight:.0e}; the same number of tokens for every expert;
 - bf16, where rounding moves tokens to other experts: losses within {bf16_loss:.0e}, norms within {bf16_norm:.0e}.
 
