@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench-planner bench-planner-real doctor lock clean
+.PHONY: help venv demo test layouts lint bench-planner bench-planner-real doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
@@ -18,6 +18,9 @@ demo: venv ## trains, resumes and samples a small HMoE on Shakespeare, and draws
 
 test: venv ## the whole test suite (PYTEST_ARGS="-k plan -x" narrows it)
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+layouts: venv ## every row of docs/parallelism.md, up to 8 ranks
+	@$(PY) -m pytest -m "" tests/distributed/test_layouts.py $(PYTEST_ARGS)
 
 lint: venv ## ruff
 	@$(PY) -m ruff check .

@@ -36,6 +36,11 @@ class ExpertPiece(torch.nn.Module):
             # load the other's checkpoint.
             weight.allreduce = False
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(fc1, fc2) weights. Called, not read, so that Megatron's forward hooks run: they wait for the parameters that
+        ``--overlap-param-gather`` is still gathering."""
+        return self.linear_fc1_weight, self.linear_fc2_weight
+
 
 def expert_seed(seed: int, layer: int, expert: int) -> int:
     """Seed of an expert's initial weights: of (run seed, decoder layer, logical expert) only, never of a rank."""
@@ -91,12 +96,8 @@ class HMoEExperts(MegatronModule):
             # Both inputs stay in the graph, or this rank would skip a backward all-to-all that the others wait in.
             return x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype), None
         with self.stats.expert_time(x_RH, self.training) as timed:
-            y_RH = self.compute(
-                x_RH, probs_R, rows[:used],
-                [piece.linear_fc1_weight for piece in self.pieces],
-                [piece.linear_fc2_weight for piece in self.pieces],
-                self.config, self.tp_group,
-            )  # fmt: skip
+            fc1_weights, fc2_weights = zip(*(piece() for piece in self.pieces), strict=True)
+            y_RH = self.compute(x_RH, probs_R, rows[:used], fc1_weights, fc2_weights, self.config, self.tp_group)
             timed.output = y_RH
         return y_RH, None
 

@@ -3,7 +3,6 @@
 Legend: T tokens, E logical experts, S slots over all expert-parallel ranks.
 """
 
-import copy
 from functools import partial
 
 import torch
@@ -11,7 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
 from hmoe_megatron.experts import HMoEExperts
 from hmoe_megatron.router import HMoERouter
-from hmoe_megatron.slots import slot2expert, to_slots
+from hmoe_megatron.slots import dispatch_slots, to_slots, unpadded
 
 
 class HMoELayer(MoELayer):
@@ -26,14 +25,7 @@ class HMoELayer(MoELayer):
                  *, layer: int):  # fmt: skip
         if is_mtp_layer:
             raise ValueError("--mtp-num-layers: multi-token-prediction layers with unequal experts are not implemented")
-        pieces_by_rank = config.hmoe.pieces(layer)
-        slots = slot2expert(pieces_by_rank, config.num_moe_experts)
-        slot_config = copy.copy(config)
-        slot_config.num_moe_experts = len(slots)
-        if config.hmoe.settings.router == "topp" or config.hmoe.has_cuts(layer):
-            # A token then fills a varying number of slots. With a capacity factor that is not None the alltoall
-            # dispatcher sizes its buffers by the routing map instead of tokens * K; nothing is dropped.
-            slot_config.moe_expert_capacity_factor = 1.0
+        slots, slot_config = dispatch_slots(config, layer)
 
         # MoELayer hands its builders the config of slots; ours take the logical one instead.
         def router(*, config, pg_collection, is_mtp_layer):
@@ -45,6 +37,9 @@ class HMoELayer(MoELayer):
         logical_config = config
         submodules = MoESubmodules(experts=experts, shared_experts=submodules.shared_experts, router=router)
         super().__init__(slot_config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.flex = config.moe_token_dispatcher_type == "flex"
+        if self.flex:
+            self.token_dispatcher._comm_manager.config = unpadded(slot_config)
         self.register_buffer("slot2expert_S", None, persistent=False)
         if slots != list(range(config.num_moe_experts)):
             self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
@@ -52,6 +47,8 @@ class HMoELayer(MoELayer):
     def route(self, hidden_states, padding_mask=None):
         """Probabilities and routing map of the slots, [T, S] each, from the router's [T, E]."""
         probs_TE, routing_map_TE = super().route(hidden_states, padding_mask)
+        if self.flex:
+            probs_TE = probs_TE.float()  # what DeepEP and HybridEP move; Megatron casts too, with a warning a step
         if self.slot2expert_S is None:
             return probs_TE, routing_map_TE
         return to_slots(probs_TE, self.slot2expert_S), to_slots(routing_map_TE, self.slot2expert_S)

@@ -1,8 +1,10 @@
 """What of Megatron's flags does not go with unequal experts, and what to do instead."""
 
 import argparse
+import importlib.util
 
 from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.slots import most_slots, slot2expert
 
 # (attribute of Megatron's arguments, values that work, what the user gave, why and what to do).
 # True and False stand for a flag that is set or not.
@@ -11,8 +13,8 @@ REQUIRED = (
     ("add_bias_linear", {False}, "biases in linear layers", "experts have none: add --disable-bias-linear"),
     ("moe_ffn_hidden_size", {None}, "--moe-ffn-hidden-size", "widths come from --hmoe-widths: remove it"),
     ("moe_grouped_gemm", {False}, "--moe-grouped-gemm", "it needs equal widths: use --hmoe-gemm-backend"),
-    ("moe_token_dispatcher_type", {"alltoall", "allgather"}, "--moe-token-dispatcher-type flex",
-     "it counts on equal slots: use alltoall or allgather"),
+    ("moe_flex_dispatcher_backend", {"deepep", "hybridep"}, "--moe-flex-dispatcher-backend",
+     "it needs a capacity and grouped equal experts: use deepep or hybridep"),
     ("moe_expert_capacity_factor", {None}, "--moe-expert-capacity-factor",
      "one capacity for experts of different width is not defined: remove it (no token is dropped)"),
     ("moe_pad_expert_input_to_capacity", {False}, "--moe-pad-expert-input-to-capacity",
@@ -22,10 +24,13 @@ REQUIRED = (
     ("moe_apply_probs_on_input", {False}, "--moe-apply-probs-on-input", "not implemented here: remove it"),
     ("mtp_num_layers", {None, 0}, "--mtp-num-layers",
      "multi-token-prediction layers would be built with equal experts: remove it"),
-    ("fp8", {None}, "--fp8-format", "experts compute in bf16, fp16 or fp32: remove it"),
+    ("fp8_param_gather", {False}, "--fp8-param-gather",
+     "experts have no FP8 weights (they compute in the model's own precision): remove it"),
     ("fp4", {None}, "--fp4-format", "experts compute in bf16, fp16 or fp32: remove it"),
     ("optimizer", {"adam", "sgd", "lion"}, "--optimizer",
      "it treats a matrix as a whole, and experts may be cut: use adam, sgd or lion"),
+    ("moe_router_padding_for_fp8", {False}, "--moe-router-padding-for-fp8",
+     "empty slots would be padded too: remove it"),
     ("moe_router_padding_for_quantization", {False}, "--moe-router-padding-for-quantization",
      "empty slots would be padded too: remove it"),
     ("moe_expert_rank_capacity_factor", {None}, "--moe-expert-rank-capacity-factor",
@@ -95,6 +100,9 @@ REQUIRED_WITH_LOSSES = (
 )
 
 
+DEEPEP_MOST_SLOTS = 32  # of a token, over the expert-tensor-parallel ranks: a warp's lanes in DeepEP's kernels
+
+
 def _unwrapped(value):
     """Megatron parses some flags to lists; one entry counts as itself."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -141,5 +149,44 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
             f"--hmoe-max-experts-per-token {hmoe.max_experts_per_token} exceeds --num-experts {args.num_experts}: "
             "lower it"
         )
+    problems += _gpu_kernel_problems(args)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _gpu_kernel_problems(args):
+    """What Transformer Engine's features and the flex dispatcher need, and Megatron would ignore or fail in late."""
+    if args.transformer_impl == "local":
+        for flag, wanted in ((f"--context-parallel-size {args.context_parallel_size}", args.context_parallel_size > 1),
+                             (f"--fp8-format {args.fp8}", args.fp8)):  # fmt: skip
+            if wanted:
+                yield f"{flag} contradicts --transformer-impl local: use --transformer-impl transformer_engine"
+    if "layernorm" in (args.recompute_modules or ()) and not importlib.util.find_spec("transformer_engine"):
+        yield ("--recompute-modules layernorm: without Transformer Engine Megatron 0.19.2 fails in it (NameError: "
+               "FP8GlobalStateManager): leave layernorm out")
+    if args.moe_token_dispatcher_type == "flex":
+        if not args.bf16:
+            yield "--moe-token-dispatcher-type flex without --bf16: DeepEP and HybridEP move bf16 only: add --bf16"
+        if args.expert_model_parallel_size * expert_tensor_parallel_size(args) == 1:
+            yield "--moe-token-dispatcher-type flex without expert parallelism: nothing is dispatched; use alltoall"
+
+
+def expert_tensor_parallel_size(args: argparse.Namespace) -> int:
+    """``--expert-tensor-parallel-size``, whose default is the size of tensor parallelism."""
+    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+
+
+def check_dispatch(args: argparse.Namespace, layout) -> None:
+    """Refuse a plan whose tokens fill more slots than DeepEP's kernels can move. ``layout``: ExpertLayout."""
+    if args.moe_token_dispatcher_type != "flex" or args.moe_flex_dispatcher_backend != "deepep":
+        return
+    ranks = expert_tensor_parallel_size(args)
+    for layer in layout.layers:
+        slots = slot2expert(layout.pieces(layer), args.num_experts)
+        most = ranks * most_slots(slots, args.num_experts, layout.settings, args.moe_router_topk)
+        if most > DEEPEP_MOST_SLOTS:
+            raise ValueError(
+                f"--moe-flex-dispatcher-backend deepep: a token can fill {most} slots in layer {layer}, its kernels "
+                f"move {DEEPEP_MOST_SLOTS} at most: use hybridep or alltoall, --hmoe-max-experts-per-token, or "
+                "--hmoe-max-cuts 0"
+            )

@@ -21,7 +21,7 @@ from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
-from hmoe_megatron.refusals import check_megatron_arguments
+from hmoe_megatron.refusals import check_dispatch, check_megatron_arguments, expert_tensor_parallel_size
 from hmoe_megatron.stats import RoutingStats
 
 
@@ -62,6 +62,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     settings = hmoe_config_from_args(args)
     check_megatron_arguments(args, settings, host.has_gpu())
     layout = expert_layout(args, settings)
+    check_dispatch(args, layout)
     # Megatron checks that --num-experts divides by the expert-parallel size: show it the slots, which do. The width is
     # for its checks too; no layer uses it.
     logical = args.num_experts
@@ -91,7 +92,7 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig) -> ExpertLayou
 def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> PlacementPlan:
     """The plan that ``--hmoe-placement`` asks for, for every expert-parallel rank and MoE layer."""
     widths_LE, ranks = tuple(widths.values()), args.expert_model_parallel_size
-    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    expert_tp = expert_tensor_parallel_size(args)
     cost = CostModel(hidden_size=args.hidden_size)
     # Nothing is measured before a run: None expects the same number of tokens for every expert.
     if settings.placement == "contiguous":

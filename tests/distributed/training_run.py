@@ -4,6 +4,7 @@
 """
 
 import sys
+import zlib
 
 import torch
 
@@ -35,16 +36,20 @@ def steps(
     telemetry: bool = False,
     skip: int = 0,
     save: bool = False,
+    same_dense: bool = False,
 ) -> dict:
     """Train ``count`` steps from TINY plus ``flags``; ``stock``: Megatron's own MoE, experts initialised as ours.
 
     own_optimizer: stock experts have an optimizer of their own, as Megatron gives them with expert parallelism and we
     always do; False leaves Megatron's choice. force_expert: add 1e4 to its router logit. skip: steps whose data a run
-    before this one, loaded by --load, has seen. save: a checkpoint to --save at the end.
+    before this one, loaded by --load, has seen. save: a checkpoint to --save at the end. same_dense: draw dense weights
+    by name, so that every layout starts from the same ones (experts always do).
 
     Returns, for this rank: losses, grad_norms, dense {name: tensor}, experts {(layer, expert, matrix, lo, hi): tensor}.
     """
     args, config, container = configure([*TINY, *flags.split()], stock, own_optimizer)
+    if same_dense:
+        config.pre_wrap_hooks.append(_draw_dense)
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -71,14 +76,19 @@ def steps(
     if force_expert is not None:
         _force(model, force_expert)
     iterators = [RerunDataIterator(_batches(args, skip)) for _ in model]
+    begin_overlap, end_overlap = _overlap(args, model, optimizer, model_config)
     losses, norms = [], []
     for iteration in range(count):
+        if iteration == 1:
+            begin_overlap()
         out = train_step(
             forward_step, iterators if len(iterators) > 1 else iterators[0], model, optimizer, scheduler,
             model_config, get_forward_backward_func(), iteration=iteration,
         )  # fmt: skip
         losses.append(float(out[0]["lm loss"]) if out[0] else None)
         norms.append(out[5])
+    if count > 1:
+        end_overlap()
     if save:
         save_checkpoint(skip + count, model, optimizer, scheduler, 0)
     result = {"losses": losses, "grad_norms": norms, "dense": {}, "experts": {}}
@@ -90,6 +100,31 @@ def steps(
         counts, tokens = stats.take([groups.tp_dp_cp, groups.pp], torch.device("cpu"))
         result["counts"], result["tokens"] = counts.numpy(), tokens.numpy()
     return result
+
+
+def _overlap(args, model, optimizer, config):
+    """Set the overlap of gradient reduction and parameter gathering up as Megatron's training loop does.
+
+    Returns (to be called after the first step, after the last)."""
+    from megatron.training import training
+
+    def of_chunks(method):
+        calls = [getattr(chunk, method) for chunk in model]
+        return calls if len(calls) > 1 else calls[0]
+
+    if args.overlap_grad_reduce:
+        config.no_sync_func = of_chunks("no_sync")
+        if args.align_grad_reduce:
+            config.grad_sync_func = of_chunks("start_grad_sync")
+    if not args.overlap_param_gather:
+        return (lambda: None), (lambda: None)
+    training.disable_forward_pre_hook(model, param_sync=False)
+
+    def begin():
+        training.enable_forward_pre_hook(model)
+        config.param_sync_func = of_chunks("start_param_sync") if args.align_param_gather else None
+
+    return begin, lambda: training.disable_forward_pre_hook(model, optimizer)
 
 
 def configure(argv, stock, own_optimizer):
@@ -144,6 +179,29 @@ def _initialize_stock_experts(chunks, seed, own_optimizer):
                 mlp.linear_fc2.weight.data.copy_(piece.linear_fc2_weight)
                 if own_optimizer:
                     mlp.linear_fc1.weight.allreduce = mlp.linear_fc2.weight.allreduce = False
+    return chunks
+
+
+@torch.no_grad()
+def _draw_dense(chunks):
+    """Draw each dense weight whole, from a seed that is its global name, and keep this tensor-parallel rank's share."""
+    from megatron.core import mpu
+
+    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    for chunk in chunks:
+        for name, weight in chunk.named_parameters():
+            if ".experts." in name or weight.dim() < 2:
+                continue
+            split = getattr(weight, "tensor_model_parallel", False)
+            shape = list(weight.shape)
+            if split:
+                shape[weight.partition_dim] *= size
+            generator = torch.Generator().manual_seed(zlib.crc32(_global_name(name, chunk).encode()))
+            whole = torch.randn(shape, generator=generator) * 0.1
+            if split:
+                parts = whole.chunk(size * weight.partition_stride, weight.partition_dim)
+                whole = torch.cat(parts[rank::size], weight.partition_dim)
+            weight.copy_(whole)
     return chunks
 
 

@@ -1,4 +1,4 @@
-"""The same command on a GPU, under both of Megatron's implementations."""
+"""The runs of runs.py, as whole commands on real GPUs with NCCL."""
 
 import importlib.util
 import re
@@ -9,25 +9,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.training_run import TINY
+from tests.gpu.runs import MODEL, RUNS
 
 PRETRAIN = Path(__file__).parents[2] / "pretrain_hmoe.py"
-WITHOUT_FUSED_KERNELS = "--no-gradient-accumulation-fusion --no-persist-layer-norm"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
 
-@pytest.mark.parametrize("flags", ["", "--bf16", "--hmoe-router topp --hmoe-top-p 0.6"])
-@pytest.mark.parametrize("transformer_impl", ["local", "transformer_engine"])
-def test_losses_fall(transformer_impl, flags):
-    if transformer_impl == "transformer_engine" and not importlib.util.find_spec("transformer_engine_torch"):
-        pytest.skip("needs Transformer Engine with its torch part")
-    command = [sys.executable, PRETRAIN, *TINY, "--hmoe-widths", "64,128,192,128", *WITHOUT_FUSED_KERNELS.split(),
-               "--transformer-impl", transformer_impl, *flags.split(), "--train-iters", "20"]  # fmt: skip
+def losses(gpus, flags):
+    """Losses of the run's twenty steps."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), PRETRAIN,
+               *MODEL.split(), *flags.split()]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
-    assert len(losses) == 20
-    assert all(loss == loss for loss in losses) and losses[-1] < losses[0]
+    found = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
+    assert len(found) == 20 and all(loss == loss for loss in found)
+    return found
+
+
+def lacking(run) -> str | None:
+    """What of this machine the run would need."""
+    for module in run.needs:
+        if not importlib.util.find_spec(module):
+            return f"needs {module}"
+    if torch.cuda.device_count() < run.gpus:
+        return f"needs {run.gpus} GPUs, this machine has {torch.cuda.device_count()}"
+    if torch.cuda.get_device_capability() < run.capability:
+        return f"needs compute capability {run.capability}"
+    return None
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_on_gpus(run):
+    if why := lacking(run):
+        pytest.skip(why)
+    found = losses(run.gpus, run.flags)
+    assert found[-1] < found[0]
+    if run.against is not None:
+        assert found == pytest.approx(losses(run.against_gpus, run.against), rel=run.bound)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 
 import pytest
 
@@ -69,15 +70,18 @@ def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
     values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
+    values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
+    values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
 
 
 # Frozen: a row that is lost lets a setting through that trains something else in silence.
 REFUSED = set(
-    "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_token_dispatcher_type "
+    "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_flex_dispatcher_backend "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
-    "moe_apply_probs_on_input mtp_num_layers fp8 fp4 optimizer moe_router_padding_for_quantization "
+    "moe_apply_probs_on_input mtp_num_layers fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
+    "moe_router_padding_for_quantization "
     "moe_expert_rank_capacity_factor moe_paged_stash moe_mlp_glu_interleave_size "
     "overlap_dispatch_backward_with_experts_wgrad expert_tensor_parallel_num_weight_shards "
     "tensor_parallel_num_weight_shards hybrid_layer_pattern multi_latent_attention experimental_attention_variant "
@@ -114,6 +118,32 @@ def test_deterministic_mode_with_top_p_is_refused_where_there_is_a_gpu():
         check_megatron_arguments(args, TOPP, has_gpu=True)
     check_megatron_arguments(args, TOPP)
     check_megatron_arguments(args, HMoEConfig(), has_gpu=True)
+
+
+def test_recompute_of_norms_needs_transformer_engine(monkeypatch):
+    args = good_arguments(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+    with pytest.raises(ValueError, match="--recompute-modules layernorm: .* leave layernorm out"):
+        check_megatron_arguments(args, HMoEConfig())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "transformer_engine")
+    check_megatron_arguments(args, HMoEConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_parallel_size": 2}, "--context-parallel-size 2 contradicts --transformer-impl local"),
+        ({"fp8": "hybrid"}, "--fp8-format hybrid contradicts --transformer-impl local"),
+        ({"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}, "add --bf16"),
+        ({"moe_token_dispatcher_type": "flex", "bf16": True}, "nothing is dispatched; use alltoall"),
+    ],
+)
+def test_what_transformer_engine_and_the_flex_dispatcher_need(changes, message):
+    args = good_arguments(transformer_impl="local", **changes)
+    with pytest.raises(ValueError) as refused:
+        check_megatron_arguments(args, HMoEConfig(), has_gpu=True)
+    assert message in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    mended = {"transformer_impl": "transformer_engine", "bf16": True, "expert_model_parallel_size": 2}
+    check_megatron_arguments(good_arguments(**(changes | mended)), HMoEConfig(), has_gpu=True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("moe_router_score_function", "sigmoid"),
