@@ -1,6 +1,7 @@
 """What of Megatron's flags does not go with unequal experts, and what to do instead."""
 
 import argparse
+from importlib.util import find_spec
 
 from hmoe_megatron.config import HMoEConfig
 
@@ -131,6 +132,13 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
         problems.append(
             "--use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable: in Megatron's default format a "
             "resume without Transformer Engine is wrong in silence, and one under another plan always: add the flag"
+        )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        problems.append("--async-save without --use-persistent-ckpt-worker: Megatron would save synchronously: add it")
+    if args.async_save and args.async_strategy == "nvrx" and not find_spec("nvidia_resiliency_ext"):
+        problems.append(
+            "--async-save with --async-strategy nvrx, the default, and nvidia-resiliency-ext is not installed: install "
+            "it, or use --async-strategy mcore"
         )
     if args.num_experts and hmoe.router == "topk" and args.moe_router_topk > args.num_experts:
         problems.append(f"--moe-router-topk {args.moe_router_topk} exceeds --num-experts {args.num_experts}: lower it")
