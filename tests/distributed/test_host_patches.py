@@ -1,5 +1,7 @@
 """Every patch of the host has a check here that passes with it and fails when any one of its replacements is
 undone."""
+import contextlib
+import functools
 import os
 import time
 import traceback
@@ -190,6 +192,65 @@ def _assert_saved(folder):
     from megatron.core import dist_checkpointing
     loaded = dist_checkpointing.load(_sharded(torch.zeros(4)), folder)
     assert torch.equal(loaded["values"], torch.distributed.get_rank() + torch.arange(4.0))
+
+
+@check
+def worker_of_asynchronous_saves(folder):
+    from megatron.core import dist_checkpointing
+    with _worker() as calls:
+        calls.schedule_async_request(dist_checkpointing.save(
+            _sharded(torch.distributed.get_rank() + torch.arange(4.0)), folder, async_sharded_save=True,
+            async_strategy="mcore"))
+        _finish(calls)
+    _assert_saved(folder)
+
+
+@check
+def copies_for_asynchronous_saves(folder):
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    file = f"{folder}/{torch.distributed.get_rank()}"
+    tensors = [torch.arange(6.0).view(2, 3), torch.arange(3).bfloat16(), torch.tensor(7.0), torch.zeros(0, 2)]
+    before = [tensor.clone() for tensor in tensors]
+    buckets = [("path", "key", ([], [(None, tensor) for tensor in tensors]))]
+    preload = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
+    with _worker() as calls:
+        calls.schedule_async_request(AsyncRequest(functools.partial(_write_late, file), [0, None, None], [],
+                                                  preload_fn=preload))
+        for tensor in tensors:
+            tensor += 1
+        _finish(calls)
+    for expected, found in zip(before, torch.load(file), strict=True):
+        assert torch.equal(expected, found) and expected.dtype == found.dtype
+
+
+def _write_late(file, rank, buckets, results):
+    time.sleep(0.5)  # the training loop has gone on
+    torch.save([tensor for _, tensor in buckets[0][2][1]], file)
+
+
+@contextlib.contextmanager
+def _worker():
+    """A queue of asynchronous calls with a worker of its own, started as initialize_megatron does."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    calls = AsyncCallsQueue(persistent=True)
+    calls.warmup_persistent_caller(torch.distributed.get_rank(), mp_mode="forkserver")
+    get_write_results_queue(mp_mode="fork")
+    try:
+        yield calls
+    finally:
+        calls.close(abort=True)
+
+
+def _finish(calls):
+    """Until the worker of every rank is done. AssertionError where one has died."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    while not calls.maybe_finalize_async_calls():
+        alive = torch.tensor(int(PersistentAsyncCaller._persistent_process.is_alive()))
+        torch.distributed.all_reduce(alive, op=torch.distributed.ReduceOp.MIN)
+        assert alive, "the worker has died"
+        time.sleep(0.05)
 
 
 @check

@@ -44,6 +44,9 @@ def refusal(flags):
         (f"{WIDTHS} --use-checkpoint-args --load x", ["--use-checkpoint-args"]),
         (f"{WIDTHS} --ckpt-format torch", ["--ckpt-format", "use torch_dist"]),
         (f"{WIDTHS} --moe-router-score-function sigmoid", ["--moe-router-score-function", "--hmoe-p-penalty-coeff 0"]),
+        (f"{WIDTHS} --async-save", ["--async-save without --use-persistent-ckpt-worker"]),
+        (f"{WIDTHS} --async-save --use-persistent-ckpt-worker --async-strategy nvrx",
+         ["--async-strategy nvrx: this machine has no GPU", "use mcore"]),
     ],
 )  # fmt: skip
 def test_refused(flags, messages):
