@@ -46,11 +46,12 @@ def run_state(args, scheduler, optimizer):
     generators = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state().tolist(),
                   **{name: state.tolist() for name, state in get_cuda_rng_tracker().get_states().items()}}  # fmt: skip
     inner = [part.optimizer for part in optimizer.chained_optimizers]
-    states = [state for adam in inner for state in adam.state.values()]
+    # torch's Adam has a step of every parameter, a fused one of every group.
+    holders = [holder for adam in inner for holder in (*adam.state.values(), *adam.param_groups) if "step" in holder]
     return {
         "scheduler": scheduler.state_dict(),
         "learning_rates": sorted({group["lr"] for adam in inner for group in adam.param_groups}),
         "consumed_samples": args.consumed_train_samples,
-        "adam_steps": sorted({float(state["step"]) for state in states if "step" in state}),
+        "adam_steps": sorted({float(holder["step"]) for holder in holders}),
         "rng": {name: hashlib.sha256(pickle.dumps(state)).hexdigest() for name, state in generators.items()},
     }
