@@ -13,7 +13,8 @@ def repair_optimizer_checkpoints():
         return False
     for owner, name, repair in (
         (DistributedOptimizer, "sharded_param_state_fully_reshardable", _by_padded_position),
-        (ChainedOptimizer, "sharded_state_dict", _with_the_step_of_all),
+        (ChainedOptimizer, "sharded_state_dict", _with_all_that_is_loaded),
+        (ChainedOptimizer, "load_state_dict", _with_a_state_of_each),
         (Float16OptimizerWithFloat16Params, "sharded_state_dict", _with_masters_by_group),
         (Float16OptimizerWithFloat16Params, "load_state_dict", _from_masters_by_group),
     ):
@@ -55,28 +56,58 @@ def _padded(flat, buckets):
     return torch.cat(parts)
 
 
-def _with_the_step_of_all(stock):
-    """What ranks have in common is saved by rank 0, Adam's step among it. An optimizer or a group of it that has no
-    parameter on rank 0 has no step there: with torch's Adam the other ranks then can't load their experts' state, with
-    a fused one they begin again at step 1. All optimizers of a chain step together."""
+def _with_all_that_is_loaded(stock):
+    """A load asks for the moments of every parameter and for Adam's step, which a save may leave out:
+    - before the first step, which may be after the first save in fp16, there are no moments, and step 0 is left out;
+    - what ranks have in common is saved by rank 0, the step among it. An optimizer or a group of it that has no parameter
+      on rank 0 has no step there: with torch's Adam the other ranks then can't load their experts' state, with a fused
+      one they begin again at step 1. All optimizers of a chain step together."""
     @functools.wraps(stock)
-    def sharded_state_dict(self, *args, **kwargs):
-        state = stock(self, *args, **kwargs)
+    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **kwargs):
+        if not is_loading:
+            for part in self.chained_optimizers:
+                _allocate(part)
+        state = stock(self, model_sharded_state_dict, is_loading, **kwargs)
         if len(self.chained_optimizers) > 1:
-            _share_step([part.get("optimizer", part) for part in state.values()])
+            _share_step(self.chained_optimizers, [part.get("optimizer", part) for part in state.values()])
         return state
     return sharded_state_dict
 
 
-def _share_step(adams):
-    """Give each of `adams`, state dicts of torch's form, the last `common_step`, and their groups the last `step`."""
+def _allocate(optimizer):
+    """Zero moments for each parameter that has none, as a load makes them."""
+    adam = optimizer.optimizer
+    if optimizer.init_state_fn:
+        optimizer.init_state_fn(adam, optimizer.config)
+    if isinstance(adam, torch.optim.Adam):
+        for state in adam.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def _share_step(optimizers, adams):
+    """Put the step into each of `adams`, state dicts of torch's form: torch's Adam keeps one a parameter, which Megatron
+    saves as `common_step`, and the distributed optimizer and the fused Adams one a group."""
     adams = [adam for adam in adams if isinstance(adam, dict)]  # a format tied to the layout holds no dict
     groups = [group for adam in adams for group in adam["param_groups"]]
-    states = [adam["state"] for adam in adams if "state" in adam]
-    for holders, name in ((groups, "step"), (states, "common_step")):
-        steps = [holder[name] for holder in holders if holder.get(name) is not None]
-        for holder in holders if steps else ():
-            holder[name] = max(steps)
+    of_groups = [group["step"] for group in groups if group.get("step") is not None]
+    for group in groups if of_groups else ():
+        group["step"] = max(of_groups)
+    of_parameters = [state["step"] for part in optimizers for state in part.optimizer.state.values() if "step" in state]
+    for adam in adams if of_parameters else ():
+        if "state" in adam:
+            adam["state"]["common_step"] = max(of_parameters)
+
+
+def _with_a_state_of_each(stock):
+    """Of a `state` that holds tensors only, as that of a fused Adam, nothing is in common: a rank that asks for no tensor
+    gets no `state`, and load_state_dict() reads it."""
+    @functools.wraps(stock)
+    def load_state_dict(self, state_dict):
+        if len(self.chained_optimizers) > 1:
+            for part in state_dict.values():
+                part.get("optimizer", part).setdefault("state", {})
+        return stock(self, state_dict)
+    return load_state_dict
 
 
 _MASTERS = "fp32_from_fp16_params"

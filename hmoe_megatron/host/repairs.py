@@ -42,10 +42,11 @@ def _with_state(stock):
     @functools.wraps(stock)
     def state_dict(self):
         adam = self.optimizer
-        if isinstance(adam, torch.optim.Adam) and not adam.state:
+        if isinstance(adam, torch.optim.Adam):
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                if not adam.state.get(parameter):
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
         return stock(self) if adam.state else _state_without_parameters(self)
     state_dict.repaired = True
     return state_dict

@@ -24,7 +24,7 @@ def states_of(optimizer):
     else:
         model = main = optimizer.get_parameters()
     for parameter, master in zip(model, main, strict=True):
-        state = optimizer.optimizer.state[master]
+        state = optimizer.optimizer.state.get(master, {})
         yield parameter, {"param": master.detach(), **dict(_per_element(state))}
 
 

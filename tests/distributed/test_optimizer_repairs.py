@@ -3,6 +3,7 @@ loses, and that the repaired one loses nothing. With torch's Adam and with a sta
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.distributed.plans import save_plan, whole
 from tests.distributed.ranks import run_ranks
@@ -100,6 +101,31 @@ def test_ranks_without_experts_save_and_load(tmp_path, optimizer, changes):
     assert different(loaded(second), first) == [] and different(loaded(third), second) == []
     assert losses(second) + losses(third) == losses(first)[2:]
     assert [rank["adam_steps"] for rank in [*first, *loaded(second), *loaded(third)]] == [[2]] * 4 + [[3]] * 2
+
+
+@pytest.mark.parametrize(("optimizer", "count"), [
+    ("", 0),
+    ("--fp16", 1),  # it skips the step: the first loss scale is 2**32
+    ("--fp16 --use-distributed-optimizer", 1),
+])  # fmt: skip
+def test_a_checkpoint_from_before_the_first_step(tmp_path, optimizer, count):
+    first = run(tmp_path, BOTH, optimizer, count, save="first", after=2)
+    second = run(tmp_path, FIRST_EMPTY, optimizer, 2, load="first", skip=count)
+    assert losses(second) == losses(first)[count:]
+    assert {tuple(rank["adam_steps"]) for rank in [*first, *loaded(second)]} <= {(), (0,)}
+    assert not any(value.any() for (kind, _), value in states(loaded(second)).items() if kind != "param")
+
+
+def test_stock_cannot_load_from_before_the_first_step(tmp_path):
+    run(tmp_path, BOTH, "", 0, [STOCK], save="stock")
+    with pytest.raises(CheckpointException):
+        run(tmp_path, BOTH, "", 0, [STOCK], load="stock")
+
+
+def test_stock_has_no_state_for_a_rank_without_experts_with_a_fused_adam(tmp_path):
+    run(tmp_path, BOTH, "", 1, [STOCK, FUSED], save="stock")
+    with pytest.raises(KeyError, match="state"):
+        run(tmp_path, FIRST_EMPTY, "", 0, [STOCK, FUSED], load="stock", skip=1)
 
 
 def test_stock_loses_the_step_where_rank_0_holds_no_expert(tmp_path):
