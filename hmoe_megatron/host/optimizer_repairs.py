@@ -59,9 +59,9 @@ def _padded(flat, buckets):
 def _with_all_that_is_loaded(stock):
     """A load asks for the moments of every parameter and for Adam's step, which a save may leave out:
     - before the first step, which may be after the first save in fp16, there are no moments, and step 0 is left out;
-    - what ranks have in common is saved by rank 0, the step among it. An optimizer or a group of it that has no parameter
-      on rank 0 has no step there: with torch's Adam the other ranks then can't load their experts' state, with a fused
-      one they begin again at step 1. All optimizers of a chain step together."""
+    - what ranks have in common is saved by rank 0, the step among it. An optimizer or a group of it that has no
+      parameter on rank 0 has no step there: with torch's Adam the other ranks then can't load their experts' state,
+      with a fused one they begin again at step 1. All optimizers of a chain step together."""
     @functools.wraps(stock)
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **kwargs):
         if not is_loading:
@@ -85,8 +85,8 @@ def _allocate(optimizer):
 
 
 def _share_step(optimizers, adams):
-    """Put the step into each of `adams`, state dicts of torch's form: torch's Adam keeps one a parameter, which Megatron
-    saves as `common_step`, and the distributed optimizer and the fused Adams one a group."""
+    """Put the step into each of `adams`, state dicts of torch's form: torch's Adam keeps one a parameter, which
+    Megatron saves as `common_step`, and the distributed optimizer and the fused Adams one a group."""
     adams = [adam for adam in adams if isinstance(adam, dict)]  # a format tied to the layout holds no dict
     groups = [group for adam in adams for group in adam["param_groups"]]
     of_groups = [group["step"] for group in groups if group.get("step") is not None]
@@ -99,12 +99,12 @@ def _share_step(optimizers, adams):
 
 
 def _with_a_state_of_each(stock):
-    """Of a `state` that holds tensors only, as that of a fused Adam, nothing is in common: a rank that asks for no tensor
-    gets no `state`, and load_state_dict() reads it."""
+    """Of a `state` that holds tensors only, as that of a fused Adam, nothing is in common: a rank that asks for no
+    tensor gets no `state`, and load_state_dict() reads it."""
     @functools.wraps(stock)
     def load_state_dict(self, state_dict):
         if len(self.chained_optimizers) > 1:
-            for part in state_dict.values():
+            for part in state_dict.values() if isinstance(state_dict, dict) else state_dict:
                 part.get("optimizer", part).setdefault("state", {})
         return stock(self, state_dict)
     return load_state_dict
