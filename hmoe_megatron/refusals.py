@@ -1,7 +1,7 @@
 """What of Megatron's flags does not go with unequal experts, and what to do instead."""
 
 import argparse
-import importlib.util
+from importlib.util import find_spec
 
 from hmoe_megatron.config import HMoEConfig
 from hmoe_megatron.slots import most_slots, slot2expert
@@ -140,6 +140,13 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
             "--use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable: in Megatron's default format a "
             "resume without Transformer Engine is wrong in silence, and one under another plan always: add the flag"
         )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        problems.append("--async-save without --use-persistent-ckpt-worker: Megatron would save synchronously: add it")
+    if args.async_save and args.async_strategy == "nvrx" and not find_spec("nvidia_resiliency_ext"):
+        problems.append(
+            "--async-save with --async-strategy nvrx, the default, and nvidia-resiliency-ext is not installed: install "
+            "it, or use --async-strategy mcore"
+        )
     if args.num_experts and hmoe.router == "topk" and args.moe_router_topk > args.num_experts:
         problems.append(f"--moe-router-topk {args.moe_router_topk} exceeds --num-experts {args.num_experts}: lower it")
     if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):
@@ -161,7 +168,7 @@ def _gpu_kernel_problems(args):
                              (f"--fp8-format {args.fp8}", args.fp8)):  # fmt: skip
             if wanted:
                 yield f"{flag} contradicts --transformer-impl local: use --transformer-impl transformer_engine"
-    if "layernorm" in (args.recompute_modules or ()) and not importlib.util.find_spec("transformer_engine"):
+    if "layernorm" in (args.recompute_modules or ()) and not find_spec("transformer_engine"):
         yield ("--recompute-modules layernorm: without Transformer Engine Megatron 0.19.2 fails in it (NameError: "
                "FP8GlobalStateManager): leave layernorm out")
     if args.moe_token_dispatcher_type == "flex":

@@ -30,6 +30,7 @@ def prepare() -> None:
     host.apply()
     host.repair_dataset_helpers()
     host.repair_distributed_optimizer()
+    host.repair_optimizer_checkpoints()
     alone_without_torchrun()
 
 
@@ -103,7 +104,7 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
         )  # fmt: skip
     else:
         plan = PlacementPlan.load(plan_file(args, settings), widths_LE, ranks)
-    check_plan(args, plan, widths, expert_tp)
+    check_plan(plan, widths, expert_tp)
     return plan
 
 
@@ -117,15 +118,8 @@ def plan_file(args: argparse.Namespace, settings: HMoEConfig) -> Path:
     return checkpoint / PLAN_FILE
 
 
-def check_plan(args: argparse.Namespace, plan: PlacementPlan, widths, expert_tp: int) -> None:
+def check_plan(plan: PlacementPlan, widths, expert_tp: int) -> None:
     """Raise ValueError for a plan that Megatron's parallelism can't hold."""
-    idle = [[not layer.pieces[rank] for layer in plan.layers] for rank in range(plan.ranks)]
-    lacking = [r for r in range(plan.ranks) if all(idle[r]) or (any(idle[r]) and args.pipeline_model_parallel_size > 1)]
-    if args.use_distributed_optimizer and lacking:
-        raise ValueError(
-            f"--use-distributed-optimizer: expert-parallel ranks {lacking} hold no expert, and Megatron can't save an "
-            "optimizer without parameters: allow cuts (--hmoe-max-cuts), or lower --expert-model-parallel-size"
-        )
     for layer, layer_plan in zip(widths, plan.layers, strict=True):
         for piece in (piece for pieces in layer_plan.pieces for piece in pieces):
             if piece.width % expert_tp:

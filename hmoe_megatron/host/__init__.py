@@ -5,8 +5,8 @@
     argv = host.cpu_argv(argv)        # the flags that a CPU needs, and a refusal of those it cannot have
 
 On a machine with a GPU none of these changes anything. `apply` may come before or after Megatron is imported,
-and must come before its first process group or model. Beside them stand `repairs`: two defects of Megatron
-0.19.2 that a machine with a GPU has as well.
+and must come before its first process group or model. Beside them stand `repairs` and `optimizer_repairs`: defects of
+Megatron 0.19.2 that a machine with a GPU has as well.
 """
 import functools
 import os
@@ -14,11 +14,12 @@ import sys
 
 from . import registry
 from .flags import cpu_argv as _cpu_argv
+from .optimizer_repairs import repair_optimizer_checkpoints
 from .registry import REPLACED
 from .repairs import repair_dataset_helpers, repair_distributed_optimizer
 
 __all__ = ["ENVIRONMENT", "REPLACED", "apply", "cpu_argv", "has_gpu", "patches", "prepare_environment",
-           "repair_dataset_helpers", "repair_distributed_optimizer"]
+           "repair_dataset_helpers", "repair_distributed_optimizer", "repair_optimizer_checkpoints"]
 
 _applied = False
 
@@ -57,7 +58,7 @@ def prepare_environment():
 def patches():
     """{name: its reason} of every patch, whether or not they run on this machine. Does not import
     Megatron."""
-    from . import cuda, gloo, megatron  # noqa: F401  registers them
+    from . import async_save, cuda, gloo, megatron  # noqa: F401  registers them
     return {name: " ".join(function.__doc__.split()) for name, function in registry.PATCHES.items()}
 
 

@@ -6,6 +6,7 @@ NEEDED = (
     ("--transformer-impl", "local"),
     ("--distributed-backend", "gloo"),
     ("--attention-backend", "unfused"),
+    ("--async-strategy", "mcore"),
     # Kernels of Apex or Transformer Engine. SwiGLU's is compiled by torch.compile, which is off.
     ("--no-gradient-accumulation-fusion",),
     ("--no-masked-softmax-fusion",),
@@ -19,11 +20,14 @@ _LEAVE_OUT = "leave it out"
 _NEEDS_TE = "it needs Transformer Engine, which needs a GPU"
 _ONE_ATTENTION = "only Transformer Engine's attention runs context parallel"
 _NEEDS_KERNELS = "its kernels run on GPUs only"
+_COPIES_FROM_GPU = "nvidia-resiliency-ext copies from GPU memory"
 _OFFLOADS = "it moves to CPU memory what is there already"
 LIMITED = {
     "--transformer-impl": (("local",), _NEEDS_TE, "use local"),
     "--distributed-backend": (("gloo",), "NCCL moves GPU memory only", "use gloo"),
     "--attention-backend": (("unfused", "auto"), _NEEDS_KERNELS, "use unfused"),
+    "--async-strategy": (("mcore",), _COPIES_FROM_GPU, "use mcore"),
+    "--async-ckpt-use-cpu-shm": ((), _COPIES_FROM_GPU, _LEAVE_OUT),
     "--context-parallel-size": (("1",), _ONE_ATTENTION, "use 1"),
     "--hybrid-context-parallel": ((), _ONE_ATTENTION, _LEAVE_OUT),
     "--moe-token-dispatcher-type": (("alltoall", "allgather"), _NEEDS_KERNELS, "use alltoall or allgather"),

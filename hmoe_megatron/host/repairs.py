@@ -19,7 +19,8 @@ def repair_dataset_helpers():
 def repair_distributed_optimizer():
     """True if repaired. With torch's Adam, that is without Transformer Engine and Apex, the distributed
     optimizer can neither save before its first step nor resume:
-    - state_dict() asserts one `step` over all states, and there is no state yet;
+    - state_dict() asserts one `step` over all states, and there is no state yet, or never on a rank that holds no
+      parameter;
     - _set_main_param_and_optimizer_states() copies into parameters that require a gradient, and copies every
       state from a checkpoint that does not hold `step`;
     - load_state_dict() gives all parameters one `step` tensor, which Adam then raises once for each of them:
@@ -41,13 +42,21 @@ def _with_state(stock):
     @functools.wraps(stock)
     def state_dict(self):
         adam = self.optimizer
-        if isinstance(adam, torch.optim.Adam) and not adam.state:
+        if isinstance(adam, torch.optim.Adam):
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        return stock(self)
+                if not adam.state.get(parameter):
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return stock(self) if adam.state else _state_without_parameters(self)
     state_dict.repaired = True
     return state_dict
+
+
+def _state_without_parameters(optimizer):
+    groups = [{name: value for name, value in group.items() if name != "params"} | {"step": 0.0}
+              for group in optimizer.optimizer.param_groups]
+    scaler = {"grad_scaler": optimizer.grad_scaler.state_dict()} if optimizer.grad_scaler else {}
+    return {"optimizer": {"param_groups": groups}, **scaler}
 
 
 def _with_own_steps(stock):

@@ -1,11 +1,11 @@
-"""A checkpoint of one plan and layout loaded under others: weights and optimizer arrive, the next losses agree."""
+"""A checkpoint of one plan and layout loaded under others: all that a run holds arrives, the next losses agree."""
 
 import pytest
 import torch
 
 from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_plans import MODEL
+from tests.distributed.test_plans import MODEL, TOPP
 from tests.distributed.training_run import LAYERS, TINY, build, logical_state, losses, steps
 
 CUT = cut(((3, 0, 24), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 24, 64)))
@@ -23,37 +23,73 @@ TARGETS = {
         "--expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall"),
     "pipeline parallel": (4, CUT, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
 }  # fmt: skip
-OPTIMIZERS = {"adam": "", "distributed": "--use-distributed-optimizer"}
-# Two steps at a learning rate of 1e-2; sums are in another order: 2 ulp of the loss.
-BOUND = 2.4e-7
+BIAS = (
+    "--moe-router-enable-expert-bias --moe-router-score-function sigmoid --moe-router-load-balancing-type none "
+    "--hmoe-p-penalty-coeff 0"
+)
+# Every bucket of gradients ends in padding.
+BUCKETS = "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1"
+RUNS = {
+    "adam, expert bias": BIAS,
+    "distributed, many buckets, Top-P": f"{BUCKETS} {TOPP}",
+    "bf16": "--bf16",
+    "bf16 distributed, Top-P": f"--bf16 --use-distributed-optimizer {TOPP}",
+}
+# Two steps at a learning rate near 1e-2 with sums in another order: 2 ulp of the loss in fp32. bf16 rounds activations
+# to 8 bits, in other places under another layout.
+BOUND, BOUND_BF16 = 2.4e-7, 1e-3
+SAME_AT_A_LOAD = ("scheduler", "learning_rates", "consumed_samples", "adam_steps")
 
 
-def flags(optimizer, plan, layout):
-    return (f"{MODEL} --make-vocab-size-divisible-by 1 {OPTIMIZERS[optimizer]} --hmoe-placement {plan} {layout} "
-            "--no-load-rng")  # fmt: skip
+def flags(run, plan, layout):
+    return (f"{MODEL} --make-vocab-size-divisible-by 1 --lr-decay-style linear --min-lr 1e-4 {RUNS[run]} "
+            f"--hmoe-placement {plan} {layout}")  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@pytest.fixture(scope="module", params=RUNS)
 def saved(request, tmp_path_factory):
-    """(optimizer, checkpoint of step 2, its weights, losses of steps 3 and 4 of the run that went on)."""
-    folder = tmp_path_factory.mktemp(request.param)
+    """(name of the run, its checkpoint of step 2, its ranks then, losses of steps 3 and 4 of the run that went on)."""
+    folder = tmp_path_factory.mktemp("saved")
     given = flags(request.param, save_plan(folder / "plan.json", *[CUT] * LAYERS), "--expert-model-parallel-size 2")
-    unbroken = run_ranks(4, steps, given, 4)
-    first = run_ranks(4, steps, f"{given} --save {folder / 'checkpoint'} --save-interval 1000", 2, save=True)
-    assert losses(first) == losses(unbroken)[:2]
-    return request.param, folder / "checkpoint", logical_state(first), losses(unbroken)[2:]
+    ranks = run_ranks(4, steps, f"{given} --save {folder / 'checkpoint'} --save-interval 1000", 2, save=True, after=2)
+    return request.param, folder / "checkpoint", ranks, losses(ranks)[2:]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_any_plan_loads_any_other(saved, target, tmp_path):
-    optimizer, checkpoint, weights, expected = saved
+    run, checkpoint, before, expected = saved
     world, pieces, layout = TARGETS[target]
-    given = flags(optimizer, save_plan(tmp_path / "plan.json", *[pieces] * LAYERS), f"{layout} --load {checkpoint}")
-    if "--tensor" not in layout:
-        loaded = logical_state(run_ranks(world, steps, given, 0, skip=2))
-        assert [name for name in weights if not torch.equal(loaded[name], weights[name])] == []
-    resumed = losses(run_ranks(world, steps, given, 2, skip=2))
-    assert resumed == (expected if target == "the same" else pytest.approx(expected, rel=BOUND))
+    same_generators = "tensor" not in target and "pipeline" not in target
+    given = flags(run, save_plan(tmp_path / "plan.json", *[pieces] * LAYERS), f"{layout} --load {checkpoint}")
+    resumed = run_ranks(world, steps, f"{given} {'' if same_generators else '--no-load-rng'}", 2, skip=2)
+    after = [rank["loaded"] for rank in resumed]
+    assert_equal(logical_state(after), logical_state(before))
+    for kind in ("param", "exp_avg", "exp_avg_sq"):
+        assert_equal(*(logical_state([rank["optimizer"][kind] for rank in ranks]) for ranks in (after, before)))
+    for rank in after:
+        assert {name: rank[name] for name in SAME_AT_A_LOAD} == {name: before[0][name] for name in SAME_AT_A_LOAD}
+    if same_generators:
+        for name in ("python", "numpy", "torch", "model-parallel-rng"):
+            assert after[0]["rng"][name] == before[0]["rng"][name], name
+    bound = BOUND_BF16 if "bf16" in run else BOUND
+    assert losses(resumed) == (expected if target == "the same" else pytest.approx(expected, rel=bound))
+
+
+def assert_equal(state, expected):
+    assert state.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+def test_the_runs_have_what_is_compared(saved):
+    run, _, before, _ = saved
+    weights, moments = logical_state(before), logical_state([rank["optimizer"]["exp_avg"] for rank in before])
+    assert ("decoder.layers.1.mlp.router.expert_bias" in weights) == ("bias" in run)
+    assert moments.keys() == {name for name in weights if not name.endswith("bias")}
+    assert all(value.count_nonzero() for value in [*weights.values(), *moments.values()])
+    assert before[0]["adam_steps"] == [2] and before[0]["consumed_samples"] == 16
+    assert 1e-4 < before[0]["learning_rates"][0] < 1e-2
+    masters = logical_state([rank["optimizer"]["param"] for rank in before])
+    assert ("bf16" in run) == any(not torch.equal(masters[name], weights[name]) for name in masters)
 
 
 def main_shards(given):

@@ -1,6 +1,9 @@
 """Every patch of the host has a check here that passes with it and fails when any one of its replacements is
 undone."""
+import functools
+import multiprocessing
 import os
+import queue
 import time
 import traceback
 import warnings
@@ -190,6 +193,58 @@ def _assert_saved(folder):
     from megatron.core import dist_checkpointing
     loaded = dist_checkpointing.load(_sharded(torch.zeros(4)), folder)
     assert torch.equal(loaded["values"], torch.distributed.get_rank() + torch.arange(4.0))
+
+
+@check
+def worker_of_asynchronous_saves(folder):
+    """In a process whose torch.cuda is as in one that has just been started. tests/end_to_end has the real one."""
+    worker = multiprocessing.get_context("fork").Process(target=_work_as_if_new, args=(folder,))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and torch.load(f"{folder}/{torch.distributed.get_rank()}").tolist() == [4, 4]
+
+
+def _work_as_if_new(folder):
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
+    for replaced in host.REPLACED:
+        if replaced.owner is torch.cuda:
+            setattr(torch.cuda, replaced.attribute, replaced.before)
+    requests, preloads, finished = queue.Queue(), queue.Queue(), queue.Queue()
+    requests.put(AsyncRequest(torch.save, [torch.full((2,), 4), None], [], preload_fn=functools.partial(
+        _file_after_synchronizing, folder)))
+    requests.put("DONE")
+    preloads.put(0)
+    PersistentAsyncCaller.async_loop(torch.distributed.get_rank(), requests, preloads, finished)
+
+
+def _file_after_synchronizing(folder):
+    torch.cuda.synchronize()
+    return f"{folder}/{torch.distributed.get_rank()}"
+
+
+@check
+def copies_for_asynchronous_saves(folder):
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    file = f"{folder}/{torch.distributed.get_rank()}"
+    tensors = [torch.arange(6.0).view(2, 3), torch.arange(3).bfloat16(), torch.tensor(7.0), torch.zeros(0, 2)]
+    before = [tensor.clone() for tensor in tensors]
+    buckets = [("path", "key", ([], [(None, tensor) for tensor in tensors]))]
+    preload = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
+    calls = AsyncCallsQueue(persistent=True)
+    calls.warmup_persistent_caller(torch.distributed.get_rank(), mp_mode="fork")
+    calls.schedule_async_request(AsyncRequest(functools.partial(_write_late, file), [0, None, None], [],
+                                              preload_fn=preload))
+    for tensor in tensors:
+        tensor += 1
+    calls.close()
+    for expected, found in zip(before, torch.load(file), strict=True):
+        assert torch.equal(expected, found) and expected.dtype == found.dtype
+
+
+def _write_late(file, rank, buckets, results):
+    time.sleep(0.5)  # the training loop has gone on
+    torch.save([tensor for _, tensor in buckets[0][2][1]], file)
 
 
 @check

@@ -44,6 +44,9 @@ def refusal(flags):
         (f"{WIDTHS} --use-checkpoint-args --load x", ["--use-checkpoint-args"]),
         (f"{WIDTHS} --ckpt-format torch", ["--ckpt-format", "use torch_dist"]),
         (f"{WIDTHS} --moe-router-score-function sigmoid", ["--moe-router-score-function", "--hmoe-p-penalty-coeff 0"]),
+        (f"{WIDTHS} --async-save", ["--async-save without --use-persistent-ckpt-worker"]),
+        (f"{WIDTHS} --async-save --use-persistent-ckpt-worker --async-strategy nvrx",
+         ["--async-strategy nvrx: this machine has no GPU", "use mcore"]),
     ],
 )  # fmt: skip
 def test_refused(flags, messages):
@@ -62,14 +65,6 @@ def test_pieces_that_do_not_divide_by_the_expert_tensor_parallel_size():
     layout = "--tensor-model-parallel-size 2 --sequence-parallel"
     said = run_ranks(2, refusal, f"--hmoe-widths 16,33,48,64 --hmoe-placement contiguous {layout}")
     assert "expert 1 [0:33) has width 33" in said[0] and "--hmoe-width-multiple 2" in said[0]
-
-
-def test_a_rank_without_experts_under_the_distributed_optimizer(tmp_path):
-    plan = save_plan(tmp_path / "plan.json", *[whole((), (0, 1, 2, 3))] * 2)
-    flags = f"{WIDTHS} --expert-model-parallel-size 2 --hmoe-placement {plan}"
-    assert run_ranks(2, refusal, flags) == [None, None]
-    said = run_ranks(2, refusal, f"{flags} --use-distributed-optimizer")
-    assert "expert-parallel ranks [0] hold no expert" in said[0] and "--hmoe-max-cuts" in said[0]
 
 
 def test_a_plan_of_another_size_or_other_widths(tmp_path):

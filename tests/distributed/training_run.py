@@ -4,6 +4,7 @@
 """
 
 import sys
+import time
 import zlib
 
 import torch
@@ -36,16 +37,19 @@ def steps(
     telemetry: bool = False,
     skip: int = 0,
     save: bool = False,
+    after: int = 0,
     same_dense: bool = False,
 ) -> dict:
     """Train ``count`` steps from TINY plus ``flags``; ``stock``: Megatron's own MoE, experts initialised as ours.
 
     own_optimizer: stock experts have an optimizer of their own, as Megatron gives them with expert parallelism and we
     always do; False leaves Megatron's choice. force_expert: add 1e4 to its router logit. skip: steps whose data a run
-    before this one, loaded by --load, has seen. save: a checkpoint to --save at the end. same_dense: draw dense weights
-    by name, so that every layout starts from the same ones (experts always do).
+    before this one, loaded by --load, has seen. save: a checkpoint to --save at the end, followed by ``after`` steps.
+    same_dense: draw dense weights by name, so that every layout starts from the same ones (experts always do).
 
-    Returns, for this rank: losses, grad_norms, dense {name: tensor}, experts {(layer, expert, matrix, lo, hi): tensor}.
+    Returns, for this rank at the moment of the save: losses, grad_norms; dense {name: tensor}, experts {(layer, expert,
+    matrix, lo, hi): tensor} and split {name: (dimension, tensor-parallel rank)} of the weights and, in optimizer[kind],
+    of its states; what ``run_state`` returns. loaded: the same right after --load. save_s: time for the save.
     """
     args, config, container = configure([*TINY, *flags.split()], stock, own_optimizer)
     if same_dense:
@@ -55,11 +59,13 @@ def steps(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.utils import get_model_config
+    from megatron.training.async_utils import maybe_finalize_async_save
     from megatron.training.checkpointing import save_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer, train_step
 
     from hmoe_megatron.data import forward_step
+    from tests.distributed.optimizer_states import run_state
 
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -78,22 +84,32 @@ def steps(
     iterators = [RerunDataIterator(_batches(args, skip)) for _ in model]
     begin_overlap, end_overlap = _overlap(args, model, optimizer, model_config)
     losses, norms = [], []
-    for iteration in range(count):
-        if iteration == 1:
-            begin_overlap()
-        out = train_step(
-            forward_step, iterators if len(iterators) > 1 else iterators[0], model, optimizer, scheduler,
-            model_config, get_forward_backward_func(), iteration=iteration,
-        )  # fmt: skip
-        losses.append(float(out[0]["lm loss"]) if out[0] else None)
-        norms.append(out[5])
+    def state():
+        return _snapshot(model, optimizer) | run_state(args, scheduler, optimizer)
+
+    def train(first, last):
+        for iteration in range(first, last):
+            if iteration == 1:
+                begin_overlap()
+            out = train_step(
+                forward_step, iterators if len(iterators) > 1 else iterators[0], model, optimizer, scheduler,
+                model_config, get_forward_backward_func(), iteration=iteration,
+            )  # fmt: skip
+            losses.append(float(out[0]["lm loss"]) if out[0] else None)
+            norms.append(out[5])
+            args.consumed_train_samples += args.global_batch_size
+
+    result = {"losses": losses, "grad_norms": norms, "loaded": state() if args.load else None}
+    train(0, count)
     if count > 1:
         end_overlap()
+    result |= state()
     if save:
+        started_s = time.perf_counter()
         save_checkpoint(skip + count, model, optimizer, scheduler, 0)
-    result = {"losses": losses, "grad_norms": norms, "dense": {}, "experts": {}}
-    for chunk in model:
-        _collect(chunk, result)
+        result["save_s"] = time.perf_counter() - started_s
+        train(count, count + after)
+        maybe_finalize_async_save(blocking=True, terminate=True)
     if telemetry:
         stats = config.transformer.hmoe.stats
         result["expert_time_ms"] = stats.take_expert_time_ms()
@@ -234,10 +250,45 @@ def _batches(args, skip):
             }
 
 
-def _collect(chunk, result):
+def _snapshot(model, optimizer):
+    """{"dense", "experts", "split"} of the weights of this rank, and the same of every kind of optimizer state."""
     from megatron.core.utils import unwrap_model
 
-    model = unwrap_model(chunk)
+    from tests.distributed.optimizer_states import states_of
+
+    weights, states, keys = _empty(), {}, {}
+    for chunk in map(unwrap_model, model):
+        pieces, kept = _piece_keys(chunk), chunk.state_dict(keep_vars=True)
+        for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]:
+            if name in kept:
+                keys[id(value)] = pieces.get(id(value)) or _global_name(name, chunk)
+                _put(weights, keys[id(value)], value, value.detach())
+    for inner in optimizer.chained_optimizers:
+        for parameter, tensors in states_of(inner):
+            for name, value in tensors.items():
+                _put(states.setdefault(name, _empty()), keys[id(parameter)], parameter, value)
+    return weights | {"optimizer": states}
+
+
+def _empty():
+    return {"dense": {}, "experts": {}, "split": {}}
+
+
+def _put(into, key, parameter, value):
+    """Keep a copy of ``value``, of the shape of ``parameter``, under its logical name."""
+    from megatron.core import mpu
+
+    value = value.float().clone()
+    if isinstance(key, str):
+        into["dense"][key] = value
+        if getattr(parameter, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_world_size() > 1:
+            into["split"][key] = parameter.partition_dim, mpu.get_tensor_model_parallel_rank()
+    else:
+        into["experts"][key] = value.view(2, -1, HIDDEN) if key[2] == "fc1" else value.t()
+
+
+def _piece_keys(model):
+    """{id of an expert's parameter: (layer, expert, matrix, lo, hi)}."""
     keys = {}
     for layer in model.decoder.layers:
         experts = getattr(layer.mlp, "experts", None)
@@ -251,13 +302,7 @@ def _collect(chunk, result):
         for piece in getattr(experts, "pieces", ()):
             keys[id(piece.linear_fc1_weight)] = (number, piece.expert, "fc1", piece.lo, piece.hi)
             keys[id(piece.linear_fc2_weight)] = (number, piece.expert, "fc2", piece.lo, piece.hi)
-    for name, parameter in model.named_parameters():
-        key = keys.get(id(parameter))
-        value = parameter.detach().float().clone()
-        if key is None:
-            result["dense"][_global_name(name, model)] = value
-        else:
-            result["experts"][key] = value.view(2, -1, HIDDEN) if key[2] == "fc1" else value.t()
+    return keys
 
 
 def _global_name(name, model):
@@ -268,25 +313,32 @@ def _global_name(name, model):
 
 
 def logical_state(ranks: list[dict]) -> dict[str, torch.Tensor]:
-    """Weights by logical name, experts whole. Fails where replicas differ or a range is missing."""
-    state, covered = {}, {}
+    """Weights by logical name, whole over tensor-parallel ranks and pieces. NaN stands for an element that the rank
+    does not hold. Fails where replicas differ, or a range or an element is missing."""
+    parts, dims = {}, {}
     for rank in ranks:
         for name, value in rank["dense"].items():
-            if name in state:
-                assert torch.equal(state[name], value), f"{name} differs between ranks"
-            state[name] = value
+            dims[name], index = rank["split"].get(name, (0, 0))
+            _merge(parts.setdefault(name, {}), index, value, name)
         for (layer, expert, matrix, lo, hi), value in rank["experts"].items():
-            ranges = covered.setdefault((layer, expert, matrix), {})
-            if (lo, hi) in ranges:
-                assert torch.equal(ranges[lo, hi], value), f"replicas of {(layer, expert, matrix, lo, hi)} differ"
-            ranges[lo, hi] = value
-    for (layer, expert, matrix), ranges in covered.items():
-        ordered = sorted(ranges)
-        assert ordered[0][0] == 0 and all(a[1] == b[0] for a, b in zip(ordered, ordered[1:], strict=False)), ordered
-        state[f"expert.{layer}.{expert}.{matrix}"] = torch.cat(
-            [ranges[r] for r in ordered], dim=1 if matrix == "fc1" else 0
-        )
+            name = f"expert.{layer}.{expert}.{matrix}"
+            dims[name] = 1 if matrix == "fc1" else 0
+            _merge(parts.setdefault(name, {}), (lo, hi), value, name)
+    state = {}
+    for name, found in parts.items():
+        ordered = sorted(found)
+        if name.startswith("expert."):
+            assert ordered[0][0] == 0 and all(a[1] == b[0] for a, b in zip(ordered, ordered[1:], strict=False)), ordered
+        state[name] = torch.cat([found[part] for part in ordered], dim=dims[name])
+        assert not state[name].isnan().any(), f"{name}: no rank holds some elements"
     return state
+
+
+def _merge(found, part, value, name):
+    before = found.get(part, value)
+    both = ~(before.isnan() | value.isnan())
+    assert torch.equal(before[both], value[both]), f"{name} {part} differs between ranks"
+    found[part] = torch.where(before.isnan(), value, before)
 
 
 def losses(ranks: list[dict]) -> list[float]:

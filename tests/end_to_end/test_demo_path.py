@@ -6,10 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.report.scalars import read_scalars
@@ -96,6 +101,27 @@ def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
     expected, losses = (read_scalars(r / "tensorboard", [])["lm loss"] for r in (run, resumed))
     assert losses.x.tolist() == [4, 5, 6]
     assert losses.y.tolist() == expected.y[3:].tolist()
+
+
+def test_asynchronous_saves_equal_synchronous_ones(data, whole_run, tmp_path):
+    """Written by a worker beside the training loop, which imports the entry point again and ends with its rank."""
+    run, _ = whole_run
+    output = command(*torchrun(*flags(data, tmp_path, 6, "--async-save", "--use-persistent-ckpt-worker")))
+    assert output.count("scheduled an async checkpoint save") == 2
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
+    for name in ("iter_0000003", "iter_0000006"):
+        expected, found = tensors(run / name), tensors(tmp_path / name)
+        assert found.keys() == expected.keys() and len(found) > 50
+        assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in process.info["cmdline"]]
+
+
+def tensors(checkpoint):
+    """{key: tensor} of a checkpoint of this test's, read without Megatron."""
+    state = {}
+    with warnings.catch_warnings(action="ignore"):
+        _load_state_dict(state, FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
