@@ -18,6 +18,15 @@ def slot2expert(pieces_by_rank, num_experts: int) -> list[int]:
     return experts
 
 
+def logical_slot_order(pieces_by_rank) -> list[int]:
+    """Slots in the order of their pieces' (logical expert, start of the width range), then the empty ones."""
+    slots_per_rank = max(1, max(len(pieces) for pieces in pieces_by_rank))
+    keys = []
+    for pieces in pieces_by_rank:
+        keys += [(0, piece.expert, piece.lo) for piece in pieces] + [(1, 0, 0)] * (slots_per_rank - len(pieces))
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
 def to_slots(columns_TE: torch.Tensor, slot2expert_S: torch.Tensor) -> torch.Tensor:
     """Rearrange [T, E] columns (probabilities or routing map) to [T, S]; empty slots (index E) get zeros."""
     return torch.nn.functional.pad(columns_TE, (0, 1)).index_select(1, slot2expert_S)
