@@ -19,19 +19,15 @@ ROUTERS = {"Top-2": "", "Top-3": f"--moe-router-topk 3 {ALLTOALL}", "Top-P": f"{
 CLIP = 1.0  # of TINY
 
 
-def steps_and_streams(flags, count, stock=(), **more):
+def steps_and_streams(flags, count, repaired=True, **more):
     """`steps`, and also: streams {name: state} of this rank's generators at the end, said: lines about them.
 
-    stock: which of "streams", "norm", "order" stay as Megatron has them.
+    repaired: False leaves generators in checkpoints as Megatron has them.
     """
-    from hmoe_megatron import grad_norm, host, layer
+    from hmoe_megatron import host
 
-    if "streams" in stock:
+    if not repaired:
         host.repair_rng_of_ranks = lambda: False
-    if "norm" in stock:
-        grad_norm.attach = lambda optimizer, modules: None
-    if "order" in stock:
-        layer.logical_slot_order = lambda pieces_by_rank: []
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result = steps(flags, count, **more)
     result["said"] = [line for line in said.getvalue().splitlines() if "random number" in line]
@@ -86,11 +82,11 @@ def run(folder, ep, pieces, flags="", count=4, world=None, **more):
     return run_ranks(world or ep, steps_and_streams, given, count, timeout_s=180.0, **more)
 
 
-def broken_run(folder, ep, before, after, flags, world=None, save=(), load=()):
-    """[two steps under plan `before`, saved], [two more, loaded under plan `after`]. save, load: what stays stock."""
+def broken_run(folder, ep, before, after, flags, world=None, repaired=(True, True)):
+    """[two steps under plan `before`, saved], [two more, loaded under plan `after`]."""
     saving, loading = (f"{flags} --{what} {folder / 'checkpoint'}" for what in ("save", "load"))
-    first = run(folder, ep, before, f"{saving} --save-interval 1000", 2, world, save=True, stock=save)
-    second = run(folder, ep, after, loading, 2, world, skip=2, stock=load)
+    first = run(folder, ep, before, f"{saving} --save-interval 1000", 2, world, save=True, repaired=repaired[0])
+    second = run(folder, ep, after, loading, 2, world, skip=2, repaired=repaired[1])
     return first, second
 
 
@@ -108,11 +104,11 @@ def test_dropout_and_jitter_draw_random_numbers(tmp_path):
     assert len({losses(r)[0] for r in runs}) == len(alone)
 
 
-@pytest.mark.parametrize("seed", seeds(2, 20))
+@pytest.mark.parametrize("seed", seeds(1, 20))
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, ep, seed):
     """Its first half is also the same run twice."""
-    flags, plan = f"{NOISE} --seed {100 + seed}", random_plan(seed, ep)
+    flags, plan = f"{NOISE} --seed {100 * ep + seed}", random_plan(seed, ep)
     unbroken = run(tmp_path, ep, plan, flags)
     first, second = broken_run(tmp_path, ep, plan, plan, flags)
     assert losses(first) == losses(unbroken)[:2]
@@ -125,7 +121,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, ep, seed):
 @pytest.mark.parametrize("ep", [2, 4])
 def test_stock_gives_all_expert_parallel_ranks_the_streams_of_the_first(tmp_path, ep):
     unbroken = run(tmp_path, ep, in_order(ep), NOISE)
-    _, second = broken_run(tmp_path, ep, in_order(ep), in_order(ep), NOISE, save=["streams"], load=["streams"])
+    _, second = broken_run(tmp_path, ep, in_order(ep), in_order(ep), NOISE, repaired=(False, False))
     own = [rank["streams"]["expert-parallel-rng"] for rank in unbroken]
     assert len(set(own)) == ep
     assert [rank["streams"]["expert-parallel-rng"] for rank in second] == own[:1] * ep
@@ -146,7 +142,7 @@ def test_under_another_layout_streams_are_those_of_a_fresh_run(tmp_path, ep, wor
 def test_a_checkpoint_with_streams_of_one_rank_only(tmp_path):
     """As Megatron saves them."""
     fresh = run(tmp_path, 2, in_order(2), NOISE, 0)
-    first, second = broken_run(tmp_path, 2, in_order(2), in_order(2), NOISE, save=["streams"])
+    _, second = broken_run(tmp_path, 2, in_order(2), in_order(2), NOISE, repaired=(False, True))
     (line,) = second[0]["said"]
     assert line.endswith("the checkpoint has those of data-parallel rank 0 only")
     assert [r["streams"]["expert-parallel-rng"] for r in second] == [r["streams"]["expert-parallel-rng"] for r in fresh]
@@ -155,7 +151,7 @@ def test_a_checkpoint_with_streams_of_one_rank_only(tmp_path):
 # --- plans of whole experts
 
 # (router, expert-parallel size, ranks, clipped): in the suite one plan of each of these, in the campaign ten of all.
-SUITE = {("Top-2", 2, 4, True), ("Top-3", 2, 2, True), ("Top-3", 2, 2, False), ("Top-P", 4, 4, True)}
+SUITE = {("Top-2", 2, 4, True), ("Top-P", 4, 4, True)}
 CASES = [
     pytest.param(*case, seed, marks=[] if seed == 0 and case in SUITE else [pytest.mark.campaign])
     for case in ((router, *size, clipped) for router in ROUTERS for size in ((2, 2), (2, 4), (4, 4))
@@ -192,25 +188,19 @@ LAYOUTS = {
     "distributed optimizer": (2, 4, f"--use-distributed-optimizer {ROUTERS['Top-3']}"),
     "distributed optimizer, bf16": (2, 4, "--use-distributed-optimizer --bf16"),
 }  # fmt: skip
+LAYOUTS_OF_THE_SUITE = ("pipeline", "distributed optimizer")
 
 
-@pytest.mark.parametrize("seed", seeds(1, 5))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "seed"), [
+    pytest.param(layout, seed, marks=[] if seed == 0 and layout in LAYOUTS_OF_THE_SUITE else [pytest.mark.campaign])
+    for layout in LAYOUTS for seed in range(5)
+])  # fmt: skip
 def test_any_plan_under(tmp_path, layout, seed):
     ep, world, flags = LAYOUTS[layout]
     idle = "distributed" not in layout  # its ranks must hold experts
     expected = run(tmp_path, ep, in_order(ep), flags, world=world)
     assert max(expected[0]["grad_norms"]) > CLIP
     assert_bitwise(run(tmp_path, ep, random_plan(70 + seed, ep, idle), flags, world=world), expected)
-
-
-@pytest.mark.parametrize(("part", "router"), [("norm", "Top-2"), ("order", "Top-3")])
-def test_in_megatrons_own_order_of_sums_the_plan_shows(tmp_path, part, router):
-    runs = [run(tmp_path, 2, plan, ROUTERS[router], stock=[part]) for plan in (in_order(2), OTHER)]
-    assert differences(*runs) != []
-
-
-OTHER = [whole((3, 0), (1, 2)), whole((2,), (0, 3, 1))]
 
 
 def test_the_norm_with_cut_experts_is_that_of_whole_ones(tmp_path):
