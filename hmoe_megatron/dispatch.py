@@ -12,7 +12,8 @@ class LogicalOrderDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's dispatcher, with rows permuted by logical expert first and moved to their slots as blocks.
 
     Megatron adds up a token's rows in the order of the slots, forward in the combine and backward in the dispatch; with
-    more than two rows a token that order shows in the last bit. Moving blocks adds nothing up in either direction.
+    more than two rows a token that order shows in the last bit. Moving blocks adds nothing up in either direction, but
+    copies all rows once more each way: only under --deterministic-mode.
     ``slot_order``: slots in the order of (logical expert, width range), empty ones anywhere.
     """
 

@@ -53,7 +53,10 @@ class HMoELayer(MoELayer):
         slot_order = logical_slot_order(pieces_by_rank)
         # Two addends commute: with at most two rows a token Megatron's own order gives the same bits.
         several = slot_config.moe_router_topk > 2 or slot_config.moe_expert_capacity_factor is not None
-        if several and slot_order != sorted(slot_order) and config.moe_token_dispatcher_type == "alltoall":
+        if (
+            config.deterministic_mode and several and slot_order != sorted(slot_order)
+            and config.moe_token_dispatcher_type == "alltoall"
+        ):  # fmt: skip
             shared_experts = self.token_dispatcher.shared_experts
             self.token_dispatcher = LogicalOrderDispatcher(
                 self.num_local_experts, self.local_expert_indices, config=self.config,

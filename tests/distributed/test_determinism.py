@@ -15,7 +15,8 @@ from tests.distributed.training_run import EXPERTS, LAYERS, ONE_ULP, UNCLIPPED, 
 
 NOISE = "--hidden-dropout 0.1 --attention-dropout 0.1 --moe-input-jitter-eps 0.01"
 ALLTOALL = "--moe-token-dispatcher-type alltoall"
-ROUTERS = {"Top-2": "", "Top-3": f"--moe-router-topk 3 {ALLTOALL}", "Top-P": f"{TOPP} {ALLTOALL}"}
+ORDERED = f"{ALLTOALL} --deterministic-mode"
+ROUTERS = {"Top-2": "", "Top-3": f"--moe-router-topk 3 {ORDERED}", "Top-P": f"{TOPP} {ORDERED}"}
 CLIP = 1.0  # of TINY
 
 

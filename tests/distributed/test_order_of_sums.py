@@ -8,31 +8,37 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.distributed.plans import WIDTHS, whole
+from tests.distributed.plans import WIDTHS, cut, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import EXPERTS, HIDDEN, ONE_ULP, SEQUENCE, TINY, configure
 
 TOP3 = "--moe-router-topk 3"
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
 ALLTOALL, ALLGATHER = "--moe-token-dispatcher-type alltoall", "--moe-token-dispatcher-type allgather"
+ORDERED = f"{ALLTOALL} --deterministic-mode"
 PLANS = 25
+WHOLE = whole(range(EXPERTS))[0]
+CUT = cut(((0, 0, 16), (2, 0, 16), (3, 0, 23), (1, 0, 32), (2, 16, 48), (3, 23, 64)))[0]
 
 
-def random_plan(draw, ranks, widths=WIDTHS):
-    """Every expert whole on a random rank, in random order; a rank may have none."""
-    plan = [[] for _ in range(ranks)]
-    for expert in draw.sample(range(len(widths)), len(widths)):
-        plan[draw.randrange(ranks)].append(expert)
-    return whole(*plan) if widths is WIDTHS else plan
+def random_plan(draw, ranks, pieces):
+    """Every one of `pieces` on a random rank, in random order; a rank may have none, but not two of one expert."""
+    while True:
+        plan = [[] for _ in range(ranks)]
+        for piece in draw.sample(pieces, len(pieces)):
+            plan[draw.randrange(ranks)].append(piece)
+        if all(len({getattr(piece, "expert", piece) for piece in on_rank}) == len(on_rank) for on_rank in plan):
+            return tuple(map(tuple, plan))
 
 
-def plans(ranks):
-    return [whole(*([e for e in range(EXPERTS) if e * ranks // EXPERTS == rank] for rank in range(ranks))),
-            *(random_plan(random.Random(seed), ranks) for seed in range(PLANS - 1))]  # fmt: skip
+def in_order(ranks, pieces):
+    """As Megatron lays them: contiguous."""
+    ends = [rank * len(pieces) // ranks for rank in range(ranks + 1)]
+    return tuple(tuple(pieces[lo:hi]) for lo, hi in zip(ends, ends[1:], strict=False))
 
 
-def layer_under_plans(flags, stock_order=False):
-    """One MoE layer, forward and backward, under each of `plans`.
+def layer_under_plans(flags, pieces=WHOLE):
+    """One MoE layer, forward and backward, under PLANS plans of `pieces`.
 
     Returns a list of {name: tensor}: this rank's output and gradients of its input, of the router and of its experts.
     """
@@ -43,8 +49,6 @@ def layer_under_plans(flags, stock_order=False):
     import hmoe_megatron.layer
     from hmoe_megatron.placement.plan import PlacementPlan
 
-    if stock_order:
-        hmoe_megatron.layer.logical_slot_order = lambda pieces_by_rank: []
     given = f"--hmoe-widths {','.join(map(str, WIDTHS))} {flags}".split()
     _, config, _ = configure([*TINY, *given], stock=False, own_optimizer=True)
     initialize_megatron()
@@ -53,7 +57,9 @@ def layer_under_plans(flags, stock_order=False):
         2, SEQUENCE, 4, HIDDEN, generator=torch.Generator().manual_seed(torch.distributed.get_rank())
     )
     results, router = [], None
-    for pieces in plans(groups.ep.size()):
+    ranks = groups.ep.size()
+    plans = [in_order(ranks, pieces), *(random_plan(random.Random(seed), ranks, pieces) for seed in range(1, PLANS))]
+    for pieces in plans:
         transformer, layout = copy.copy(config.transformer), config.transformer.hmoe
         first, *rest = layout.plan.layers
         plan = PlacementPlan((dataclasses.replace(first, pieces=pieces), *rest))
@@ -68,7 +74,8 @@ def layer_under_plans(flags, stock_order=False):
         y_SBH.backward(upstream_SBH)
         result = {"output": y_SBH.detach(), "input": x_SBH.grad, "router": layer.router.weight.grad}
         for piece in layer.experts.pieces:
-            result[f"{piece.expert}.fc1"], result[f"{piece.expert}.fc2"] = (w.grad for w in piece.parameters())
+            for name, weight in piece.named_parameters():
+                result[f"{piece.expert}.{piece.lo}.{name}"] = weight.grad
         results.append(result)
     return results
 
@@ -95,11 +102,16 @@ def differing(ranks):
 @pytest.mark.parametrize("flags", [TOP3, TOPP, f"{TOP3} --bf16", "--moe-router-topk 4"])
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_alltoall_under_any_plan(ep, flags):
-    assert differing(run_ranks(ep, layer_under_plans, f"{flags} {ALLTOALL} --expert-model-parallel-size {ep}")) == set()
+    assert differing(run_ranks(ep, layer_under_plans, f"{flags} {ORDERED} --expert-model-parallel-size {ep}")) == set()
+
+
+def test_pieces_of_the_same_cuts_anywhere():
+    flags = f"--moe-router-topk 2 {ORDERED} --expert-model-parallel-size 2"
+    assert differing(run_ranks(2, layer_under_plans, flags, CUT)) == set()
 
 
 def test_expert_tensor_parallel_under_any_plan():
-    flags = f"{TOP3} {ALLTOALL} --expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"
+    flags = f"{TOP3} {ORDERED} --expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"
     ranks = run_ranks(4, layer_under_plans, flags)
     assert differing([ranks[0], ranks[2]]) == set()
 
@@ -110,15 +122,16 @@ def test_two_experts_a_token_commute_under_any_plan(dispatcher):
     assert differing(run_ranks(4, layer_under_plans, flags)) == set()
 
 
-@pytest.mark.parametrize(("dispatcher", "stock_order"), [(ALLTOALL, True), (ALLGATHER, False)])
-def test_three_experts_a_token_do_not_in_the_order_of_slots(dispatcher, stock_order):
-    """Allgather adds up within each rank first, whatever the order of its experts."""
-    ranks = run_ranks(2, layer_under_plans, f"{TOP3} {dispatcher} --expert-model-parallel-size 2", stock_order)
+@pytest.mark.parametrize("flags", [ALLTOALL, f"{ALLGATHER} --deterministic-mode"])
+def test_three_experts_a_token_do_not_in_the_order_of_slots(flags):
+    """Without --deterministic-mode; and allgather adds up within each rank first, whatever the order of its experts."""
+    ranks = run_ranks(2, layer_under_plans, f"{TOP3} {flags} --expert-model-parallel-size 2")
     assert {"output of rank 0", "input of rank 0"} <= differing(ranks)
 
 
 # --- gradient norm
 
+EIGHT = range(8)
 MANY_WIDTHS = (3, 5, 8, 9, 16, 17, 24, 33)
 NORMS = 200
 SHARD_BOUND = 2 * ONE_ULP
@@ -146,7 +159,7 @@ def norms_under_plans(shared):
         draw = random.Random(number)
         layers, shards, own = [], {}, []
         for layer in range(2):
-            plan = _contiguous(ranks) if number == 0 else random_plan(draw, ranks, MANY_WIDTHS)
+            plan = in_order(ranks, EIGHT) if number == 0 else random_plan(draw, ranks, EIGHT)
             pieces = []
             for expert in plan[rank]:
                 generator = torch.Generator().manual_seed(100 * layer + expert)
@@ -166,10 +179,6 @@ def norms_under_plans(shared):
         found.append((get_grad_norm_fp32(ours, grad_stats_parallel_group=world),
                       get_grad_norm_fp32(own, grad_stats_parallel_group=world)))  # fmt: skip
     return found
-
-
-def _contiguous(ranks):
-    return [list(range(r * len(MANY_WIDTHS) // ranks, (r + 1) * len(MANY_WIDTHS) // ranks)) for r in range(ranks)]
 
 
 def _group(ranks_by_group):
