@@ -73,8 +73,8 @@ class HMoEExperts(MegatronModule):
         self.widths = layout.widths[layer]
         self.compute = layout.compute
         self.stats = layout.stats
-        self.tp_group, self.dp_group = pg_collection.expt_tp, pg_collection.expt_dp
-        planned = layout.pieces(layer)[utils.get_pg_rank(pg_collection.ep)]
+        self.tp_group, self.dp_group, self.ep_group = pg_collection.expt_tp, pg_collection.expt_dp, pg_collection.ep
+        planned = layout.pieces(layer)[utils.get_pg_rank(self.ep_group)]
         self.pieces = torch.nn.ModuleList(self._build(piece) for piece in planned)
 
     def _build(self, planned) -> ExpertPiece:

@@ -7,10 +7,12 @@ from functools import partial
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
+from hmoe_megatron.dispatch import LogicalOrderDispatcher
 from hmoe_megatron.experts import HMoEExperts
 from hmoe_megatron.router import HMoERouter
-from hmoe_megatron.slots import dispatch_slots, to_slots, unpadded
+from hmoe_megatron.slots import dispatch_slots, logical_slot_order, to_slots, unpadded
 
 
 class HMoELayer(MoELayer):
@@ -43,6 +45,22 @@ class HMoELayer(MoELayer):
         self.register_buffer("slot2expert_S", None, persistent=False)
         if slots != list(range(config.num_moe_experts)):
             self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
+        if config.deterministic_mode and config.moe_token_dispatcher_type == "alltoall":
+            self._sum_in_logical_order(logical_slot_order(config.hmoe.pieces(layer)), pg_collection)
+
+    def _sum_in_logical_order(self, slot_order: list[int], pg_collection) -> None:
+        """Take the dispatcher that does, where the order of the slots could show in the last bit."""
+        # Two addends commute: with at most two rows a token Megatron's own order gives the same bits.
+        several = self.config.moe_router_topk > 2 or self.config.moe_expert_capacity_factor is not None
+        if not several or slot_order == sorted(slot_order):
+            return
+        shared_experts = self.token_dispatcher.shared_experts
+        self.token_dispatcher = LogicalOrderDispatcher(
+            self.num_local_experts, self.local_expert_indices, config=self.config,
+            pg_collection=pg_collection or get_default_pg_collection(), slot_order=slot_order,
+        )  # fmt: skip
+        if shared_experts is not None:
+            self.token_dispatcher.set_shared_experts(shared_experts)
 
     def route(self, hidden_states, padding_mask=None):
         """Probabilities and routing map of the slots, [T, S] each, from the router's [T, E]."""

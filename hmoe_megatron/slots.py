@@ -21,6 +21,15 @@ def slot2expert(pieces_by_rank, num_experts: int, slots_per_rank: int = 1) -> li
     return experts
 
 
+def logical_slot_order(pieces_by_rank) -> list[int]:
+    """Slots in the order of their pieces' (logical expert, start of the width range), then the empty ones."""
+    slots_per_rank = max(1, max(len(pieces) for pieces in pieces_by_rank))
+    keys = []
+    for pieces in pieces_by_rank:
+        keys += [(0, piece.expert, piece.lo) for piece in pieces] + [(1, 0, 0)] * (slots_per_rank - len(pieces))
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
 def most_slots(slot2expert_S: list[int], num_experts: int, settings, topk: int) -> int:
     """Most slots that one token can fill: those of the experts most cut, as many as the router may choose.
 

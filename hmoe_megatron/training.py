@@ -27,10 +27,14 @@ from hmoe_megatron.stats import RoutingStats
 
 def prepare() -> None:
     """What must happen before Megatron is used: patches for a machine without a GPU, repairs, a world of one."""
+    from hmoe_megatron.grad_norm import use_logical_norm
+
     host.apply()
     host.repair_dataset_helpers()
     host.repair_distributed_optimizer()
     host.repair_optimizer_checkpoints()
+    host.repair_rng_of_ranks()
+    use_logical_norm()
     alone_without_torchrun()
 
 

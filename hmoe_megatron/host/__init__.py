@@ -5,8 +5,8 @@
     argv = host.cpu_argv(argv)        # the flags that a CPU needs, and a refusal of those it cannot have
 
 On a machine with a GPU none of these changes anything. `apply` may come before or after Megatron is imported,
-and must come before its first process group or model. Beside them stand `repairs` and `optimizer_repairs`: defects of
-Megatron 0.19.2 that a machine with a GPU has as well.
+and must come before its first process group or model. Beside them stand `repairs`, `optimizer_repairs` and `rng`:
+defects of Megatron 0.19.2 that a machine with a GPU has as well.
 """
 import functools
 import os
@@ -17,9 +17,11 @@ from .flags import cpu_argv as _cpu_argv
 from .optimizer_repairs import repair_optimizer_checkpoints
 from .registry import REPLACED
 from .repairs import repair_dataset_helpers, repair_distributed_optimizer
+from .rng import repair_rng_of_ranks
 
 __all__ = ["ENVIRONMENT", "REPLACED", "apply", "cpu_argv", "has_gpu", "patches", "prepare_environment",
-           "repair_dataset_helpers", "repair_distributed_optimizer", "repair_optimizer_checkpoints"]
+           "repair_dataset_helpers", "repair_distributed_optimizer", "repair_optimizer_checkpoints",
+           "repair_rng_of_ranks"]
 
 _applied = False
 
