@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +12,8 @@ from hmoe_megatron.accounting import expected_active_width, parameter_counts, re
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.launch.mpi import process_of, set_environment_from_mpi
+from hmoe_megatron.launch.nodes import free_port
 from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -23,22 +24,21 @@ from hmoe_megatron.stats import RoutingStats
 
 
 def prepare() -> None:
-    """What must happen before Megatron is used: patches for a machine without a GPU, repairs, a world of one."""
+    """What must happen before Megatron is used: this process's place among the ranks, patches for a machine without a
+    GPU, repairs. ValueError where mpirun's ranks can't be told."""
+    if not set_environment_from_mpi():
+        alone_without_torchrun()
     host.apply()
     host.repair_dataset_helpers()
     host.repair_distributed_optimizer()
-    alone_without_torchrun()
 
 
 def alone_without_torchrun() -> None:
     """Let one process start without torchrun: it is a world of one."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())})
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
@@ -196,7 +196,8 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
 
 def refuse(error: Exception) -> int:
     """Say on one rank why the settings can't work; the exit code, 2."""
-    if int(os.environ["RANK"]) == 0:
+    rank = os.environ.get("RANK") or (process_of(os.environ) or (0,))[0]
+    if int(rank) == 0:
         print(f"pretrain_hmoe.py: error: {str(error) or asserted(error)}", file=sys.stderr, flush=True)
     return 2
 
