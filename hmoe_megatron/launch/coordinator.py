@@ -116,9 +116,9 @@ class Coordinator:
             self._fail([Failure(member.host, int(rank), int(code)) for rank, code in message["failures"]])
             member.running = member.running and message["kind"] != "down"
         elif message["kind"] == "signalled":
-            again, self.signalled = self.signalled is not None, int(message["signal"])
+            self.signalled = int(message["signal"])
             for other, of in self.members.items():
-                if again:
+                if message["again"]:
                     of.channel.send("stop")
                 elif other != node:
                     of.channel.send("signal", signal=self.signalled)

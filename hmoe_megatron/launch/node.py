@@ -51,8 +51,8 @@ class Node:
             self._hand_on(number)
             if self.signalled:
                 self.kill_at = 0.0
+        self.channel.send("signalled", signal=number, again=self.signalled)
         self.signalled = True
-        self.channel.send("signalled", signal=number)
 
     def _hand_on(self, number: int) -> None:
         self.ranks.send_signal(number)

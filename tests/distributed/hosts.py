@@ -5,6 +5,7 @@ Names do not resolve in them as between real hosts (both have this machine's), s
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,8 +32,11 @@ def two_hosts() -> Iterator[tuple[list[str], list[str]]]:
     """Words to put before a command that shall run on the first and on the second host, whose addresses are ADDRESSES
     and whose interfaces are ``wire``. Takes them down, and what still runs in them, at the end. RuntimeError where this
     machine does not allow them."""
-    names = [f"host{number}-{os.getpid()}" for number in range(2)]
+    names = [f"hmoe-host{number}-{os.getpid()}" for number in range(2)]
     try:
+        for left in re.findall(r"hmoe-host\d-(\d+)", _ip("netns", "list")):  # by tests that were killed
+            if not os.path.exists(f"/proc/{left}"):
+                _take_down([f"hmoe-host{number}-{left}" for number in range(2)])
         for name in names:
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
@@ -43,12 +47,16 @@ def two_hosts() -> Iterator[tuple[list[str], list[str]]]:
         first, second = (["ip", "netns", "exec", name] for name in names)
         yield first, second
     finally:
-        for name in names:
-            if os.path.exists(f"/run/netns/{name}"):
-                for pid in pids(["ip", "netns", "exec", name]):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                _ip("netns", "delete", name)
+        _take_down(names)
+
+
+def _take_down(names: list[str]) -> None:
+    for name in names:
+        if os.path.exists(f"/run/netns/{name}"):
+            for pid in pids([name]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            _ip("netns", "delete", name)
 
 
 def pids(host: list[str]) -> list[int]:

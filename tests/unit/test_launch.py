@@ -28,6 +28,8 @@ here = Path(sys.argv[sys.argv.index("--save") + 1])
 rank = os.environ["RANK"]
 attempt = len(list(here.glob(f"rank{rank}.*")))
 def on_term(number, frame):
+    if (here / "slow").exists():
+        time.sleep(7)  # longer than the grace after a failure
     (here / f"signal{number}.rank{rank}").touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, on_term)
@@ -188,6 +190,32 @@ def test_a_signal_reaches_the_ranks_of_all_nodes_and_ends_the_run(start, number)
     assert [ended(launcher) for launcher in launchers] == [(128 + number, [])] * 2
     assert sorted(path.name for path in run.folder.glob("signal*")) == [f"signal{number}.rank{n}" for n in range(2)]
     assert run.attempts(0) == 1
+
+
+def test_a_signal_to_all_launchers_at_once_lets_the_ranks_save(start):
+    """As Slurm sends it: the launchers' messages cross."""
+    run = start({str(rank): ["hang"] for rank in range(2)}, nodes=2)
+    (run.folder / "slow").touch()
+    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
+    for rank in range(2):
+        run.note(rank)
+    for launcher in launchers:
+        launcher.send_signal(signal.SIGTERM)
+    assert [ended(launcher) for launcher in launchers] == [(143, [])] * 2
+    assert len(list(run.folder.glob("signal*"))) == 2, "both came to their end"
+
+
+def test_a_second_signal_kills(start):
+    run = start({str(rank): ["hang"] for rank in range(2)}, nodes=2)
+    (run.folder / "slow").touch()
+    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
+    for rank in range(2):
+        run.note(rank)
+    for _ in range(2):
+        launchers[0].send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert [ended(launcher)[0] for launcher in launchers] == [130, 130]
+    assert not (run.folder / "signal2.rank0").exists()
 
 
 def test_a_signal_while_it_waits_for_a_restart_ends_it(start):
