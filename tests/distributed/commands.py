@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.distributed.training_run import TINY
@@ -16,19 +17,32 @@ STEP = re.compile(r" iteration +(\d+)/ .* lm loss: ([0-9.E+-]+) .* grad norm: ([
 
 
 def start(*words, **environment):
-    """A command of the project in the background, standard error with its output."""
-    command = list(map(str, words))
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)  # fmt: skip
+    """A command of the project in the background. Its output goes to a file: of two that talk to each other one would
+    wait for ever for the reader of a full pipe."""
+    log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  lives as long as the process
+    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)  # fmt: skip
+    process.log = log
+    return process
 
 
-def finish(process, code=0, timeout_s=240):
+def output(process):
+    """What it printed so far."""
+    process.log.seek(0)
+    return process.log.read()
+
+
+def finish(process, code=0, timeout_s=480):
     """What it printed; its exit code must be ``code``."""
-    output, _ = process.communicate(timeout=timeout_s)
-    assert process.returncode == code, f"exit code {process.returncode}\n{output[-5000:]}"
-    return output
+    try:
+        process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise TimeoutError(f"{process.args[:8]} still ran after {timeout_s} s\n{output(process)[-5000:]}") from None
+    assert process.returncode == code, f"exit code {process.returncode}\n{output(process)[-5000:]}"
+    return output(process)
 
 
-def steps(output):
+def steps(text):
     """[(step, loss, gradient norm), ...] as printed."""
-    return STEP.findall(output)
+    return STEP.findall(text)
