@@ -49,6 +49,8 @@ class Ranks:
         codes = {local: process.poll() for local, process in enumerate(self.processes)}
         failed = {local for local, code in codes.items() if code} - self.seen - self.ours
         self.seen |= failed
+        for local in failed:  # its data loaders hold its connections open: while they live, no other rank sees it gone
+            self._kill_group(local)
         return sorted(((self.first + local, codes[local]) for local in failed), key=lambda of: (of[1] > 0, of[0]))
 
     def running(self) -> bool:
@@ -61,11 +63,14 @@ class Ranks:
     def kill(self) -> None:
         """Kill them and what they started, and wait for them."""
         self.ours |= {local for local, process in enumerate(self.processes) if process.poll() is None}
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        for local in range(len(self.processes)):
+            self._kill_group(local)
         for process in self.processes:
             process.wait()
+
+    def _kill_group(self, local: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.processes[local].pid, signal.SIGKILL)
 
 
 def rank_environment(environment: Mapping[str, str], **numbers) -> dict[str, str]:
