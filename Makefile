@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test layouts lint bench-planner bench-planner-real doctor lock clean
+.PHONY: help venv demo test layouts lint bench-planner bench-planner-real bench-restart doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
@@ -30,6 +30,9 @@ bench-planner: venv ## the planner's figures, to benchmarks/planner.md (CASES=10
 
 bench-planner-real: venv ## planned against contiguous placement in training, to benchmarks/planner_real.md; 10 minutes
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner_real
+
+bench-restart: venv ## from a killed rank to the next training step, to benchmarks/restart.md
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.restart
 
 doctor: ## what this machine has, what a run will use, how to mend what is broken; installs nothing
 	@if $(PY) -c '' 2>/dev/null; then $(PY) tools/doctor.py; else python3 tools/doctor.py; fi

@@ -1,6 +1,7 @@
 """Train a language model whose experts differ in width.
 
     torchrun --nproc-per-node 2 pretrain_hmoe.py --num-experts 8 --hmoe-widths arithmetic:9:23 ...
+    mpirun -n 2 python pretrain_hmoe.py ...
 
 Flags: Megatron's own and ``--hmoe-*`` (``--help``). Without a GPU it runs on the CPU with gloo by itself.
 """
@@ -19,8 +20,8 @@ def main() -> int:
     from hmoe_megatron import training
     from hmoe_megatron.exits import RunEnded
 
-    training.prepare()  # Megatron, made to run on this machine
     try:
+        training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine
         args, layout = training.parse_arguments(argv)  # flags, widths, placement plan; nothing has started yet
         checkpoints = training.open_checkpoints(args, layout)  # found, compared, --save locked
     except (ValueError, AssertionError, RunEnded) as error:

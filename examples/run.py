@@ -8,6 +8,9 @@ on the command line come last, so they win. Environment:
     NPROC_PER_NODE  ranks on this node; default: its GPUs, without one as many as --expert-model-parallel-size
     NNODES          default 1. With more, on every node: NODE_RANK, from 0, and MASTER_ADDR, the address of node 0
     MASTER_PORT     of node 0; default 29500
+    GLOO_SOCKET_IFNAME  with several nodes: gloo's network interface; default: the one that leads to MASTER_ADDR
+
+`tools/launch.py` takes the same words and environment, and starts a run again that failed.
 """
 
 import argparse
@@ -18,32 +21,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.flag_files import read_args
+from hmoe_megatron.launch.nodes import nodes_from, ranks_here, tell_gloo
 
 PRETRAIN = Path(__file__).parents[1] / "pretrain_hmoe.py"
 
 
-def ranks_here(flags: list[str]) -> int:
-    """Ranks to start on this node when the user does not say."""
-    import torch
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
-    return torch.cuda.device_count() or parser.parse_known_args(flags)[0].expert_model_parallel_size
-
-
 def torchrun_command(flags: list[str], environment) -> list[str]:
     """The torchrun command of this node. ValueError where several nodes are asked for and one can't find the first."""
-    nodes = environment.get("NNODES", "1")
+    nodes = nodes_from(environment)
     command = [sys.executable, "-m", "torch.distributed.run"]  # torchrun, also where it is not on PATH
-    if nodes == "1":
+    if nodes.count == 1:
         command += ["--standalone"]
-    else:
-        missing = " and ".join(name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name))
-        if missing:
-            raise ValueError(f"NNODES={nodes}: {missing} missing: number of this node from 0, address of node 0")
-        command += ["--nnodes", nodes, "--node-rank", environment["NODE_RANK"]]
-        command += ["--master-addr", environment["MASTER_ADDR"]]
-        command += ["--master-port", environment.get("MASTER_PORT", "29500")]
+    else:  # not c10d, which numbers nodes by its own order and wants every host to resolve its own name
+        command += ["--nnodes", str(nodes.count), "--node-rank", str(nodes.rank)]
+        command += ["--master-addr", nodes.address, "--master-port", str(nodes.port)]
     command += ["--nproc-per-node", environment.get("NPROC_PER_NODE") or str(ranks_here(flags))]
     return [*command, str(PRETRAIN), *flags]
 
@@ -56,13 +47,17 @@ def main() -> int:
     given = parser.parse_args()
     try:
         command = torchrun_command(read_args(given.args_file) + given.flags, os.environ)
+        nodes = nodes_from(os.environ)
     except (ValueError, OSError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
     print(shlex.join(command), flush=True)
+    if given.dry_run:
+        return 0
     # Megatron asks for it with tensor parallelism on GPUs older than Blackwell; one's own setting wins.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return 0 if given.dry_run else os.execv(command[0], command)
+    tell_gloo(nodes.count, nodes.address)
+    return os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,8 @@ from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_fro
 from hmoe_megatron.exits import RunEnded
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.launch.mpi import process_of, set_environment_from_mpi
+from hmoe_megatron.launch.nodes import free_port
 from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -26,27 +27,26 @@ from hmoe_megatron.stats import RoutingStats
 
 
 def prepare() -> None:
-    """What must happen before Megatron is used: patches for a machine without a GPU, repairs, a world of one."""
+    """What must happen before Megatron is used: this process's place among the ranks, patches for a machine without a
+    GPU, repairs. ValueError where mpirun's ranks can't be told."""
     from hmoe_megatron.grad_norm import use_logical_norm
 
+    if not set_environment_from_mpi():
+        alone_without_torchrun()
     host.apply()
     host.repair_dataset_helpers()
     host.repair_distributed_optimizer()
     host.repair_optimizer_checkpoints()
     host.repair_rng_of_ranks()
     use_logical_norm()
-    alone_without_torchrun()
 
 
 def alone_without_torchrun() -> None:
     """Let one process start without torchrun: it is a world of one."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())})
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
@@ -228,7 +228,7 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
 def refuse(error: Exception) -> int:
     """Say why the run can't start or go on; the exit code, 2 for settings that can't work."""
     ended = isinstance(error, RunEnded)
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK") or (process_of(os.environ) or (0,))[0])
     if rank == 0 or (ended and not error.on_every_rank):
         where = f"rank {rank}: " if rank else ""
         print(f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}", file=sys.stderr, flush=True)

@@ -21,7 +21,9 @@ def known_flags():
     flags = {option for action in parser._actions for option in action.option_strings}
     for source in [*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py")]:
         flags |= set(TOOL_FLAGS.findall(source.read_text()))
-    return flags | {"--nproc-per-node", "--nodes", "--standalone", "--help"}  # torchrun's, sbatch's
+    torchrun = {"--nproc-per-node", "--standalone", "--nnodes", "--max-restarts", "--local-addr"}
+    torchrun |= {f"--rdzv-{name}" for name in ("backend", "endpoint", "conf")}
+    return flags | torchrun | {"--nodes", "--mpi", "--help"}  # of sbatch and srun
 
 
 def test_documents_are_found():

@@ -12,6 +12,7 @@ import pytest
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from hmoe_megatron.accounting import parameter_counts
+from hmoe_megatron.launch.nodes import ranks_here
 from hmoe_megatron.training import parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -175,10 +176,10 @@ def test_one_node():
 
 def test_without_a_gpu_a_node_starts_as_many_ranks_as_experts_are_spread_over(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert launcher.ranks_here(["--lr", "1", "--expert-model-parallel-size", "2"]) == 2
-    assert launcher.ranks_here([]) == 1
+    assert ranks_here(["--lr", "1", "--expert-model-parallel-size", "2"]) == 2
+    assert ranks_here([]) == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert launcher.ranks_here(["--expert-model-parallel-size", "2"]) == 8
+    assert ranks_here(["--expert-model-parallel-size", "2"]) == 8
 
 
 def test_many_nodes_need_to_know_which_they_are_and_where_the_first_is():
@@ -239,27 +240,30 @@ RUN_WORDS = ("--dry-run", "examples/hmoe_0.4b/hmoe_topp.args", "--save", "a dir"
 
 
 def test_sbatch_starts_every_node_with_its_rank_and_passes_words_whole(slurm):
-    out, err = (job := slurm(*RUN_WORDS, FAKE_CODE="3")).communicate(timeout=60)
+    out, err = (job := slurm(*RUN_WORDS, FAKE_CODE="3", LAUNCH_FLAGS="--restarts 4")).communicate(timeout=60)
     lines = out.splitlines()
-    assert job.returncode == 3 and len(lines) == 2, (out, err)  # a crash is reported and not queued again
+    assert job.returncode == 3 and len(lines) == 2, (out, err)  # what the launcher gave up is not queued again
     for rank, line in enumerate(lines):
-        assert f"--nnodes 2 --node-rank {rank} --master-addr first --master-port 29500 --nproc-per-node 8" in line
+        assert line.startswith(f"launch: node {rank} of 2, meets at first:29500, 8 ranks:")
         assert line.endswith("--save 'a dir' --load 'a dir'")
 
 
-def test_sbatch_stops_the_run_before_the_time_limit_and_queues_it_again(slurm):
-    job = slurm(*RUN_WORDS, FAKE_WAIT="1", FAKE_CODE="1")
+@pytest.mark.parametrize(("code", "queued"), [(143, True), (1, True), (137, True), (0, False), (2, False), (3, False)])
+def test_sbatch_stops_the_run_before_the_time_limit_and_queues_it_again(slurm, code, queued):
+    """Not where it is done, or where another start would be refused again."""
+    job = slurm(*RUN_WORDS, FAKE_WAIT="1", FAKE_CODE=str(code))
     with pytest.raises(subprocess.TimeoutExpired):
         job.communicate(timeout=2)
     job.send_signal(subprocess.signal.SIGUSR1)
     out, err = job.communicate(timeout=60)
     assert out.splitlines()[0] == "scancel --signal=TERM 7", err
-    assert out.splitlines()[-1] == "scontrol requeue 7", err
+    assert job.returncode == code and (out.splitlines()[-1] == "scontrol requeue 7") == queued, (out, err)
 
 
 def test_sbatch_needs_a_place_to_go_on_from(slurm):
-    out, err = (job := slurm(*RUN_WORDS[:4])).communicate(timeout=60)
-    assert (job.returncode, out) == (2, "") and "no --load" in err
+    """Said by the launcher of each node. (srun's stand-in ends with the code of the last.)"""
+    out, err = slurm(*RUN_WORDS[:4]).communicate(timeout=60)
+    assert out == "" and err.count("no --load: a restart would begin anew") == 2
 
 
 def test_readmes_name_files_that_exist_and_counts_that_are_tested():

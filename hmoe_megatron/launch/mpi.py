@@ -1,0 +1,73 @@
+"""Ranks that mpirun started: who they are goes into the environment as torchrun would set it, and MPI ends."""
+
+import importlib.util
+import os
+import socket
+from collections.abc import Mapping
+
+from hmoe_megatron.launch.nodes import free_port, own_address, tell_gloo
+
+# (rank, size) in the environment, by MPI: OpenMPI; MPICH, Intel MPI and srun --mpi=pmi2.
+NAMES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+OUTSIDE = "192.0.2.1"  # no host has it (RFC 5737): the way there is the default route
+
+
+def process_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """(rank, size) that an MPI launcher gave this process; None where it did not, or gave it no company.
+
+    Slurm's own variables say nothing of MPI: a task of srun has them also where it starts torchrun."""
+    for names in NAMES:
+        rank, size = (environment.get(name, "") for name in names)
+        if rank.isdecimal() and size.isdecimal() and int(size) > 1:
+            return int(rank), int(size)
+    return None
+
+
+def set_environment_from_mpi() -> bool:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and end MPI.
+
+    False, with nothing done, where no MPI launcher started this process or RANK is set. MASTER_ADDR and MASTER_PORT of
+    rank 0 win where they are set. ValueError where mpi4py is missing or belongs to another MPI than the launcher.
+    """
+    process = process_of(os.environ)
+    if process is None or "RANK" in os.environ:
+        return False
+    rank, size = process
+    if importlib.util.find_spec("mpi4py") is None:
+        raise ValueError(f"mpirun started {size} processes and mpi4py is missing: pip install mpi4py, with the MPI of "
+                         "this mpirun, or start with torchrun")  # fmt: skip
+    try:
+        from mpi4py import MPI  # starts MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi was found
+        raise ValueError(f"mpirun started {size} processes and mpi4py does not find its MPI ({error}): reinstall "
+                         "mpi4py with the MPI of this mpirun") from None  # fmt: skip
+    world = MPI.COMM_WORLD
+    if world.Get_size() != size:
+        raise ValueError(f"mpirun started {size} processes and mpi4py sees {world.Get_size()}: it was built for "
+                         f"another MPI ({MPI.get_vendor()[0]}) than this mpirun; "
+                         "reinstall it or use the mpirun of that MPI")  # fmt: skip
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = world.allreduce(node.Get_size(), MPI.MIN) == size
+    place = None
+    if rank == 0:
+        place = (os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else address_for_others()),
+                 os.environ.get("MASTER_PORT") or str(free_port()))  # fmt: skip
+    address, port = world.bcast(place)
+    os.environ |= {"RANK": str(world.Get_rank()), "WORLD_SIZE": str(size), "LOCAL_RANK": str(node.Get_rank()),
+                   "LOCAL_WORLD_SIZE": str(node.Get_size()), "MASTER_ADDR": address, "MASTER_PORT": port}  # fmt: skip
+    node.Free()
+    MPI.Finalize()
+    tell_gloo(1 if one_host else 2, address)
+    return True
+
+
+def address_for_others() -> str:
+    """An address of this host that others may reach: of its name, unless that is the loopback, or of the default
+    route, else its name."""
+    try:
+        named = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        named = "127."
+    if not named.startswith("127."):
+        return named
+    return own_address(OUTSIDE) or socket.gethostname()

@@ -1,0 +1,28 @@
+"""pretrain_hmoe.py as ranks of mpirun, with the mpich and mpi4py of the registry."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.commands import FLAGS, TORCHRUN, finish, start, steps
+
+MPIRUN = Path(sys.executable).with_name("mpirun")
+NO_MPI = not (MPIRUN.exists() or shutil.which("mpirun"))
+LINE = "pretrain_hmoe.py: error: mpirun started 2 processes and mpi4py sees 1"
+
+
+@pytest.mark.skipif(NO_MPI, reason="no mpirun: pip install mpich mpi4py")
+def test_mpirun_trains_as_torchrun_does():
+    flags = ["pretrain_hmoe.py", *FLAGS, "--train-iters", "3"]
+    by_mpi = steps(finish(start(MPIRUN if MPIRUN.exists() else "mpirun", "-n", "2", sys.executable, *flags)))
+    by_torchrun = steps(finish(start(*TORCHRUN, "--standalone", "--nproc-per-node", "2", *flags)))
+    assert len(by_mpi) == 3 and by_mpi == by_torchrun
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_an_mpirun_that_is_not_mpi4pys_is_refused_in_one_line(rank, lines):
+    pytest.importorskip("mpi4py")
+    output = finish(start(sys.executable, "-W", "ignore", "pretrain_hmoe.py", *FLAGS, PMI_RANK=rank, PMI_SIZE="2"), 2)
+    assert output.count(LINE) == lines and "Traceback" not in output
