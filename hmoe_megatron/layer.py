@@ -50,7 +50,7 @@ class HMoELayer(MoELayer):
         self.register_buffer("slot2expert_S", None, persistent=False)
         if slots != list(range(config.num_moe_experts)):
             self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
-        slot_order = logical_slot_order(pieces_by_rank)
+        slot_order = logical_slot_order(config.hmoe.pieces(layer))
         # Two addends commute: with at most two rows a token Megatron's own order gives the same bits.
         several = slot_config.moe_router_topk > 2 or slot_config.moe_expert_capacity_factor is not None
         if (
