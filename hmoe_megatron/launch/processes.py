@@ -57,8 +57,11 @@ class Ranks:
         return any(process.poll() is None for process in self.processes)
 
     def send_signal(self, number: int) -> None:
+        """Of SIGINT to what they started too, as a terminal does: a rank that Ctrl-C ends waits for its data loaders,
+        which take no other signal where Megatron handles SIGTERM."""
         for process in self.processes:
-            process.send_signal(number)  # does nothing to one that has ended
+            if process.poll() is None:
+                (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
 
     def kill(self) -> None:
         """Kill them and what they started, and wait for them."""

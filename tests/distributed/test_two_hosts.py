@@ -53,17 +53,17 @@ def test_a_rank_killed_on_the_second_host_costs_nothing_but_time(hosts, by_c10d,
         time.sleep(0.02)
     (rank,) = psutil.Process(second.pid).children()
     rank.kill()
-    log, _ = finish(first), finish(second)
+    log, log_of_last_rank = finish(first), finish(second)
     lines = [line for line in log.splitlines() if line.startswith("launch: rank")]
     assert len(lines) == 1, lines
     found = re.search(r"rank 1 on \S+ was killed by SIGKILL: restart 1 of 10 from step (\d+) in 1 s", lines[0])
     assert found, lines
-    saved, done = int(found[1]), steps(log)
-    again = next(i for i in range(1, len(done)) if int(done[i][0]) <= int(done[i - 1][0]))
-    assert int(done[again][0]) == saved + 1 and int(done[-1][0]) == STEPS
+    saved, done = int(found[1]), steps(log_of_last_rank)
+    again = max(i for i, (step, _, _) in enumerate(done) if int(step) == saved + 1)  # done once, or twice
+    assert [int(step) for step, _, _ in done[again:]] == list(range(saved + 1, STEPS + 1))
     # A start prints in its second step the mean loss of the first two.
     same = [step for number, step in enumerate(done) if number not in (1, again + 1)]
-    assert len(same) > STEPS - 2 and set(same) <= set(by_c10d)
+    assert len(same) >= STEPS - 2 and set(same) <= set(by_c10d)
     for host in hosts:
         assert_empty(host)
 

@@ -30,6 +30,8 @@ attempt = len(list(here.glob(f"rank{rank}.*")))
 def on_term(number, frame):
     if (here / "slow").exists():
         time.sleep(7)  # longer than the grace after a failure
+    if (here / "child").exists():
+        child.wait()
     (here / f"signal{number}.rank{rank}").touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, on_term)
@@ -49,7 +51,8 @@ for word in (plan[min(attempt, len(plan) - 1)] if plan else "").split():
             time.sleep(0.02)
     elif what == "child":
         child = subprocess.Popen(["sleep", "600"])
-        (here / "child").write_text(str(child.pid))
+        (here / "child.tmp").write_text(str(child.pid))
+        (here / "child.tmp").rename(here / "child")
     elif what == "kill":
         os.kill(os.getpid(), int(value))
     elif what == "exit":
@@ -190,6 +193,15 @@ def test_a_signal_reaches_the_ranks_of_all_nodes_and_ends_the_run(start, number)
     assert [ended(launcher) for launcher in launchers] == [(128 + number, [])] * 2
     assert sorted(path.name for path in run.folder.glob("signal*")) == [f"signal{number}.rank{n}" for n in range(2)]
     assert run.attempts(0) == 1
+
+
+def test_ctrl_c_reaches_what_a_rank_started(start):
+    run = start({"0": ["child hang"]})  # which waits for its child before it ends
+    launcher = run.launch(ranks=1)
+    while not (run.folder / "child").exists():
+        run.note(0)
+    launcher.send_signal(signal.SIGINT)
+    assert ended(launcher)[0] == 130 and (run.folder / "signal2.rank0").exists()
 
 
 def test_a_signal_to_all_launchers_at_once_lets_the_ranks_save(start):
