@@ -16,10 +16,10 @@ from hmoe_megatron.checkpoint.lock import LOCK_FILE
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE
 from tests.distributed.ranks import RankEnd, end_ranks
 from tests.distributed.training_run import TINY
-from tests.faults.inside import KILLED, LOSSES, pretrain
+from tests.faults.inside import CPU_S, KILLED, LOSSES, pretrain
 
 STEPS, INTERVAL = 8, 2
-TIMEOUT_S = 180.0  # of a run that takes 2 s on an idle machine: what is over it hangs
+TIMEOUT_S = 300.0  # of a run that takes seconds on an idle machine: what is over it hangs
 MODEL = ("--hmoe-widths 16,32,48,64 --make-vocab-size-divisible-by 1 --expert-model-parallel-size 2 "
          f"--num-workers 0 --train-iters {STEPS} --save-interval {INTERVAL}").split()  # fmt: skip
 KEPT = {directory.TRACKER_FILE, LOCK_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE}
@@ -56,15 +56,16 @@ class Ended:
                          for number, rank in enumerate(self.ranks))  # fmt: skip
 
 
-def run(ranks: int, root: Path, scratch: Path, *faults: functools.partial, flags: str = "", timeout_s=TIMEOUT_S) -> Ended:
+def run(ranks: int, root: Path, scratch: Path, *faults: functools.partial, flags: str = "", mock: bool = True) -> Ended:
     """Train in `root`, from what is there, with `faults` of tests.faults.inside. No rank hangs, none leaves a process.
 
     Losses of the steps go to `scratch`; where a step is done twice, the later one must give the same loss.
     """
     scratch.mkdir(exist_ok=True)
     (scratch / KILLED).unlink(missing_ok=True)
-    argv = [*TINY, *MODEL, "--save", str(root), "--load", str(root), *flags.split()]
-    ended = end_ranks(ranks, pretrain, argv, scratch, faults, timeout_s=timeout_s)
+    argv = [flag for flag in TINY if mock or flag != "--mock-data"]
+    argv += [*MODEL, "--save", str(root), "--load", str(root), *flags.split()]
+    ended = end_ranks(ranks, pretrain, argv, scratch, faults, timeout_s=TIMEOUT_S)
     killed = (scratch / KILLED).read_text() if (scratch / KILLED).exists() else None
     ended = Ended(ended, killed, read_losses(scratch))
     assert None not in ended.codes, f"a rank hangs\n{ended.tail}"
@@ -82,11 +83,12 @@ def read_losses(scratch: Path) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing befell: its directory and losses."""
+    """A run that nothing befell: its directory, with a checkpoint of every step, its losses, a rank's processor time."""
 
     root: Path
     ranks: int
     losses: dict[int, str]
+    cpu_s: float
 
     @functools.cache  # noqa: B019  one for each test session
     def tensors(self, iteration: int) -> dict[str, torch.Tensor]:
@@ -104,10 +106,10 @@ class Reference:
 
 
 def reference(ranks: int, folder: Path, flags: str = "") -> Reference:
-    ended = run(ranks, folder / "run", folder / "scratch", flags=flags)
+    ended = run(ranks, folder / "run", folder / "scratch", flags=f"{flags} --save-interval 1")
     assert ended.codes == [0] * ranks, ended.tail
     assert sorted(ended.losses) == list(range(1, STEPS + 1)) and len(set(ended.losses.values())) == STEPS
-    return Reference(folder / "run", ranks, ended.losses)
+    return Reference(folder / "run", ranks, ended.losses, float((folder / "scratch" / CPU_S).read_text()))
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

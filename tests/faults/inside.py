@@ -6,15 +6,18 @@ A fault is a module-level function, bound to its arguments by functools.partial:
 
 import errno
 import functools
+import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 
-LOSSES, KILLED = "losses.txt", "killed.txt"
+LOSSES, KILLED, CPU_S = "losses.txt", "killed.txt", "cpu_s.txt"
+BALLAST = "ballast"
 _phase = "set-up and load"
 
 
@@ -26,6 +29,7 @@ def pretrain(argv: list[str], scratch: Path, faults: tuple) -> None:
     import multiprocessing
     import multiprocessing.util
 
+    started_s = time.process_time()
     multiprocessing.set_start_method("fork", force=True)  # what a process that torchrun starts has
     sys.argv = ["pretrain_hmoe.py", *argv]
     _watch_steps(scratch)
@@ -43,6 +47,7 @@ def pretrain(argv: list[str], scratch: Path, faults: tuple) -> None:
     multiprocessing.util._exit_function()  # joins what the process started, as at its end
     sys.stdout.flush()
     sys.stderr.flush()
+    (scratch / CPU_S).write_text(f"{time.process_time() - started_s}")
     os._exit(code)
 
 
@@ -51,7 +56,10 @@ def rank() -> int:
 
 
 def _watch_steps(scratch):
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training import training
+
+    MockGPTLowLevelDataset.size = 100  # of its 100,000 documents, whose index costs more than the run
 
     stock_step, stock_save = training.train_step, training.save_checkpoint_and_time
 
@@ -134,11 +142,9 @@ def at_step(scratch, step: int, victim: int, function, *args) -> None:
     training.train_step = train_step
 
 
-def before(scratch, where: tuple[str, str], victim: int, times: int | None, function, *args) -> None:
-    """`function(*args)` on one rank before each of the first `times` calls (None: all) of the function at
+def before(scratch, where: tuple[str, str], calls: tuple[int, int], victim: int, function, *args) -> None:
+    """`function(*args)` on one rank before these calls (from, to; counted from 1) of the function at
     (module or module:class, name)."""
-    import importlib
-
     module, _, kind = where[0].partition(":")
     owner = importlib.import_module(module)
     owner = getattr(owner, kind) if kind else owner
@@ -147,28 +153,41 @@ def before(scratch, where: tuple[str, str], victim: int, times: int | None, func
     @functools.wraps(stock)
     def wrapped(*given, **named):
         called[0] += 1
-        if rank() == victim and (times is None or called[0] <= times):
+        if rank() == victim and calls[0] <= called[0] <= calls[1]:
             function(*args)
         return stock(*given, **named)
 
     setattr(owner, where[1], wrapped)
 
 
+def do(scratch, function, *args) -> None:
+    """`function(*args)` on rank 0 before the run starts."""
+    if rank() == 0:
+        function(*args)
+
+
 def signal_self(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def fill(folder: Path) -> None:
-    """Leave no free byte on the file system of `folder`."""
-    with (folder / "ballast").open("ab", buffering=0) as file:
+def fill(folder: Path, leave_bytes: int = 0) -> None:
+    """Leave no free byte on the file system of `folder`, or so many."""
+    with (folder / BALLAST).open("ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:
                 while True:
                     file.write(bytes(size))
             except OSError as error:
                 assert error.errno == errno.ENOSPC, error
+        file.truncate(max(0, file.tell() - leave_bytes))
 
 
 def empty(folder: Path) -> None:
     """Undo `fill`."""
-    (folder / "ballast").unlink(missing_ok=True)
+    (folder / BALLAST).unlink(missing_ok=True)
+
+
+def bind_read_only(folder: Path) -> None:
+    """What opens a path under `folder` from here on finds read-only storage; files that are open stay as they are."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
