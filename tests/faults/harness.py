@@ -83,7 +83,7 @@ def read_losses(scratch: Path) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing befell: its directory, with a checkpoint of every step, its losses, a rank's processor time."""
+    """A run that nothing befell: its directory, with a checkpoint of each step, its losses, a rank's processor time."""
 
     root: Path
     ranks: int

@@ -95,7 +95,7 @@ def die(scratch, why: str) -> None:
 
 
 def kill_after(scratch, victim: int, cpu_s: float) -> None:
-    """SIGKILL once this rank has used so much processor time from here on: a moment that a busy machine does not move."""
+    """SIGKILL once this rank has used so much processor time from here on: no busy machine moves that moment."""
     if rank() != victim:
         return
     end_s = time.process_time() + cpu_s

@@ -9,11 +9,12 @@ from tests.faults.harness import check_finished, check_lasting, run
 from tests.faults.inside import at_step, before, bind_read_only, do, empty, fill
 
 CHECKPOINT = "hmoe_megatron.checkpoint"
+WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync"
 DISK = "16m"
 # Before what the disk is full: (function, bytes that are left); it is called once for each try to save.
 FULL_AT = {
     "the middle of a shard": ((f"{CHECKPOINT}.saving", "write_then_hash"), 1 << 17),
-    "`.metadata`": (("megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync", "finish"), 0),
+    "`.metadata`": ((WRITER, "finish"), 0),
     "the manifest": ((f"{CHECKPOINT}.manifest:Manifest", "save"), 0),
     "the tracker": ((f"{CHECKPOINT}.directory", "write_tracker"), 0),
 }
