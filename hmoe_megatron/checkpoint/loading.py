@@ -48,6 +48,7 @@ def check_files(path: Path, skip_integrity: bool) -> None:
             files = together.first_rank(lambda: manifest.load_manifest(path).files)
             share = manifest.share_of(files, together.rank(), together.world_size())
             damages = sum(together.all_ranks(lambda: manifest.damages(path, share)), [])
+            damages += together.first_rank(lambda: manifest.intruders(path, files))
         except together.StepFailed as error:
             raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
         if damages:

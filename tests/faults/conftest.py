@@ -1,7 +1,4 @@
-"""Runs that nothing befell, to compare with; the table of outcomes."""
-
-import json
-import os
+"""Runs that nothing befell, to compare with."""
 
 import pytest
 
@@ -16,16 +13,3 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four(tmp_path_factory):
     return reference(4, tmp_path_factory.mktemp("four"))
-
-
-@pytest.fixture
-def told(request):
-    """told(fault, cases, outcome): a row of docs/faults.md, to the file that FAULTS_ROWS names."""
-
-    def tell(fault: str, cases: int, outcome: str) -> None:
-        if rows := os.environ.get("FAULTS_ROWS"):
-            row = {"test": request.node.nodeid, "fault": fault, "cases": cases, "outcome": outcome}
-            with open(rows, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    return tell

@@ -20,9 +20,9 @@ START_S, END_S = 300, 90
 
 
 def start(root, log):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "pretrain_hmoe.py", *TINY, *MODEL, "--train-iters", "100000", "--save", root, "--load", root, "--exit-signal-handler"]  # fmt: skip
-    return subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    flags = [*TINY, *MODEL, "--train-iters", "100000", "--save", root, "--load", root, "--exit-signal-handler"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_hmoe.py"]
+    return subprocess.Popen(list(map(str, words + flags)), cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
 
 def wait_for(path, launcher):
