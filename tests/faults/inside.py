@@ -1,13 +1,14 @@
 """What happens in a rank of a faults test: pretrain_hmoe.py, and the fault that was put into it.
 
-A fault is a module-level function, bound to its arguments by functools.partial: it is called in every rank before
-`main`. Its first act is to return on the ranks that it does not concern.
+A fault is a module-level function, bound by functools.partial to its arguments after the first, which is the scratch
+directory. It is called in every rank before `main`, and does nothing on the ranks that it does not concern.
 """
 
 import errno
 import functools
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def pretrain(argv: list[str], scratch: Path, faults: tuple) -> None:
         import pretrain_hmoe
 
         for fault in faults:
-            fault(scratch)
+            fault.func(scratch, *fault.args, **fault.keywords)
         code = pretrain_hmoe.main()
     except SystemExit as left:
         code = left.code or 0
@@ -111,8 +112,9 @@ def kill_after(scratch, victim: int, cpu_s: float) -> None:
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate")
 
 
-def kill_at_operation(scratch, root: Path, number: int) -> None:
-    """SIGKILL of rank 0 before the file operation of this number (from 1) on `root` while it saves."""
+def kill_at_operation(scratch, root: Path, number: int = 1, what: str = ".*") -> None:
+    """SIGKILL of rank 0 before the file operation of this number (from 1) on `root` while it saves, of those that
+    match `what`: "os.rename of NAME"."""
     if rank() != 0:
         return
     process, seen = os.getpid(), [0]
@@ -120,9 +122,10 @@ def kill_at_operation(scratch, root: Path, number: int) -> None:
     def hook(event, args):
         if (event in OPERATIONS and _phase == "saves" and isinstance(args[0], str | Path)
                 and str(args[0]).startswith(str(root)) and os.getpid() == process):  # fmt: skip
-            seen[0] += 1
+            operation = f"{event} of {str(args[0])[len(str(root)) + 1 :]}"
+            seen[0] += bool(re.fullmatch(what, operation))
             if seen[0] == number:
-                die(scratch, f"before {event} of {str(args[0])[len(str(root)) + 1 :]}")
+                die(scratch, f"before {operation}")
 
     sys.addaudithook(hook)
 
