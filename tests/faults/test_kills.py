@@ -86,7 +86,8 @@ def test_kills_before_every_file_operation_of_a_save(two, tmp_path, told):
     for number in range(1, OPERATIONS_OF_A_SAVE + 1):
         (tmp_path / str(number)).mkdir()
         where.add(kill_at(two, tmp_path / str(number), number=number))
-    assert any("latest_checkpointed" in at for at in where) and any("rename of .iter_0000002.saving" in at for at in where)
+    for name in (".latest_checkpointed", ".iter_0000002.saving", ".iter_0000002.saving/.metadata"):
+        assert any(f"os.rename of {name}" in at for at in where)
     told("SIGKILL before every file operation of a save", OPERATIONS_OF_A_SAVE, "every run went on bitwise")
 
 
