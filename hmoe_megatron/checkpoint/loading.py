@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hmoe_megatron.checkpoint import manifest, together
 from hmoe_megatron.checkpoint.finite import not_finite
-from hmoe_megatron.checkpoint.reader import read_metadata
+from hmoe_megatron.checkpoint.reader import read_metadata, refused_pickle
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused, RunEnded
 
 # Their message is enough; of others the traceback is printed too.
@@ -74,6 +74,6 @@ def _refused(path: Path, error: BaseException) -> RunEnded:
     if not isinstance(error, EXPECTED):
         traceback.print_exception(error)
     said = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {said[0]:.500}" if said else type(error).__name__
+    reason = refused_pickle(error) or (f"{type(error).__name__}: {said[0]:.500}" if said else type(error).__name__)
     return CheckpointRefused(f"{path}: not loaded: {reason}: {OTHER_CHECKPOINT}, or mend the setting that this names",
                              on_every_rank=False)  # fmt: skip

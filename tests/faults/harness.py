@@ -45,9 +45,9 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """What the run says when it ends with a reason; it must say so in one line, once."""
+        """What the run says when it ends with a reason; it must say so in one line, once for each rank that met it."""
         found = ERROR.findall(self.output)
-        assert len(found) == 1, f"{len(found)} lines of error\n{self.tail}"
+        assert found and len({re.sub(r"^rank \d+: ", "", line) for line in found}) == 1, f"{found}\n{self.tail}"
         return found[0]
 
     @property

@@ -19,6 +19,7 @@ from pathlib import Path
 
 LOSSES, KILLED, CPU_S = "losses.txt", "killed.txt", "cpu_s.txt"
 BALLAST = "ballast"
+_mended = False
 _phase = "set-up and load"
 
 
@@ -174,7 +175,9 @@ def signal_self(number: int) -> None:
 
 
 def fill(folder: Path, leave_bytes: int = 0) -> None:
-    """Leave no free byte on the file system of `folder`, or so many."""
+    """Leave no free byte on the file system of `folder`, or so many; nothing once it was emptied."""
+    if _mended:
+        return
     with (folder / BALLAST).open("ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -186,7 +189,9 @@ def fill(folder: Path, leave_bytes: int = 0) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Undo `fill`."""
+    """Undo `fill`, for the rest of the run."""
+    global _mended
+    _mended = True
     (folder / BALLAST).unlink(missing_ok=True)
 
 

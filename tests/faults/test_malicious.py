@@ -112,7 +112,7 @@ def tracker_path(path, canary):
 # attack -> what the refusal names
 ATTACKS = {
     metadata_pickle: "posix.mkdir",
-    object_pickle: "common_state",
+    object_pickle: "object common_state/shard_0_1: it holds posix.mkdir",
     tensor_pickle: "posix.mkdir",
     path_out_of_the_directory: "../elsewhere",
     symbolic_link: "__0_0.distcp",

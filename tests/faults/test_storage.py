@@ -55,7 +55,7 @@ def test_a_full_disk_ends_the_run_after_three_saves(where, two, disk, tmp_path, 
 def test_a_disk_that_is_full_for_one_save_is_absorbed(where, two, disk, tmp_path, told):
     root, scratch = disk / "run", tmp_path / "scratch"
     function, left = FULL_AT[where]
-    fault, mend = partial(before, function, (2, 3), 0, fill, disk, left), partial(at_step, 5, 0, empty, disk)
+    fault, mend = partial(before, function, (2, 99), 0, fill, disk, left), partial(at_step, 5, 0, empty, disk)
     ended = run(2, root, scratch, fault, mend)
     assert "try 2 of 2 to save iteration 4 failed" in ended.output and "training goes on (1 of" in ended.output
     check_finished(ended, root, two)
