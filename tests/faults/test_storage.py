@@ -1,11 +1,13 @@
 """A full disk and read-only storage, by real file systems: both take root."""
 
+import json
 import subprocess
 from functools import partial
 
 import pytest
 
-from tests.faults.harness import check_finished, check_lasting, run
+from hmoe_megatron.files import TELEMETRY_FILE
+from tests.faults.harness import STEPS, check_finished, check_lasting, run
 from tests.faults.inside import at_step, before, bind_read_only, do, empty, fill
 
 CHECKPOINT = "hmoe_megatron.checkpoint"
@@ -59,6 +61,7 @@ def test_a_disk_that_is_full_for_one_save_is_absorbed(where, two, disk, tmp_path
     ended = run(2, root, scratch, fault, mend)
     assert "try 2 of 2 to save iteration 4 failed" in ended.output and "training goes on (1 of" in ended.output
     check_finished(ended, root, two)
+    assert [json.loads(line)["iteration"] for line in (root / TELEMETRY_FILE).read_text().splitlines()][-1] == STEPS
     told(f"disk full at {where}, for one save", 1, "told, training went on, the next save was good; exit code 0")
 
 
