@@ -1,10 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test layouts lint bench-planner bench-planner-real bench-restart doctor lock clean
+.PHONY: help venv demo test layouts lint bench-planner bench-planner-real bench-restart faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
 LOCK_EXTRAS := dev,hf
 CASES ?= 2000
+KILLS ?= 100
+FAULTS_ROWS := .pytest_cache/faults.jsonl
 export PYTHON
 
 help: ## this list
@@ -33,6 +35,11 @@ bench-planner-real: venv ## planned against contiguous placement in training, to
 
 bench-restart: venv ## from a killed rank to the next training step, to benchmarks/restart.md
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.restart
+
+faults: venv ## the fault campaign, its outcome to docs/faults.md (KILLS=100: kills on two ranks, as many on four); an hour
+	@mkdir -p $(dir $(FAULTS_ROWS)); rm -f $(FAULTS_ROWS); FAULTS_ROWS=$(FAULTS_ROWS) FAULTS_KILLS=$(KILLS) OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest tests/faults -m "campaign or not campaign" -p no:cacheprovider $(PYTEST_ARGS); \
+	    ended=$$?; $(PY) -m tests.faults.page $(FAULTS_ROWS) && exit $$ended
 
 doctor: ## what this machine has, what a run will use, how to mend what is broken; installs nothing
 	@if $(PY) -c '' 2>/dev/null; then $(PY) tools/doctor.py; else python3 tools/doctor.py; fi

@@ -5,6 +5,7 @@ data-parallel rank only, so all ranks of a tensor-parallel group read the same b
 Legend: B samples of a micro-batch, S sequence length.
 """
 
+import pickle
 from functools import partial
 
 import torch
@@ -15,6 +16,8 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from hmoe_megatron.exits import DataRefused
 
 SPIKY_LOSS_FACTOR = 10.0  # Megatron's: of the largest loss seen
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -92,12 +95,21 @@ def dataset_config(args) -> GPTDatasetConfig:
 
 
 def datasets_provider(num_samples, vp_stage=None):
-    """(train, validation, test) datasets of at least ``num_samples`` each (Megatron's provider interface)."""
+    """(train, validation, test) datasets of at least ``num_samples`` each (Megatron's provider interface).
+
+    Raises DataRefused on the rank that can't read them. Megatron unpickles nothing but arrays from a cached index.
+    """
     args = get_args()
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(
+    builder = BlendedMegatronDatasetBuilder(
         dataset, num_samples, lambda: is_first_or_last_pipeline_stage(vp_stage), dataset_config(args)
-    ).build()
+    )
+    try:
+        return builder.build()
+    except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        cache = args.data_cache_path or "the directory cache/ beside the data (--data-cache-path)"
+        raise DataRefused(f"datasets can't be read: {error!s:.300}: mend the data, or remove {cache} if its index is "
+                          "damaged: it is made again", on_every_rank=False) from None  # fmt: skip
 
 
 datasets_provider.is_distributed = True

@@ -16,6 +16,12 @@ class RunEnded(Exception):
         self.on_every_rank = on_every_rank
 
 
+class DataRefused(RunEnded):
+    """The data or its cached index can't be read."""
+
+    exit_code = 2
+
+
 class CheckpointRefused(RunEnded):
     """What --load names is missing, damaged, not finite, or of another model. Trying again does not help."""
 

@@ -12,7 +12,7 @@ from hmoe_megatron.accounting import expected_active_width, parameter_counts, re
 from hmoe_megatron.checkpoint import directory
 from hmoe_megatron.checkpoint.session import Checkpoints
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
-from hmoe_megatron.exits import RunEnded
+from hmoe_megatron.exits import RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm import expert_compute
 from hmoe_megatron.launch.mpi import process_of, set_environment_from_mpi
@@ -218,10 +218,14 @@ def announce(layout: ExpertLayout, parameters) -> None:
 
 
 def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
-    """Write the plan and the flags beside the run."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    layout.plan.save(run_dir / PLAN_FILE)
-    write_whole(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
+    """Write the plan and the flags beside the run. Raises SavingFailed where nothing can be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        layout.plan.save(run_dir / PLAN_FILE)
+        write_whole(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
+    except OSError as error:
+        raise SavingFailed(f"{run_dir} can't be written to: {error.strerror}: mend that, or give another directory",
+                           on_every_rank=False) from None  # fmt: skip
     print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 
 

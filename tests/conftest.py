@@ -1,9 +1,31 @@
-"""Two cores are shared by all tests and by the ranks they start: one thread each."""
+"""Two cores are shared by all tests and by the ranks they start: one thread each. Rows of docs/faults.md."""
 
+import json
 import os
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (reads OMP_NUM_THREADS when it is imported)
 
 torch.set_num_threads(1)
+
+
+def _add_row(test, fault, cases, outcome):
+    if rows := os.environ.get("FAULTS_ROWS"):
+        with open(rows, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"test": test, "fault": fault, "cases": cases, "outcome": outcome}) + "\n")
+
+
+@pytest.fixture
+def told(request):
+    """told(fault, cases, outcome): a row of docs/faults.md, to the file that FAULTS_ROWS names."""
+    return lambda fault, cases, outcome: _add_row(request.node.nodeid, fault, cases, outcome)
+
+
+def pytest_runtest_logreport(report):
+    """What failed or was skipped is in the table too."""
+    if report.failed or report.skipped:
+        reason = report.longrepr[-1] if report.skipped else "see the test"
+        _add_row(report.nodeid, f"`{report.nodeid.split('::')[-1]}`", 0, f"{report.outcome.upper()}: {reason}")

@@ -12,14 +12,15 @@ import shutil
 from pathlib import Path
 
 from hmoe_megatron.exits import CheckpointRefused
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, write_whole
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "hmoe_manifest.json"
 MAX_ITERATION = 10**12
 _CHECKPOINT = re.compile(r"iter_(\d{7,12})")
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of files.write_whole
 _LEFTOVER = re.compile(r"\.(iter_\d{7,12})\.(saving|replaced)")
+_WRITTEN_WHOLE = "|".join(map(re.escape, (TRACKER_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE)))
+_TEMPORARY = re.compile(rf"\.({_WRITTEN_WHOLE})\.\d+\.tmp")  # of `write_whole`
 
 
 def checkpoint_path(root: Path, iteration: int) -> Path:
@@ -136,14 +137,15 @@ def sync(folder: Path) -> None:
 def tidy(root: Path) -> list[str]:
     """Undo what a killed run left half done; returns what was done, a line each. Only for the one run that saves there.
 
-    A checkpoint that was being replaced goes back; one that was being written goes; an empty directory goes. Anything
-    else stays, also a checkpoint without a manifest, which may be another program's.
+    A checkpoint that was being replaced goes back; one that was being written goes; an empty directory and a temporary
+    file go. Anything else stays, also a checkpoint without a manifest, which may be another program's.
     """
     done = []
     for entry in _entries(root):
         if entry.is_symlink() or not entry.is_dir():
             if _TEMPORARY.fullmatch(entry.name):
                 entry.unlink()
+                done.append(f"{entry.name}: removed, left by a write that was cut off")
             continue
         if match := _LEFTOVER.fullmatch(entry.name):
             path = entry.with_name(match[1])

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hmoe_megatron.checkpoint import manifest, together
 from hmoe_megatron.checkpoint.finite import not_finite
-from hmoe_megatron.checkpoint.reader import read_metadata
+from hmoe_megatron.checkpoint.reader import read_metadata, refused_pickle
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused, RunEnded
 
 # Their message is enough; of others the traceback is printed too.
@@ -48,6 +48,7 @@ def check_files(path: Path, skip_integrity: bool) -> None:
             files = together.first_rank(lambda: manifest.load_manifest(path).files)
             share = manifest.share_of(files, together.rank(), together.world_size())
             damages = sum(together.all_ranks(lambda: manifest.damages(path, share)), [])
+            damages += together.first_rank(lambda: manifest.intruders(path, files))
         except together.StepFailed as error:
             raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
         if damages:
@@ -73,7 +74,7 @@ def _refused(path: Path, error: BaseException) -> RunEnded:
     if not isinstance(error, EXPECTED):
         traceback.print_exception(error)
     said = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {said[0]:.500}" if said else type(error).__name__
+    reason = refused_pickle(error) or (f"{type(error).__name__}: {said[0]:.500}" if said else type(error).__name__)
     remedy = f"{OTHER_CHECKPOINT}, or mend the setting that this names"
     if "OptimizerParamScheduler" in reason:
         remedy = "give the schedule of the run that saved it, or --override-opt_param-scheduler for the new one"

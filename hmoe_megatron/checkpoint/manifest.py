@@ -4,6 +4,7 @@ It is written last, so a checkpoint without one is not complete. Its hashes find
 files can alter the manifest, which is why `reader` trusts neither.
 """
 
+import os
 import re
 import stat
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ MAX_BYTES = 64 << 20
 MAX_DAMAGES = 8  # named in a message
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Megatron reads this file of older checkpoints, where it is there, instead of what the shards hold.
+LEGACY_FILE = "common.pt"
 _REMEDY = f"{OTHER_CHECKPOINT}, or load it unchecked with --hmoe-skip-integrity"
 _FIELDS = {"schema": int, "iteration": int, "settings": dict, "layout": dict, "versions": dict, "files": dict}
 
@@ -92,6 +95,13 @@ def share_of(files: dict[str, FileRecord], rank: int, ranks: int) -> dict[str, F
     """The files that this rank checks: dealt by falling size, so that shares are alike; every file has one rank."""
     dealt = sorted(files.items(), key=lambda item: (-item[1].bytes, item[0]))
     return dict(dealt[rank::ranks])
+
+
+def intruders(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+    """What would be loaded from this directory and is not in its manifest, a phrase each."""
+    if LEGACY_FILE in files or not os.path.lexists(Path(folder) / LEGACY_FILE):
+        return []
+    return [f"{LEGACY_FILE} was added to it"]
 
 
 def damages(folder: Path, files: dict[str, FileRecord]) -> list[str]:

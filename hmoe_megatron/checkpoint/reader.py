@@ -5,6 +5,7 @@ weights_only=False; all three would run or read what an attacker put there.
 """
 
 import pickle
+import re
 import stat
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def _size_bytes(folder: Path, name) -> int:
     return status.st_size
 
 
+def refused_pickle(error: BaseException) -> str | None:
+    """What torch.load refused to unpickle; None if the error is another."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it holds {found[1]}, which no checkpoint has" if found else None
+
+
 class CheckpointReader(FileSystemReader):
     """torch's reader, with metadata and objects unpickled by what a checkpoint may hold."""
 
@@ -106,7 +113,7 @@ class CheckpointReader(FileSystemReader):
             try:
                 torch.load(value, map_location="cpu", weights_only=True)
             except Exception as error:
-                reason = str(error).split("\n")[0].split(". ")[0]
+                reason = refused_pickle(error) or str(error).split("\n")[0].split(". ")[0]
                 raise CheckpointRefused(f"{self.path}: object {item.storage_index.fqn}: {reason:.300}: not loaded; "
                                         f"{OTHER_CHECKPOINT}", on_every_rank=False) from None  # fmt: skip
             value.seek(0)

@@ -22,6 +22,7 @@ from hmoe_megatron.files import sha256_file
 AS_IT_WAS = "the last checkpoint is as it was"
 HASH_SUFFIX = ".sha256"
 TRIES = 2  # of one save; a full disk does not empty itself while the ranks wait
+WORKER = "Worker failure: An error is caught while starting worker 0, error: "  # Megatron's, before what matters
 FAILURES = (CheckpointException, together.StepFailed)
 
 
@@ -32,6 +33,14 @@ def write_then_hash(write: Callable, rank: int, buckets: list, results, **named)
     with contextlib.suppress(OSError):  # a failed write is in `results`; a file without a hash gets one on rank 0
         for path, *_ in buckets:
             Path(path + HASH_SUFFIX).write_text(sha256_file(path))
+
+
+def write_or_raise(stock, *args, **named):
+    """Megatron's write_preloaded_data: the error that it returns is raised, else Megatron tells only its class."""
+    output = stock(*args, **named)
+    if output is not None and isinstance(output[1], Exception):
+        raise output[1]
+    return output
 
 
 def hashing_request(stock, *args, **named):
@@ -70,7 +79,8 @@ class Saver:
                  max_failed: int):  # fmt: skip
         self.root, self.manifest, self.write_plan, self.max_failed = root, manifest, write_plan, max_failed
         self.failed_in_a_row = 0
-        self.last_error = self.config_error = ""
+        self.last_error = ""
+        self.config_error = ""  # why metadata.json of the save under way was not written
         self.tracked = None  # what the tracker said before the save that Megatron is about to note there
         self.writing: list[Path] = []  # checkpoints that are not in their place yet, oldest first
 
@@ -143,22 +153,24 @@ class Saver:
             request.add_finalize_fn(lambda: self._publish(path))
         return request
 
-    def save_config(self, stock, *args) -> None:
-        """Megatron's save_config (metadata.json), which rank 0 writes alone: a failure is raised where all publish."""
-        self.config_error = ""
+    def write_config(self, stock, *args) -> None:
+        """Megatron's save_config, which rank 0 does alone while the others wait: it fails when all ranks publish."""
         try:
             stock(*args)
         except OSError as error:
-            self.config_error = f": {error.strerror}"
+            self.config_error = error.strerror
 
     def _publish(self, path: Path) -> None:
         """Collect the hashes, write the manifest, put the directory in its place, name it in the tracker."""
         saving, iteration = directory.saving_path(path), int(path.name.removeprefix("iter_"))
 
         def publish():
+            if failed := self.config_error:
+                self.config_error = ""
+                raise OSError(f"metadata.json: {failed}")
             for name in (".metadata", "metadata.json"):
                 if not (saving / name).is_file() or not (saving / name).stat().st_size:
-                    raise OSError(f"{name} was not written{self.config_error}")
+                    raise OSError(f"{name} was not written")
             self.write_plan(saving)
             self.manifest(iteration, _records(saving)).save(saving)
             directory.sync(saving)
@@ -201,7 +213,8 @@ def _free(root: Path) -> str:
 def _reason(error: BaseException) -> str:
     """One line: of what several ranks say, each once."""
     if isinstance(error, CheckpointException):
-        reasons = [f"rank {rank}: {str(failure[0]).splitlines()[-1]}" for rank, failure in error.failures.items()]
+        reasons = [f"rank {rank}: {str(failure[0]).splitlines()[-1].removeprefix(WORKER)}"
+                   for rank, failure in error.failures.items()]  # fmt: skip
         return "; ".join(reasons[:8]) or "another rank failed to write its files"
     return str(error)
 

@@ -103,8 +103,7 @@ class Checkpoints:
     def install(self) -> None:
         """Put this run's save and load around Megatron's: they have no seam. Once a process."""
         from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing import serialization
-        from megatron.core.dist_checkpointing.strategies import state_dict_saver
+        from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
         from megatron.core.dist_checkpointing.strategies import torch as strategies
         from megatron.training import async_utils, checkpointing, training  # noqa: F401  it takes them by name
 
@@ -118,10 +117,14 @@ class Checkpoints:
         _around(checkpointing, "load_checkpoint", self.load_checkpoint)
         _around(async_utils, "maybe_finalize_async_save", saver.finalize)
         _around(dist_checkpointing, "save", saver.write)
-        _around(serialization, "save_config", saver.save_config)
+        _around(dist_checkpointing.core, "save_config", saver.write_config)
         _around(state_dict_saver, "save_state_dict_async_finalize", saving.finalize_together)
         strategies.TorchDistSaveShardedStrategy.async_save = functools.partialmethod(
             _method_around, strategies.TorchDistSaveShardedStrategy.async_save, saving.hashing_request
+        )
+        writer = filesystem_async.FileSystemWriterAsync
+        writer.write_preloaded_data = staticmethod(
+            functools.partial(saving.write_or_raise, writer.write_preloaded_data)
         )
         replace(strategies, "_get_filesystem_reader", reader.checkpoint_reader)
         # Megatron truncates the tracker before it writes it. Its `open` in this one module is ours.

@@ -20,10 +20,13 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
 GRACE_S = 2.0  # for the other ranks after one failed or the time was up
+ALONE_S = 15.0  # until ranks that outlive a failed one are told to end; torchrun's 0.1 s would hide that they hang
+ORPHAN_S = 30.0  # for what a rank started: a data loader's worker looks for its parent every 5 s
 LOG_TAIL_LINES = 60
 
 
@@ -53,6 +56,63 @@ def run_ranks(world_size, function, *args, timeout_s=60.0, **kwargs):
         return [_read(folder / f"{rank}.result") for rank in range(world_size)]
 
 
+@dataclass(frozen=True)
+class RankEnd:
+    """How a rank ended. exit_code: negative for a signal, None if it hung; told: it ended only when it got SIGTERM, as
+    torchrun sends it after another rank failed; orphans: processes that it left."""
+    exit_code: int | None
+    told: bool
+    output: str
+    orphans: tuple[int, ...]
+
+
+def end_ranks(world_size, function, *args, timeout_s=60.0, **kwargs):
+    """[RankEnd of rank 0, of rank 1, ...]: as `run_ranks` for ranks that end by themselves, die or are killed."""
+    call = pickle.dumps((function, args, kwargs))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        folder = Path(folder)
+        context = _context()
+        shared = world_size, str(folder), call, dict(os.environ), timeout_s
+        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world_size)]
+        try:
+            for rank in ranks:
+                rank.start()
+            _wait(ranks, timeout_s, ALONE_S)
+            told = [rank for rank in ranks if rank.exitcode is None]
+            for rank in told:
+                rank.terminate()
+            _wait(told, 0.0)
+            codes = [rank.exitcode for rank in ranks]
+            orphans = [_orphans(rank.pid) for rank in ranks]
+        finally:
+            for rank in ranks:
+                _kill(rank)
+        ends = []
+        for number, (rank, code) in enumerate(zip(ranks, codes, strict=True)):
+            output = (folder / f"{number}.log").read_text(errors="replace")
+            hung = code is None or "Timeout (" in output
+            ends.append(RankEnd(None if hung else code, rank in told, output, orphans[number]))
+        return ends
+
+
+def _orphans(group):
+    """Processes of a group that are there ORPHAN_S after their leader."""
+    deadline = time.monotonic() + ORPHAN_S
+    while (left := _members(group)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return tuple(left)
+
+
+def _members(group):
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = entry.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(entry.parent.name))
+    return found
+
+
 def _context():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.preloaded"])
@@ -69,14 +129,14 @@ def _context():
     return context
 
 
-def _wait(ranks, timeout_s):
-    """Until all ended, or GRACE_S after the first failed, or GRACE_S after the time was up."""
+def _wait(ranks, timeout_s, grace_s=GRACE_S):
+    """Until all ended, or `grace_s` after the first failed, or GRACE_S after the time was up."""
     deadline = time.monotonic() + timeout_s + GRACE_S
     running = list(ranks)
     while running and (left_s := deadline - time.monotonic()) > 0:
         wait([rank.sentinel for rank in running], timeout=left_s)
         if any(rank.exitcode for rank in running):
-            deadline = min(deadline, time.monotonic() + GRACE_S)
+            deadline = min(deadline, time.monotonic() + grace_s)
         running = [rank for rank in running if rank.exitcode is None]
 
 

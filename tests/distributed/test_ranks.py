@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed import ranks
+from tests.distributed.ranks import end_ranks, run_ranks
 
 
 class OwnError(Exception):
@@ -91,6 +92,45 @@ def test_hanging_ranks_are_killed_with_what_they_started(tmp_path):
 def test_a_rank_that_dies_without_a_word():
     with pytest.raises(RuntimeError, match=r"(?s)ranks \[0\] died.*exit code 7"):
         run_ranks(1, _die)
+
+
+def _end_as(codes):
+    os._exit(codes[torch.distributed.get_rank()])
+
+
+def _leave_a_process():
+    if os.fork() == 0:
+        time.sleep(600)
+    os._exit(0)
+
+
+def _sleep_on_rank_1(seconds):
+    if torch.distributed.get_rank() == 1:
+        time.sleep(seconds)
+    os._exit(9)
+
+
+def test_how_ranks_end_is_told():
+    assert [(end.exit_code, end.told, end.orphans) for end in end_ranks(2, _end_as, [3, 0])] == [
+        (3, False, ()), (0, False, ())]  # fmt: skip
+
+
+def test_a_rank_that_outlives_another_is_told_to_end(monkeypatch):
+    monkeypatch.setattr(ranks, "ALONE_S", 1.0)
+    first, second = end_ranks(2, _sleep_on_rank_1, 600)
+    assert (first.exit_code, first.told) == (9, False) and (second.exit_code, second.told) == (-15, True)
+
+
+def test_a_rank_that_hangs_and_a_process_that_is_left_are_told(monkeypatch):
+    monkeypatch.setattr(ranks, "ORPHAN_S", 0.5)
+    assert [end.exit_code for end in end_ranks(1, time.sleep, 600, timeout_s=2)] == [None]
+    (end,) = end_ranks(1, _leave_a_process)
+    assert end.exit_code == 0 and len(end.orphans) == 1
+    for _ in range(50):
+        if _gone(end.orphans[0]):
+            break
+        time.sleep(0.1)
+    assert _gone(end.orphans[0])
 
 
 def _gone(pid):

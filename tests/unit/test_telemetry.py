@@ -150,3 +150,25 @@ def test_expert_time_counts_forward_and_backward_of_steps_that_log(monkeypatch):
     stats.timing = False
     step().sum().backward()
     assert stats.take_expert_time_ms() == 0
+
+
+def test_a_full_disk_costs_records_but_not_the_run(tmp_path, monkeypatch, capsys):
+    file = TelemetryFile(tmp_path)
+    file.write({"iteration": 1})
+    opened = file._file
+
+    class Full:
+        """Takes half of a line."""
+
+        fileno, truncate = opened.fileno, opened.truncate
+
+        def write(self, line):
+            return opened.write(line[: len(line) // 2])
+
+    monkeypatch.setattr(file, "_file", Full())
+    file.write({"iteration": 2})
+    file.write({"iteration": 3})
+    monkeypatch.setattr(file, "_file", opened)
+    file.write({"iteration": 4})
+    assert [json.loads(line)["iteration"] for line in file.path.read_text().splitlines()] == [1, 4]
+    assert capsys.readouterr().out.count("No space left on device: records are lost, training goes on") == 1
