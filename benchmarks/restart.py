@@ -80,7 +80,7 @@ def measure(kills: int, directory: Path) -> list[tuple[float, float, int]]:
                         break
                     step = int(match[1])
                 elif match := RESTART.search(line):
-                    told_s, saved = seen_s, int(match[2])
+                    told_s, saved = told_s or seen_s, int(match[2])
             found.append((told_s - killed_s, seen_s - killed_s, step - saved))
             print(f"kill {number + 1}: told after {found[-1][0]:.2f} s, next step after {found[-1][1]:.2f} s, "
                   f"{found[-1][2]} steps done again", flush=True)  # fmt: skip

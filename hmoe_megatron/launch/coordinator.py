@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmoe_megatron.launch.channel import Channel
-from hmoe_megatron.launch.nodes import Nodes, free_port
+from hmoe_megatron.launch.nodes import Nodes, reserved_port
 from hmoe_megatron.launch.policy import REFUSED, Failure, Restarts, cause
 
 GONE = 1  # the code of a node whose launcher is gone
@@ -35,6 +35,7 @@ class Coordinator:
         self.members: dict[int, Member] = {}
         self.failures: list[Failure] = []
         self.attempting, self.signalled = False, None
+        self.held = reserved_port()
         self.step_before: int | None = None
         self._wait(0.0)
 
@@ -65,7 +66,9 @@ class Coordinator:
         if lacking:
             return
         self.failures, self.attempting, self.step_before = [], True, self.saved_step()
-        world, first, port = sum(member.ranks for member in self.members.values()), 0, free_port()
+        self.held.close()
+        self.held = reserved_port()
+        world, first, port = sum(member.ranks for member in self.members.values()), 0, self.held.getsockname()[1]
         for node in range(self.nodes.count):
             member = self.members[node]
             member.channel.send("start", first=first, world=world, address=self.nodes.address, port=port)

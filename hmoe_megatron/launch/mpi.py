@@ -1,11 +1,12 @@
 """Ranks that mpirun started: who they are goes into the environment as torchrun would set it, and MPI ends."""
 
+import functools
 import importlib.util
 import os
 import socket
 from collections.abc import Mapping
 
-from hmoe_megatron.launch.nodes import free_port, own_address, tell_gloo
+from hmoe_megatron.launch.nodes import own_address, reserved_port, tell_gloo
 
 # (rank, size) in the environment, by MPI: OpenMPI; MPICH, Intel MPI and srun --mpi=pmi2.
 NAMES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
@@ -51,7 +52,7 @@ def set_environment_from_mpi() -> bool:
     place = None
     if rank == 0:
         place = (os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else address_for_others()),
-                 os.environ.get("MASTER_PORT") or str(free_port()))  # fmt: skip
+                 os.environ.get("MASTER_PORT") or str(_held().getsockname()[1]))  # fmt: skip
     address, port = world.bcast(place)
     os.environ |= {"RANK": str(world.Get_rank()), "WORLD_SIZE": str(size), "LOCAL_RANK": str(node.Get_rank()),
                    "LOCAL_WORLD_SIZE": str(node.Get_size()), "MASTER_ADDR": address, "MASTER_PORT": port}  # fmt: skip
@@ -59,6 +60,9 @@ def set_environment_from_mpi() -> bool:
     MPI.Finalize()
     tell_gloo(1 if one_host else 2, address)
     return True
+
+
+_held = functools.cache(reserved_port)  # for as long as this process lives
 
 
 def address_for_others() -> str:

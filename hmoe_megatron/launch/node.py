@@ -19,7 +19,7 @@ class Patience:
 
     join_s: float = 600.0
     stop_s: float = 600.0
-    grace_s: float = 5.0
+    grace_s: float = 2.0
 
 
 class Node:

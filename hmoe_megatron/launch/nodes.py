@@ -66,11 +66,13 @@ def own_address(towards: str) -> str | None:
         return None
 
 
-def free_port() -> int:
-    """A TCP port of this host that is free now."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
+def reserved_port() -> socket.socket:
+    """A socket bound to a free TCP port. While it is open no other process gets that port by chance, and torch's store,
+    some seconds later when a rank has imported torch, can still listen there."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    return held
 
 
 def ranks_here(flags: list[str]) -> int:

@@ -11,6 +11,7 @@ import pytest
 from tests.distributed.commands import FLAGS, TORCHRUN, finish, output, start, steps
 from tests.distributed.hosts import ADDRESSES, assert_empty, no_hosts, two_hosts
 
+pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY = 24, 4
 WAIT_S = 480  # a start alone took 200 s on two cores that 50 processes wanted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hmoe_megatron.launch.nodes import Nodes, free_port, interface_towards, nodes_from, own_address, tell_gloo
+from hmoe_megatron.launch.nodes import Nodes, interface_towards, nodes_from, own_address, reserved_port, tell_gloo
 from hmoe_megatron.launch.policy import Failure, Restarts, cause
 from hmoe_megatron.launch.supervise import TRACKER
 
@@ -60,6 +60,11 @@ for word in (plan[min(attempt, len(plan) - 1)] if plan else "").split():
     elif what == "hang":
         time.sleep(600)
 """
+
+
+def free_port():
+    with reserved_port() as free:
+        return free.getsockname()[1]
 
 
 class Run:
@@ -367,6 +372,19 @@ def test_nodes_from_the_environment():
             nodes_from(many | {name: wrong})
     with pytest.raises(ValueError, match="NNODES=2: NODE_RANK and MASTER_ADDR missing"):
         nodes_from({"NNODES": "2"})
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_torchs_store_can_listen_there():
+    import torch.distributed
+
+    with reserved_port() as held:
+        port = held.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        client = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+        assert client.get("key") == b"value"
 
 
 def test_gloo_is_told_the_interface_towards_node_0():
