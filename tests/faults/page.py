@@ -1,4 +1,4 @@
-"""docs/faults.md from the rows that a campaign told: python -m tests.faults.page ROWS (see `make faults`)."""
+"""docs/faults.md from the rows that a campaign told: python -m tests.faults.page ROWS [MADE BY] (see `make faults`)."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from hmoe_megatron.files import write_whole
 OUTPUT = ROOT / "docs" / "faults.md"
 HEAD = """# Faults
 
-Made by `make faults` on {stamp}.
+Made by {by} on {stamp}.
 
 Each fault is put into a run of a tiny model (2 layers, experts of 4 widths, 8 steps, a checkpoint every 2) on gloo
 ranks. After each, unless the table says otherwise:
@@ -29,7 +29,7 @@ Exit codes: 2 settings refused, 3 checkpoint refused, 4 saving failed, 5 directo
 """
 
 
-def page(rows: list[dict], stamp: str) -> str:
+def page(rows: list[dict], stamp: str, by: str = "`make faults`") -> str:
     """Of rows of the same fault the one of the most cases; what failed or was skipped comes first."""
     most = {}
     for row in rows:
@@ -38,12 +38,12 @@ def page(rows: list[dict], stamp: str) -> str:
     ordered = sorted(most.values(), key=lambda row: row["cases"] > 0)
     cells = [[str(row[name]).replace("|", "\\|").replace("\n", " ").strip() for name in ("fault", "cases", "outcome")]
              for row in ordered]  # fmt: skip
-    return HEAD.format(stamp=stamp) + "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    return HEAD.format(stamp=stamp, by=by) + "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def main() -> None:
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
-    write_whole(OUTPUT, page(rows, stamp("torch", "megatron-core")).encode())
+    write_whole(OUTPUT, page(rows, stamp("torch", "megatron-core"), *sys.argv[2:]).encode())
     print(f"{len(rows)} rows, written to {OUTPUT}")
 
 
