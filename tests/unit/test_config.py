@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import importlib.util
 
 import pytest
 
+from hmoe_megatron import refusals
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.refusals import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES, check_megatron_arguments
 
@@ -13,7 +13,7 @@ FLAGS = {
     "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",
     "--hmoe-max-experts-per-token", "--hmoe-p-penalty-coeff", "--hmoe-router-entropy-coeff",
     "--hmoe-load-balance-coeff", "--hmoe-placement", "--hmoe-max-cuts", "--hmoe-cut-multiple", "--hmoe-gemm-backend",
-    "--hmoe-run-dir", "--hmoe-idle-expert-steps",
+    "--hmoe-run-dir", "--hmoe-idle-expert-steps", "--hmoe-skip-integrity", "--hmoe-max-failed-saves",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_the_entropy_loss_is_the_papers_with_top_p_and_off_with_top_k():
         ({"top_p": 0.5}, "--hmoe-top-p 0.5 has no effect with --hmoe-router topk"),
         ({"max_experts_per_token": 3}, "--hmoe-max-experts-per-token 3 has no effect with --hmoe-router topk"),
         ({"router_entropy_coeff": 0.1}, "--hmoe-router-entropy-coeff 0.1 contradicts --hmoe-router topk"),
-        ({"placement": "best"}, "--hmoe-placement 'best': give auto, contiguous, or the path of a plan file"),
+        ({"placement": "best"}, "--hmoe-placement 'best': give auto, contiguous, checkpoint, or the path of a plan file"),
         ({"placement": "a.json", "max_cuts": 1}, "--hmoe-max-cuts 1 contradicts --hmoe-placement a.json"),
         ({"placement": "contiguous", "max_cuts": 1}, "--hmoe-max-cuts 1 contradicts --hmoe-placement contiguous"),
     ],
@@ -68,7 +68,7 @@ def test_contradictions_among_our_flags(settings, message):
 
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
-    values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
+    values |= {"async_save": False, "eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
@@ -87,6 +87,7 @@ REFUSED = set(
     "tensor_parallel_num_weight_shards hybrid_layer_pattern multi_latent_attention experimental_attention_variant "
     "attention_output_gate overlap_moe_expert_parallel_comm delay_wgrad_compute use_megatron_fsdp use_torch_fsdp2 "
     "heterogeneous_layers_config_path transformer_impl spec use_checkpoint_args ckpt_format sft perform_rl_step "
+    "non_persistent_ckpt_type ckpt_convert_format use_mp_args_from_checkpoint_args enable_msc rerun_mode "
     "fine_grained_activation_offloading yaml_cfg cuda_graph_impl activation_func_clamp_value glu_linear_offset "
     "use_te_activation_func".split()
 )
@@ -124,7 +125,7 @@ def test_recompute_of_norms_needs_transformer_engine(monkeypatch):
     args = good_arguments(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
     with pytest.raises(ValueError, match="--recompute-modules layernorm: .* leave layernorm out"):
         check_megatron_arguments(args, HMoEConfig())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "transformer_engine")
+    monkeypatch.setattr(refusals, "find_spec", lambda name: name == "transformer_engine")
     check_megatron_arguments(args, HMoEConfig())
 
 

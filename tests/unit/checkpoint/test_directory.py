@@ -134,11 +134,12 @@ def test_tidy_says_what_it_did_and_leaves_what_it_does_not_know(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "iter_0000003" / "of another program").write_text("")
     (tmp_path / "iter_0000009").symlink_to(tmp_path / "mine")
+    (tmp_path / f".{TRACKER_FILE}.123.tmp").write_text("")
     (tmp_path / ".x.123.tmp").write_text("")
     done = directory.tidy(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        "iter_0000003", "iter_0000004", "iter_0000009", "mine"]  # fmt: skip
-    assert len(done) == 3 and any("iter_0000002: removed, it was empty" in line for line in done)
+        ".x.123.tmp", "iter_0000003", "iter_0000004", "iter_0000009", "mine"]  # fmt: skip
+    assert len(done) == 4 and any("iter_0000002: removed, it was empty" in line for line in done)
 
 
 def test_a_tidy_directory_stays_as_it_is(tmp_path):
