@@ -55,7 +55,7 @@ def test_the_entropy_loss_is_the_papers_with_top_p_and_off_with_top_k():
         ({"top_p": 0.5}, "--hmoe-top-p 0.5 has no effect with --hmoe-router topk"),
         ({"max_experts_per_token": 3}, "--hmoe-max-experts-per-token 3 has no effect with --hmoe-router topk"),
         ({"router_entropy_coeff": 0.1}, "--hmoe-router-entropy-coeff 0.1 contradicts --hmoe-router topk"),
-        ({"placement": "best"}, "--hmoe-placement 'best': give auto, contiguous, checkpoint, or the path of a plan file"),
+        ({"placement": "best"}, "--hmoe-placement 'best': give auto, contiguous, checkpoint, or the path of a plan"),
         ({"placement": "a.json", "max_cuts": 1}, "--hmoe-max-cuts 1 contradicts --hmoe-placement a.json"),
         ({"placement": "contiguous", "max_cuts": 1}, "--hmoe-max-cuts 1 contradicts --hmoe-placement contiguous"),
     ],
@@ -68,7 +68,8 @@ def test_contradictions_among_our_flags(settings, message):
 
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
-    values |= {"async_save": False, "eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
+    values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
+    values |= {"async_save": False}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
