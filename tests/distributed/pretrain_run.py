@@ -33,15 +33,19 @@ class _Tee(io.StringIO):
         return super().write(text)
 
 
-def pretrain(flags: str, prepare=None, *given) -> Ended:
-    """pretrain_hmoe.py with TINY, MODEL and `flags` on this rank; `prepare(*given)` is called in this process first."""
+def pretrain(flags: str, prepare=None, *given, mock_data: bool = True) -> Ended:
+    """pretrain_hmoe.py with TINY, MODEL and `flags` on this rank; `prepare(*given)` is called in this process first.
+
+    mock_data: else `flags` name the data.
+    """
     import pretrain_hmoe
     from hmoe_megatron.training import prepare as prepare_megatron
 
     prepare_megatron()
     if prepare:
         prepare(*given)
-    sys.argv = ["pretrain_hmoe.py", *TINY, *MODEL.split(), *flags.split()]
+    tiny = [flag for flag in TINY if mock_data or flag != "--mock-data"]
+    sys.argv = ["pretrain_hmoe.py", *tiny, *MODEL.split(), *flags.split()]
     output = _Tee(sys.stdout)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:

@@ -8,28 +8,22 @@ import torch
 
 from hmoe_megatron.report.scalars import read_scalars
 from tests.distributed.plans import save_plan, whole
+from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import BOUND, CUT, FOUR, MODEL
-from tests.distributed.training_run import LAYERS, SEQUENCE, TINY, VOCABULARY
+from tests.distributed.training_run import LAYERS, SEQUENCE, VOCABULARY
 
 STEPS, SAVED = 4, 2
 FLAGS = f"{MODEL} --train-iters {STEPS} --save-interval {SAVED} --make-vocab-size-divisible-by 1 --split 1,0,0"
-
-
-def pretrain(argv):
-    from hmoe_megatron import training
-
-    training.prepare()
-    args, layout = training.parse_arguments(argv)
-    training.train(args, layout, argv)
 
 
 def losses(folder, data, world, layout, pieces):
     """Losses of a run that saves to folder, and goes on from the checkpoint that it finds there, by its step."""
     plan = save_plan(folder / "plan.json", *[pieces] * LAYERS)
     flags = f"{FLAGS} {layout} --hmoe-placement {plan} --data-path {data} --save {folder} --load {folder}"
-    argv = [flag for flag in TINY if flag != "--mock-data"] + flags.split()
-    run_ranks(world, pretrain, [*argv, "--tensorboard-dir", str(folder / "tensorboard")], timeout_s=120)
+    flags += f" --tensorboard-dir {folder / 'tensorboard'}"
+    ended = run_ranks(world, pretrain, flags, mock_data=False, timeout_s=120)
+    assert {rank.code for rank in ended} == {0}
     scalar = read_scalars(folder / "tensorboard", [])["lm loss"]
     return dict(zip(scalar.x.tolist(), scalar.y.tolist(), strict=True))
 
