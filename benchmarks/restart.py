@@ -100,11 +100,11 @@ def main() -> None:
     row = "| {} | {:.1f} | {:.1f} | {:.1f} |".format
     text = f"""# From a killed rank to the next step
 
-`make bench-restart` on {stamp("torch", "megatron-core")}.
+`python -m benchmarks.restart --kills {len(found)}` on {stamp("torch", "megatron-core")}.
 
-The tiny model of this script on two gloo ranks, a checkpoint every 5 steps, `tools/launch.py` with its defaults (1 s
-wait before a restart): {len(found)} times SIGKILL, in turn to rank 0 and 1. Processes that wanted a core (load average
-of 1 minute, itself among them): {load_before:.1f} before, {os.getloadavg()[0]:.1f} after.
+The tiny model of `benchmarks/restart.py` on two gloo ranks, a checkpoint every 5 steps, `tools/launch.py` with its
+defaults (1 s wait before a restart): {len(found)} times SIGKILL, in turn to rank 0 and 1. Processes that wanted
+a core (load average of 1 minute, itself among them): {load_before:.1f} before, {os.getloadavg()[0]:.1f} after.
 
 | seconds from the kill to | min | median | max |
 |---|---|---|---|

@@ -19,7 +19,7 @@ def known_flags():
 
     parser = add_hmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     flags = {option for action in parser._actions for option in action.option_strings}
-    for source in [*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py")]:
+    for source in [*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
         flags |= set(TOOL_FLAGS.findall(source.read_text()))
     torchrun = {"--nproc-per-node", "--standalone", "--nnodes", "--max-restarts", "--local-addr"}
     torchrun |= {f"--rdzv-{name}" for name in ("backend", "endpoint", "conf")}
