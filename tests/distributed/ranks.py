@@ -39,21 +39,27 @@ def run_ranks(world_size, function, *args, timeout_s=60.0, **kwargs):
     and the end of its output in the notes; the other ranks are killed. TimeoutError after `timeout_s`, with
     the stack of every rank that was still running.
     """
-    call = pickle.dumps((function, args, kwargs))
+    with _started(world_size, (function, args, kwargs), timeout_s) as (ranks, folder):
+        _wait(ranks, timeout_s)
+        _raise_first_error(folder, ranks, timeout_s)
+        return [_read(folder / f"{rank}.result") for rank in range(world_size)]
+
+
+@contextlib.contextmanager
+def _started(world_size, call, timeout_s):
+    """(ranks that run call = (function, args, kwargs), folder of what they leave); at the end they are killed."""
+    call = pickle.dumps(call)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        folder = Path(folder)
         context = _context()
-        shared = world_size, str(folder), call, dict(os.environ), timeout_s
+        shared = world_size, folder, call, dict(os.environ), timeout_s
         ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world_size)]
         try:
             for rank in ranks:
                 rank.start()
-            _wait(ranks, timeout_s)
-            _raise_first_error(folder, ranks, timeout_s)
+            yield ranks, Path(folder)
         finally:
             for rank in ranks:
                 _kill(rank)
-        return [_read(folder / f"{rank}.result") for rank in range(world_size)]
 
 
 @dataclass(frozen=True)
@@ -68,30 +74,18 @@ class RankEnd:
 
 def end_ranks(world_size, function, *args, timeout_s=60.0, **kwargs):
     """[RankEnd of rank 0, of rank 1, ...]: as `run_ranks` for ranks that end by themselves, die or are killed."""
-    call = pickle.dumps((function, args, kwargs))
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        folder = Path(folder)
-        context = _context()
-        shared = world_size, str(folder), call, dict(os.environ), timeout_s
-        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world_size)]
-        try:
-            for rank in ranks:
-                rank.start()
-            _wait(ranks, timeout_s, ALONE_S)
-            told = [rank for rank in ranks if rank.exitcode is None]
-            for rank in told:
-                rank.terminate()
-            _wait(told, 0.0)
-            codes = [rank.exitcode for rank in ranks]
-            orphans = [_orphans(rank.pid) for rank in ranks]
-        finally:
-            for rank in ranks:
-                _kill(rank)
+    with _started(world_size, (function, args, kwargs), timeout_s) as (ranks, folder):
+        _wait(ranks, timeout_s, ALONE_S)
+        told = [rank for rank in ranks if rank.exitcode is None]
+        for rank in told:
+            rank.terminate()
+        _wait(told, 0.0)
         ends = []
-        for number, (rank, code) in enumerate(zip(ranks, codes, strict=True)):
+        for number, rank in enumerate(ranks):
+            code, orphans = rank.exitcode, _orphans(rank.pid)
             output = (folder / f"{number}.log").read_text(errors="replace")
             hung = code is None or "Timeout (" in output
-            ends.append(RankEnd(None if hung else code, rank in told, output, orphans[number]))
+            ends.append(RankEnd(None if hung else code, rank in told, output, orphans))
         return ends
 
 

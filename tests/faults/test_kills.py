@@ -13,7 +13,8 @@ from tests.faults.inside import kill_after, kill_at_operation
 
 KILLS, SEEDED_KILLS = int(os.environ.get("FAULTS_KILLS", "100")), 3  # on two ranks, and as many on four
 OPERATIONS_OF_A_SAVE = 30  # on files of --save, by rank 0
-FLAVOURS = {"asynchronous saves": "--async-save --use-persistent-ckpt-worker", "data loader's workers": "--num-workers 2"}
+FLAVOURS = {"asynchronous saves": "--async-save --use-persistent-ckpt-worker",
+            "data loader's workers": "--num-workers 2"}  # fmt: skip
 
 
 def kill_often(expected, kills, tmp_path, seed, flags=""):

@@ -1,11 +1,9 @@
 """What an attacker can put into a checkpoint's files is not run and not followed."""
 
 import argparse
-import io
 import os
 import pickle
 import random
-import zipfile
 
 import pytest
 import torch
@@ -107,33 +105,34 @@ def test_no_other_name_is_looked_up(folder, name):
         read_metadata(folder)
 
 
-def test_a_pickle_in_an_object_does_not_run(folder, tmp_path):
-    canary, buffer = tmp_path / "canary", io.BytesIO()
-    torch.save({"args": Attack(canary)}, buffer)
-    (folder / "evil.distcp").write_bytes(buffer.getvalue())
+def replace_stored(folder, name, content):
+    """Let the entry `name` of the checkpoint be `content`, as torch.save writes it, in a file of its own."""
+    torch.save(content, folder / "evil.distcp")
 
     def alter(metadata):
         for index in metadata.storage_data:
-            if index.fqn == "object":
-                metadata.storage_data[index] = _StorageInfo("evil.distcp", 0, len(buffer.getvalue()))
+            if index.fqn == name:
+                size = (folder / "evil.distcp").stat().st_size
+                metadata.storage_data[index] = _StorageInfo("evil.distcp", 0, size)
 
     rewrite(folder, alter)
+
+
+def test_a_pickle_in_an_object_does_not_run(folder, tmp_path):
+    canary = tmp_path / "canary"
+    replace_stored(folder, "object", {"args": Attack(canary)})
     assert "object object: it holds _io.open, which no checkpoint has" in refusal(folder) and not canary.exists()
 
 
 def test_a_pickle_in_a_tensor_does_not_run(folder, tmp_path):
-    canary, buffer = tmp_path / "canary", io.BytesIO()
-    torch.save(Attack(canary), buffer)
-    (folder / "evil.distcp").write_bytes(buffer.getvalue())
-
-    def alter(metadata):
-        for index in metadata.storage_data:
-            if index.fqn == "weight":
-                metadata.storage_data[index] = _StorageInfo("evil.distcp", 0, len(buffer.getvalue()))
-
-    rewrite(folder, alter)
+    canary = tmp_path / "canary"
+    replace_stored(folder, "weight", Attack(canary))
     assert refusal(folder) and not canary.exists()
-    assert zipfile.is_zipfile(folder / "evil.distcp")
+
+
+def test_another_object_in_its_place_is_read(folder):
+    replace_stored(folder, "object", argparse.Namespace(num_layers=5, rng=OBJECT.rng))
+    assert load(folder)["object"].num_layers == 5
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "sub/file", "", ".", "..", b"x", "missing"])
