@@ -23,6 +23,9 @@ TOKENS = 8 * SEQUENCE  # of a global batch
 # A cut splits a sum in two; another expert-parallel size and Top-P reorder sums. Seen over five steps: losses equal,
 # now and then 1 ulp off; weights, which Adam moves by up to 1e-2 a step, 6e-5 off at most.
 WEIGHT_BOUND = 2e-4
+# With cuts every step is clipped by a norm that adds up pieces where the other adds up whole matrices: an ulp of that
+# comes on top. Seen: 1.94e-7 of the loss in one of four cases (Top-P, allgather, step 3), at most 1 ulp in the others.
+TWO_ULP = 2 * ONE_ULP
 
 
 def run(tmp_path, ep, *plans, world=None, flags="", count=5, name="plan", **more):
@@ -86,7 +89,7 @@ def test_experts_cut_by_width(tmp_path, router, dispatcher):
     uncut = run(tmp_path, 2, whole((0, 1), (2, 3)), flags=flags, name="uncut")
     pieces = cut(((3, 0, 23), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 23, 64)))
     both = run(tmp_path, 2, pieces, flags=flags)
-    assert losses(both) == pytest.approx(losses(uncut), rel=ONE_ULP)
+    assert losses(both) == pytest.approx(losses(uncut), rel=TWO_ULP)
     assert_same(logical_state(both), logical_state(uncut), WEIGHT_BOUND)
 
 

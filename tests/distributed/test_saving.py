@@ -35,15 +35,17 @@ def assert_sound(root, last):
 def fail(where, times, rank):
     """Let the disk be full `times` times where a save writes its shard, its metadata, its manifest, its tracker."""
     import torch
-    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing import core
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from hmoe_megatron.host.registry import replace
 
     if torch.distributed.get_rank() != rank:
         return
     owner, name = {
         "shard": (filesystem_async, "_write_item"),
         "metadata": (filesystem_async.FileSystemWriterAsync, "finish"),
-        "config": (serialization, "save_config"),
+        "config": (core, "save_config"),
         "directory": (directory, "begin"),
         "manifest": (manifest.Manifest, "save"),
         "rename": (directory, "publish"),
@@ -58,7 +60,7 @@ def fail(where, times, rank):
             raise OSError(errno.ENOSPC, "No space left on device")
         return stock(*args, **named)
 
-    setattr(owner, name, full)
+    replace(owner, name, full)  # also where Megatron has it by name
 
 
 @pytest.fixture(scope="module")
