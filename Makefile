@@ -18,8 +18,8 @@ venv: ## .venv with the locked packages; does nothing where it is up to date (PY
 demo: venv ## trains, resumes and samples a small HMoE on Shakespeare, and draws its report
 	@$(PY) examples/demo.py
 
-test: venv ## the whole test suite (PYTEST_ARGS="-k plan -x" narrows it)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+test: venv ## the whole test suite, on two processes (PYTEST_ARGS="-k plan -x -n 0" narrows it)
+	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 layouts: venv ## every row of docs/parallelism.md, up to 8 ranks
 	@$(PY) -m pytest -m "" tests/distributed/test_layouts.py $(PYTEST_ARGS)
@@ -38,7 +38,7 @@ bench-restart: venv ## from a killed rank to the next training step, to benchmar
 
 faults: venv ## the fault campaign, its outcome to docs/faults.md (KILLS=100: kills on two ranks, as many on four); an hour
 	@mkdir -p $(dir $(FAULTS_ROWS)); rm -f $(FAULTS_ROWS); FAULTS_ROWS=$(FAULTS_ROWS) FAULTS_KILLS=$(KILLS) OMP_NUM_THREADS=1 \
-	    $(PY) -m pytest tests/faults -m "campaign or not campaign" -p no:cacheprovider $(PYTEST_ARGS); \
+	    $(PY) -m pytest tests/faults tests/distributed/test_numeric_faults.py -m "campaign or not campaign" -p no:cacheprovider $(PYTEST_ARGS); \
 	    ended=$$?; $(PY) -m tests.faults.page $(FAULTS_ROWS) && exit $$ended
 
 doctor: ## what this machine has, what a run will use, how to mend what is broken; installs nothing

@@ -78,7 +78,7 @@ CAMPAIGN = {
     [pytest.param(*case, id=name) for name, case in CASES.items()]
     + [pytest.param(*case, id=name, marks=pytest.mark.campaign) for name, case in CAMPAIGN.items()],
 )
-def test_what_is_not_finite_ends_every_rank_with_its_cause(tmp_path, world, flags, fault, cause):
+def test_what_is_not_finite_ends_every_rank_with_its_cause(tmp_path, request, told, world, flags, fault, cause):
     plan = save_plan(tmp_path / "plan.json", *[whole((0, 3), (1, 2))] * LAYERS) if EP2 in flags else "auto"
     ranks = train(world, f"{flags} --hmoe-placement {plan} --save {tmp_path / 'run'} --save-interval 1", fault)
     assert {rank.code for rank in ranks} == {STOPPED}
@@ -86,6 +86,8 @@ def test_what_is_not_finite_ends_every_rank_with_its_cause(tmp_path, world, flag
     assert cause in errors(ranks)[0]
     saved = sorted(path.name for path in (tmp_path / "run").glob("iter_*"))
     assert saved == [f"iter_{step:07d}" for step in range(1, fault.step)]
+    told(request.node.callspec.id, 1, f"exit code {STOPPED} on all ranks; step, rank, layer and what it was are named; "
+         "checkpoints of the steps before only")  # fmt: skip
 
 
 def tensors(run, step):
@@ -96,7 +98,7 @@ def tensors(run, step):
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def test_a_nan_locks_nobody_out(tmp_path):
+def test_a_nan_locks_nobody_out(tmp_path, told):
     """Saved at step 2, NaN in step 4 at every try; then without the fault, and with its data left out."""
     run = tmp_path / "run"
     flags, resume = f"{EP2} --save {run} --save-interval 2", f"--load {run}"
@@ -113,6 +115,8 @@ def test_a_nan_locks_nobody_out(tmp_path):
     assert [(rank.code, rank.step) for rank in ranks] == [(0, 5)] * 2, "steps are counted from 0"
     assert not errors(ranks)
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "6"
+    told("NaN in logits at every try, started again on the same machine", 2,
+         f"exit code {STOPPED}, the last good checkpoint each time; with its data left out it trained on")  # fmt: skip
 
 
 @pytest.mark.campaign
@@ -140,7 +144,7 @@ class StockMachine:
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_all_tokens_on_one_expert_for_many_steps(tmp_path, dispatcher):
+def test_all_tokens_on_one_expert_for_many_steps(tmp_path, told, dispatcher):
     """100 steps: every token of both ranks goes to expert 2, so rank 0, with experts 0 and 1, computes nothing."""
     count = 100
     plan = save_plan(tmp_path / "plan.json", *[whole((0, 1), (2, 3))] * LAYERS)
@@ -151,10 +155,11 @@ def test_all_tokens_on_one_expert_for_many_steps(tmp_path, dispatcher):
     assert len(loss) == count and all(map(math.isfinite, loss))
     assert sum(loss[-10:]) < sum(loss[:10]), "it must learn"
     assert all(map(math.isfinite, ranks[0]["grad_norms"]))
+    told(f"all tokens on one expert, a rank whose experts get none for 100 steps, {dispatcher}", 1, "it trains on")
 
 
 @pytest.mark.parametrize(("count", "patience"), [(30, 20), pytest.param(1100, 1000, marks=pytest.mark.campaign)])
-def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(tmp_path, count, patience):
+def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(tmp_path, told, count, patience):
     """Its gradient is zero in every step, so are its Adam moments; it moves to another plan like the others."""
     used, run = 2, tmp_path / "run"
     idle = [expert for expert in range(EXPERTS) if expert != used]
@@ -190,3 +195,5 @@ def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(
         expected = whole_expert[:, lo:hi] if matrix == "fc1" else whole_expert[:, lo:hi].t()
         assert torch.equal(value, expected), (layer, expert, matrix, lo, hi)
     assert math.isfinite(losses(run_ranks(2, steps, flags, 1))[0])
+    told(f"experts without a token for {count} steps", len(idle) * LAYERS, "gradient zero in every step, one warning, "
+         "saved, moved to another plan, trained on")  # fmt: skip
