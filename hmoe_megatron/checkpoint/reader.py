@@ -33,8 +33,12 @@ _ALLOWED = {
 }  # fmt: skip
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of torch's checkpoint metadata and no other."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Knows the classes of torch's checkpoint metadata and no other.
+
+    Python's own unpickler, not the one in C: that one makes room for as many objects as a PUT names, and a few bytes
+    would have it fill the machine's memory.
+    """
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import random
+import resource
 
 import pytest
 import torch
@@ -190,6 +191,17 @@ def test_objects_of_the_wrong_kind(folder, alter):
     rewrite(folder, alter)
     with pytest.raises(CheckpointRefused, match=r"\.metadata: "):
         read_metadata(folder)
+
+
+def test_a_few_bytes_do_not_fill_the_memory(folder):
+    """PUT with an index of 2^31: the unpickler in C would take 32 GiB. No length in a pickle is believed either."""
+    texts = (b"Nr\xff\xff\xff\x7f.", b"\x8e" + b"\xff" * 7 + b"\x0fx.", b"\x95" + b"\x7f" * 8 + b"N.")
+    for text in texts:
+        (folder / ".metadata").write_bytes(b"\x80\x04" + text)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(CheckpointRefused, match=r"\.metadata: "):
+            read_metadata(folder)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "KiB"
 
 
 def test_damaged_metadata_raises_nothing_but_a_refusal(folder):
