@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def write_or_raise(stock, *args, **named):
     """Megatron's write_preloaded_data: the error that it returns is raised, else Megatron tells only its class."""
     output = stock(*args, **named)
     if output is not None and isinstance(output[1], Exception):
+        # The error and the frames that it left hold each other, and a buffer of a BytesIO: CPython 3.12.1 dies by
+        # SIGSEGV when it collects such a cycle (bytesiobuf_releasebuffer).
+        traceback.clear_frames(output[1].__traceback__)
         raise output[1]
     return output
 
