@@ -32,15 +32,6 @@ def fingerprint(request: dict) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def file_hashes(*paths: str | None) -> dict[str, str]:
-    """{name: SHA-256} of files and of the files of folders; what is no path on this disk is left out."""
-    hashes = {}
-    for root in (Path(path) for path in paths if path and os.path.exists(path)):
-        files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
-        hashes |= {str(file.relative_to(root.parent)): sha256_file(file) for file in files}
-    return hashes
-
-
 def is_published(prefix: str, keys: list[str], request: dict) -> bool:
     """Whether the data sets are there, whole, made by this request. Raises ValueError if others are."""
     names = [data_set_name(prefix, key) for key in keys]
