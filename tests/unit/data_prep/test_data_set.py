@@ -24,12 +24,11 @@ def data(sp_model, tmp_path) -> DataSet:
 
 
 def run_args(data, model, **changed):
-    fields = dict(
-        data_path=[data.prefix], train_data_path=None, valid_data_path=None, test_data_path=None, data_args_path=None,
-        per_split_data_args_path=None, split="1,0,0", mock_data=False, tokenizer_type="SentencePieceTokenizer",
-        tokenizer_model=str(model), vocab_file=None, merge_file=None, multiple_validation_sets=False,
-    )  # fmt: skip
-    return argparse.Namespace(**fields | changed)
+    unset = """train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path vocab_file
+               merge_file""".split()
+    fields = {"data_path": [data.prefix], "split": "1,0,0", "mock_data": False, "multiple_validation_sets": False,
+              "tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model)}  # fmt: skip
+    return argparse.Namespace(**dict.fromkeys(unset) | fields | changed)
 
 
 def test_dtypes_are_megatrons():
@@ -45,7 +44,8 @@ def test_a_sound_data_set_passes(data, sp_model):
     for rank in range(2):
         data_checks.verify_data(args, rank, 2)
     data.check_structure()
-    assert [read_document(data, n).tolist() for n in range(60)] == read_data_set(data.prefix.removesuffix("_text_document"))
+    documents = read_data_set(data.prefix.removesuffix("_text_document"))
+    assert [read_document(data, number).tolist() for number in range(60)] == documents
 
 
 def test_without_a_sidecar_lengths_are_checked_and_hashes_are_asked_for(data, sp_model, tmp_path):
@@ -70,7 +70,7 @@ DAMAGE = {
     "no .bin": (lambda data: data.bin.unlink(), "No such file"),
     "another dtype": (lambda data: flip(data.idx, 17), "dtype 9"),
     "a sidecar of another": (lambda data: DataSet(data.prefix) and _edit(data, outputs={}), "says nothing of"),
-    "a sidecar that is no JSON": (lambda data: data.bin.with_suffix(".json").write_text("{"), "out_text_document.json:"),
+    "a sidecar that is no JSON": (lambda data: data.bin.with_suffix(".json").write_text("{"), "document.json:"),
 }
 ONLY_HASHED = {
     "a bit of the .bin": (lambda data: flip(data.bin, 100), "out_text_document.bin: is altered"),
