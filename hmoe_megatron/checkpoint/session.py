@@ -27,7 +27,7 @@ def _rank() -> int:
 
 
 def _wait_for_tidying(root: Path) -> None:
-    """Until rank 0 has put back what a killed run was replacing: before that another rank finds nothing in its place."""
+    """Until rank 0 has put back what a killed run was replacing; before that nothing is in its place."""
     end_s = time.monotonic() + TIDY_S
     while directory.has_replaced(root) and time.monotonic() < end_s:
         time.sleep(0.05)
