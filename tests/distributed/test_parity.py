@@ -38,8 +38,10 @@ def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("scaling", ["", "--tensor-model-parallel-size 2 --sequence-parallel "
-                                     "--expert-tensor-parallel-size 1", *rarely("--calculate-per-token-loss")])  # fmt: skip
+@pytest.mark.parametrize("scaling", [
+    "", "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+    *rarely("--calculate-per-token-loss"),
+])  # fmt: skip
 @pytest.mark.parametrize("loss", ["p-penalty", *rarely("load-balance")])
 def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss, scaling):
     """Also in its scaling by micro-batches, tokens, and tensor-parallel ranks that share a sequence."""

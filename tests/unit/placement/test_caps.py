@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.cases import under_caps
 from hmoe_megatron.placement import (
-from tests.rows import rarely
     CostModel,
     InfeasiblePlan,
     Rank,
@@ -18,6 +17,7 @@ from tests.rows import rarely
     solver,
     validate_pieces,
 )
+from tests.rows import rarely
 
 CHUNK = 200
 COST = CostModel(hidden_size=64)
