@@ -19,7 +19,7 @@ demo: venv ## trains, resumes and samples a small HMoE on Shakespeare, and draws
 	@$(PY) examples/demo.py
 
 test: venv ## the whole test suite, on two processes (PYTEST_ARGS="-k plan -x -n 0" narrows it)
-	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 campaign: venv ## what is too long for `make test`: more seeds, rows and whole commands; two hours
 	@$(PY) -m pytest -m campaign $(PYTEST_ARGS)
