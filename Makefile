@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test layouts lint bench-planner bench-planner-real bench-restart faults doctor lock clean
+.PHONY: help venv demo test campaign layouts lint bench-planner bench-planner-real bench-restart faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
@@ -19,7 +19,10 @@ demo: venv ## trains, resumes and samples a small HMoE on Shakespeare, and draws
 	@$(PY) examples/demo.py
 
 test: venv ## the whole test suite, on two processes (PYTEST_ARGS="-k plan -x -n 0" narrows it)
-	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+campaign: venv ## what is too long for `make test`: more seeds, rows and whole commands; two hours
+	@$(PY) -m pytest -m campaign $(PYTEST_ARGS)
 
 layouts: venv ## every row of docs/parallelism.md, up to 8 ranks
 	@$(PY) -m pytest -m "" tests/distributed/test_layouts.py $(PYTEST_ARGS)

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+import time
 from pathlib import Path
 
 import hmoe_megatron
@@ -18,6 +19,18 @@ from hmoe_megatron.layout import ExpertLayout
 _LAYOUT = ("world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
            "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
            "use_distributed_optimizer").split()  # fmt: skip
+TIDY_S = 60.0  # by which rank 0 may start later than another rank
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _wait_for_tidying(root: Path) -> None:
+    """Until rank 0 has put back what a killed run was replacing; before that nothing is in its place."""
+    end_s = time.monotonic() + TIDY_S
+    while directory.has_replaced(root) and time.monotonic() < end_s:
+        time.sleep(0.05)
 
 
 class Checkpoints:
@@ -29,19 +42,31 @@ class Checkpoints:
         self._lock = None
 
     @property
+    def _loads_what_it_saves(self) -> bool:
+        args = self.args
+        return bool(args.load and args.save and Path(args.load).absolute() == Path(args.save).absolute())
+
+    @property
     def may_be_new(self) -> bool:
         """Whether the run may start anew where --load holds nothing: it does where it is to save there itself."""
-        args = self.args
-        return bool(args.load and args.save and not args.exit_on_missing_checkpoint
-                    and Path(args.load).absolute() == Path(args.save).absolute())  # fmt: skip
+        return self._loads_what_it_saves and not self.args.exit_on_missing_checkpoint
 
     def prepare(self) -> None:
         """Before any process group: lock and tidy --save (rank 0), find what --load names, compare its settings.
 
         Raises CheckpointRefused, DirectoryInUse, or ValueError for a --save that can't be written to.
         """
-        if self.args.save and int(os.environ.get("RANK", "0")) == 0:
+        if self.args.save and _rank() == 0:
             self._take(Path(self.args.save))
+        try:
+            self._check()
+        except CheckpointRefused:
+            if _rank() == 0 or not self._loads_what_it_saves:
+                raise
+            _wait_for_tidying(Path(self.args.save))
+            self._check()
+
+    def _check(self) -> None:
         found = self.find()
         if found:
             self._compare(found[1])
@@ -90,7 +115,7 @@ class Checkpoints:
         if refused:
             raise CheckpointRefused(f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
                                     "that saved it (another plan, layout or number of ranks is no difference)")
-        if told and int(os.environ.get("RANK", "0")) == 0:
+        if told and _rank() == 0:
             print(f" goes on with other settings: {'; '.join(told)}", flush=True)
 
     def manifest(self, iteration: int, files: dict) -> Manifest:

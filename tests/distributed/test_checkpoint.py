@@ -7,6 +7,7 @@ from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plans import MODEL, TOPP
 from tests.distributed.training_run import LAYERS, TINY, build, logical_state, losses, steps
+from tests.rows import mostly_rarely
 
 CUT = cut(((3, 0, 24), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 24, 64)))
 OTHER_CUT = cut(((3, 0, 64), (2, 30, 48)), ((0, 0, 16), (1, 0, 32), (2, 0, 30)))
@@ -23,6 +24,7 @@ TARGETS = {
         "--expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall"),
     "pipeline parallel": (4, CUT, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
 }  # fmt: skip
+SUITE = ("the same", "other cuts", "tensor and expert-tensor parallel")
 BIAS = (
     "--moe-router-enable-expert-bias --moe-router-score-function sigmoid --moe-router-load-balancing-type none "
     "--hmoe-p-penalty-coeff 0"
@@ -55,7 +57,7 @@ def saved(request, tmp_path_factory):
     return request.param, folder / "checkpoint", ranks, losses(ranks)[2:]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", mostly_rarely(TARGETS, SUITE))
 def test_any_plan_loads_any_other(saved, target, tmp_path):
     run, checkpoint, before, expected = saved
     world, pieces, layout = TARGETS[target]

@@ -5,6 +5,7 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import EQUAL, ONE_ULP, STOCK, UNCLIPPED, logical_state, losses, steps
+from tests.rows import rarely
 
 # Megatron and we form the same fp32 sums in another order; the loss passes five Adam steps.
 AUX_LOSS_BOUND = 2e-5
@@ -37,9 +38,11 @@ def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("scaling", ["", "--calculate-per-token-loss", "--tensor-model-parallel-size 2 "
-                                     "--sequence-parallel --expert-tensor-parallel-size 1"])  # fmt: skip
-@pytest.mark.parametrize("loss", ["p-penalty", "load-balance"])
+@pytest.mark.parametrize("scaling", [
+    "", "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+    *rarely("--calculate-per-token-loss"),
+])  # fmt: skip
+@pytest.mark.parametrize("loss", ["p-penalty", *rarely("load-balance")])
 def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss, scaling):
     """Also in its scaling by micro-batches, tokens, and tensor-parallel ranks that share a sequence."""
     layout = f"--expert-model-parallel-size 2 {scaling}"

@@ -103,6 +103,7 @@ def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
     assert losses.y.tolist() == expected.y[3:].tolist()
 
 
+@pytest.mark.campaign
 def test_asynchronous_saves_equal_synchronous_ones(data, whole_run, tmp_path):
     """Written by a worker beside the training loop, which imports the entry point again and ends with its rank."""
     run, _ = whole_run
@@ -134,6 +135,7 @@ def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
     assert (tmp_path / "text").read_text() == text, "the same seed must give the same text"
 
 
+@pytest.mark.campaign
 def test_a_killed_run_starts_again_from_its_last_checkpoint(data, tmp_path):
     run = tmp_path / "killed"
     launcher = subprocess.Popen(torchrun(*flags(data, run, 200, "--load", run)), cwd=ROOT,

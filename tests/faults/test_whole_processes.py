@@ -33,6 +33,7 @@ def wait_for(path, launcher):
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_two_runs_into_one_directory_then_sigterm(tmp_path, told):
     root = tmp_path / "run"
     first = start(root, tmp_path / "first.log")

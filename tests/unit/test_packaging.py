@@ -275,7 +275,7 @@ def test_no_python_stops_make_with_the_message(tree, tools):
 def test_make_test_and_demo_set_up_and_run(tree):
     make, _, _ = tree
     done, calls = make("test", "PYTEST_ARGS=-k plan")
-    assert "ran -m pytest -n 2 --dist loadfile -k plan" in done.stdout and len(calls) == 2
+    assert "ran -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k plan" in done.stdout and len(calls) == 2
     done, calls = make("demo")
     assert "ran examples/demo.py" in done.stdout and calls == []
 
@@ -297,5 +297,5 @@ def test_ci_lints_and_then_runs_the_tests(tree, tools, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == ["ran -m ruff check .", "ran -m pytest -n 2 --dist loadfile"]
+    assert ran == ["ran -m ruff check .", "ran -m pytest -n 2 --dist loadfile --no-loadscope-reorder"]
     assert os.access(ROOT / ".ci/run", os.X_OK)

@@ -237,7 +237,7 @@ def test_the_picture(capsys, tmp_path, words):
     ([*MODEL, "--moe-layer-freq", "[" * 100_000], "give a number or a list of 0 and 1"),
     ([*MODEL, "--hmoe-placement", "contiguous"], "--hmoe-placement: not a flag"),
     ([*MODEL, "--output", "/tmp"], "/tmp: a directory"),
-    ([*MODEL, "--output", "/tmp/x", "--plot", "/tmp/x"], "give two files"),
+    ([*MODEL, "--output", "same.file", "--plot", "same.file"], "give two files"),
     ([*MODEL, "--layer", "3"], "--layer 3: the plan has layers 0-2"),
     ([*MODEL, "--output", "/nowhere/plan.json"], "there is no directory /nowhere"),
     ([*MODEL, "--old-plan", "/nowhere/plan.json"], "/nowhere/plan.json"),

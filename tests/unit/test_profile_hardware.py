@@ -203,4 +203,5 @@ def test_the_tool_on_this_machine(tmp_path, capsys):
     assert profile.intra_node_bytes_per_s is profile.inter_node_bytes_per_s is None
     cost = CostModel(profile, hidden_size=256)
     plan = plan_layer([100.0] * 8, range(36, 100, 8), nodes_of(1, 4), cost)
-    assert 0 < plan.predicted.bound <= max(plan.predicted.time) < 1 and cost.unit == "s"
+    slowest = max(plan.predicted.time)  # equal to the bound up to rounding where the plan is optimal
+    assert 0 < plan.predicted.bound <= slowest * (1 + 1e-9) < 1 and cost.unit == "s"

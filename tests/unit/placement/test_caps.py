@@ -17,14 +17,15 @@ from hmoe_megatron.placement import (
     solver,
     validate_pieces,
 )
+from tests.rows import rarely
 
 CHUNK = 200
 COST = CostModel(hidden_size=64)
 
 
-@pytest.mark.parametrize("first", range(0, 2000, CHUNK))
+@pytest.mark.parametrize("first", [0, CHUNK, *rarely(*range(2 * CHUNK, 2000, CHUNK))])
 def test_no_cap_is_broken_and_none_that_can_be_kept_is_given_up(first):
-    """2,000 layers whose caps some placement keeps; `make bench-planner CASES=100000` draws more."""
+    """400 layers whose caps some placement keeps, 2,000 in the campaign, 100,000 by `make bench-planner`."""
     found = Counter(map(under_caps, range(first, first + CHUNK)))
     assert found["broken"] == found["missed"] == 0 and found["kept"] >= 0.98 * CHUNK
 

@@ -1,0 +1,55 @@
+"""Ranks that look for a checkpoint while rank 0 tidies what a killed run left."""
+
+import argparse
+import threading
+import time
+
+import pytest
+
+from hmoe_megatron.checkpoint import directory
+from hmoe_megatron.checkpoint.session import Checkpoints
+from hmoe_megatron.exits import CheckpointRefused
+
+
+@pytest.fixture
+def second_rank(tmp_path, monkeypatch):
+    """The checkpoints of a run in tmp_path, as rank 1 sees them; of a checkpoint only its manifest is looked at."""
+    monkeypatch.setenv("RANK", "1")
+
+    def compare(self, path):
+        if not (path / directory.MANIFEST_FILE).is_file():
+            raise CheckpointRefused(f"{path}: no manifest")
+
+    monkeypatch.setattr(Checkpoints, "_compare", compare)
+    monkeypatch.setattr("hmoe_megatron.checkpoint.settings.model_settings", lambda *_: {})
+    args = argparse.Namespace(save=str(tmp_path), load=str(tmp_path), ckpt_step=None, pretrained_checkpoint=None,
+                              exit_on_missing_checkpoint=False)  # fmt: skip
+    return Checkpoints(args, argparse.Namespace(plan=None, settings=None, widths=()))
+
+
+def cut_off(root, in_the_way: bool):
+    """What a run leaves that is killed between the two renames by which iteration 4 is replaced."""
+    replaced = root / ".iter_0000004.replaced"
+    replaced.mkdir()
+    (replaced / directory.MANIFEST_FILE).write_text("old")
+    if in_the_way:
+        directory.checkpoint_path(root, 4).mkdir()
+    directory.write_tracker(root, 4)
+
+
+@pytest.mark.parametrize("in_the_way", [False, True])
+def test_a_rank_waits_until_the_first_has_put_a_checkpoint_back(in_the_way, second_rank, tmp_path):
+    cut_off(tmp_path, in_the_way)
+    first = threading.Timer(0.3, directory.tidy, [tmp_path])
+    first.start()
+    second_rank.prepare()
+    first.join()
+    assert directory.complete_iterations(tmp_path) == [4]
+
+
+def test_a_rank_does_not_wait_where_nothing_is_to_be_put_back(second_rank, tmp_path):
+    directory.write_tracker(tmp_path, 4)
+    started_s = time.monotonic()
+    with pytest.raises(CheckpointRefused, match="iter_0000004: missing"):
+        second_rank.prepare()
+    assert time.monotonic() - started_s < 5
