@@ -1,4 +1,4 @@
-"""Texts to documents, and which of them are held out."""
+"""Bytes to text, texts to documents, and which of them are held out."""
 
 import hashlib
 import re
@@ -10,6 +10,14 @@ HELD_OUT_PERCENT = 5
 def is_held_out(text: str) -> bool:
     """Depends on the document's text only, so it stays the same when others come or go."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 100 < HELD_OUT_PERCENT
+
+
+def decode(data: bytes) -> str:
+    """UTF-8, else what was usual before it: GCIDE has a byte of that."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
 
 
 def pack(pieces: Iterable[str], max_chars: int) -> list[str]:

@@ -13,9 +13,9 @@ from hmoe_megatron.corpora.archive import Archive
 from hmoe_megatron.corpora.benchmarks_eval import ARCHIVE as EVALUATION
 from hmoe_megatron.corpora.benchmarks_eval import items
 from hmoe_megatron.corpora.corpus import Content, Corpus, Document, split
-from hmoe_megatron.corpora.cut import cut_page, pack
+from hmoe_megatron.corpora.cut import cut_page, decode, pack
 from hmoe_megatron.corpora.dictionary import entries
-from hmoe_megatron.corpora.html_text import decode_page, html_text
+from hmoe_megatron.corpora.html_text import html_text
 from hmoe_megatron.corpora.manual_text import manual_text
 from hmoe_megatron.corpora.members import gunzip, tar_members
 from hmoe_megatron.corpora.near_duplicates import NearDuplicates
@@ -61,10 +61,10 @@ def pages(name: str, archive: Path) -> Iterator[tuple[str, str]]:
     """(name of the page, its text) of a package of HTML or manual pages."""
     if name == "perl-doc":
         for page, data in tar_members(archive, MANUAL_PAGE):
-            yield page, manual_text(gunzip(page, data).decode())
+            yield page, manual_text(decode(gunzip(page, data)))
         return
     for page, data in tar_members(archive, re.compile(r"\./usr/share/doc/" + HTML_PAGES[name])):
-        yield page, html_text(decode_page(data))
+        yield page, html_text(decode(data))
 
 
 def dictionary(archive: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 import re
 
+from hmoe_megatron.corpora.cut import decode
+
 BASE64 = {letter: value for value, letter in enumerate(
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}  # fmt: skip
 REFERENCE = re.compile(r"\{([^{}]{1,80})\}")  # dictd's mark of another headword
@@ -32,6 +34,6 @@ def entries(index: str, text: bytes) -> list[str]:
             places.add((start, end))
     found = []
     for start, end in sorted(places):
-        entry = REFERENCE.sub(r"\1", text[start:end].decode("utf-8"))
+        entry = REFERENCE.sub(r"\1", decode(text[start:end]))
         found.append(SENSE_SOURCE.sub("", entry).strip())
     return [entry for entry in found if entry]

@@ -89,14 +89,6 @@ class TextExtractor(HTMLParser):
         self.newlines, self.mark = 0, ""
 
 
-def decode_page(page: bytes) -> str:
-    """UTF-8, else what browsers take pages for that say no charset, or a wrong one."""
-    try:
-        return page.decode()
-    except UnicodeDecodeError:
-        return page.decode("cp1252", errors="replace")
-
-
 def html_text(html: str) -> str:
     """Text of the element with role="main", else of the body. No white space at its ends or the ends of its lines."""
     start = MAIN.search(html) or BODY.search(html)
