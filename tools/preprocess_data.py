@@ -24,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.data_prep.publish import is_output
 from hmoe_megatron.data_prep.runs import run_alone, run_under_mpi
 from hmoe_megatron.data_prep.sources import SAMPLE_BY, Source, find_sources
 from hmoe_megatron.launch.mpi import process_of, start_mpi
@@ -35,7 +36,7 @@ MAX_SHARDS = 9999
 
 def check_flags(args: argparse.Namespace, megatron_flags: list[str]) -> list[Source]:
     """The inputs. Raises ValueError for what can be seen to be wrong before Megatron is imported."""
-    sources = find_sources(args.input, args.sample_by)
+    sources = find_sources(args.input, args.sample_by, lambda p: is_output(p, args.output_prefix, args.json_keys))
     if megatron_flags and not megatron_flags[0].startswith("--"):
         raise ValueError(f"{megatron_flags[0]}: belongs to no flag; give files as --input FILE...")
     if args.workers < 1:

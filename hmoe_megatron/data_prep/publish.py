@@ -24,6 +24,12 @@ def data_set_name(prefix: str | Path, key: str) -> Path:
     return prefix.with_name(f"{prefix.name}_{key}_document")
 
 
+def is_output(path: str | Path, prefix: str | Path, keys: list[str]) -> bool:
+    """Whether a run of this prefix and these keys makes that file."""
+    names = [f"{data_set_name(prefix, key)}{suffix}" for key in keys for suffix in (".bin", ".idx", ".json")]
+    return os.path.abspath(path) in map(os.path.abspath, [*names, quarantine_path(prefix)])
+
+
 def quarantine_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.quarantine.jsonl")
 

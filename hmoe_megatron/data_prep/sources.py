@@ -8,7 +8,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +67,15 @@ class Block(NamedTuple):
     is_cut: bool = False
 
 
-def find_sources(patterns: Sequence[str], sample_by: str = "document") -> list[Source]:
-    """The files of --input in the order given, those of a pattern sorted by name. Raises ValueError."""
+def find_sources(patterns: Sequence[str], sample_by: str = "document", made: Callable[[str], bool] = lambda _: False,
+                 ) -> list[Source]:  # fmt: skip
+    """The files of --input in the order given, those of a pattern sorted by name. made: which of a pattern are what
+    this very command makes, and no input. Raises ValueError."""
     paths = []
     for pattern in patterns:
-        found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [pattern]
+        if not os.path.lexists(pattern):
+            found = sorted(path for path in glob.glob(pattern, recursive=True) if not made(path))
         if not found:
             raise ValueError(f"--input {pattern}: no such file; give the path of a file or a pattern in quotes")
         paths += found
