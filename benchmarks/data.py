@@ -107,7 +107,7 @@ def run_all(corpus: Path, folder: Path, kind: str, model: Path, datatrove_dir: P
         for way, command in ways.items():
             if way == "datatrove's stage" and workers > 1:
                 continue  # one file is one task
-            output = folder / f"{way[:4]}-{workers}"
+            output = folder / f"{kind}-{way[:4]}-{workers}"
             wall_s, cpu_s, peak_mb = measured(command(corpus, output, kind, model, workers), environment)
             file = token_file(output)
             tokens = file.stat().st_size // np.dtype(np.uint16).itemsize  # VOCAB_SIZE is below 65,500

@@ -68,13 +68,8 @@ class Encoder:
         self.stock = megatron_way(self.tokenizer)
         self.way_name, self.way = "Megatron's tokenizer, text by text", self.stock
         if sample is not None:
-            self.way_name, self.way = find_way(self.tokenizer, [text for text in sample if self._is_encodable(text)])
-
-    def _is_encodable(self, text: str) -> bool:
-        try:
-            return len(self.stock([text])[0]) > 0
-        except Exception:
-            return False
+            self.way_name, self.way = find_way(self.tokenizer, sample)
+        self.about = {"vocab_size": self.vocab_size, "eod_id": self.eod_id, "dtype": self.dtype.__name__}
 
     def encode(self, block: Block, kind: str) -> Encoded:
         """kind: of the block's source. Raises ValueError if the faster way fails its spot check."""

@@ -36,6 +36,7 @@ def fill(shard: Shard, spans: list[Span], encoder: Encoder, encoder_args: tuple,
          max_bad_records: int | None, is_quiet: bool = False) -> None:  # fmt: skip
     """Encodes what of `spans` is not in `shard` yet. Raises ValueError for a record that the policy does not let pass;
     what stands before its block is kept, so the work can go on under another policy."""
+    shard.progress.tokenizer = encoder.about
     results = encode_in_order(_blocks(shard, spans, encoder), encoder, encoder_args, workers)
     ends = [0]
     for span in spans:

@@ -10,6 +10,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from hmoe_megatron.data_prep.index import write_index
 from hmoe_megatron.data_prep.shard import QUARANTINE, Shard
 from hmoe_megatron.files import sha256_file, write_whole
@@ -58,11 +60,11 @@ def is_published(prefix: str, keys: list[str], request: dict) -> bool:
     return len(existing) == len(names)
 
 
-def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict, about: dict, dtype: type) -> dict:
+def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict) -> dict:
     """Joins the finished shards, in their order, under the final names, the .idx last; removes their folders.
 
-    request: all that decides the bytes, with hashes of the inputs; about: what else the sidecar says. Returns the
-    counts. Killed on the way and called again it ends the same.
+    request: all that decides the bytes, with hashes of the inputs. Returns the counts. Killed on the way and called
+    again it ends the same.
     """
     counts = {
         "records": sum(shard.progress.records for shard in shards),
@@ -78,9 +80,9 @@ def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict, ab
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         for number, key in enumerate(keys):
-            _build(building, data_set_name(prefix, key).name, number, shards, dtype,
-                   {"schema": SCHEMA, "fingerprint": fingerprint(request), "json_key": key, "request": request, **about,
-                    "dtype": dtype.__name__, "counts": {**counts, "tokens": counts["tokens"][number]},
+            _build(building, data_set_name(prefix, key).name, number, shards,
+                   {"schema": SCHEMA, "fingerprint": fingerprint(request), "json_key": key, "request": request,
+                    **shards[0].progress.tokenizer, "counts": {**counts, "tokens": counts["tokens"][number]},
                     "versions": _versions()})  # fmt: skip
         _join([shard.folder / QUARANTINE for shard in shards], building / quarantine_path(prefix).name)
         for path in building.iterdir():
@@ -97,7 +99,8 @@ def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict, ab
     return counts
 
 
-def _build(folder: Path, name: str, number: int, shards: list[Shard], dtype: type, sidecar: dict) -> None:
+def _build(folder: Path, name: str, number: int, shards: list[Shard], sidecar: dict) -> None:
+    dtype = np.dtype(sidecar["dtype"]).type
     lengths = [shard.folder / f"{number}.lengths" for shard in shards]
     documents, tokens = write_index(folder / f"{name}.idx", lengths, dtype)
     assert (documents, tokens) == (sidecar["counts"]["documents"], sidecar["counts"]["tokens"]), "counts differ"

@@ -118,10 +118,7 @@ class Run:
                 raise ValueError(f"--input {' '.join(args.input)}: no document in "
                                  f"{sum(shard.progress.records for shard in opened)} records ({listing(bad)}); "
                                  f"remove {opened[0].folder} to start again")  # fmt: skip
-            encoder = Encoder(self.tokenizer_args, args.json_keys, args.append_eod, args.max_doc_bytes, None)
-            about = {"vocab_size": encoder.vocab_size, "eod_id": encoder.eod_id}
-            counts = publish(args.output_prefix, args.json_keys, opened, published_request(self.request, args), about,
-                             encoder.dtype)  # fmt: skip
+            counts = publish(args.output_prefix, args.json_keys, opened, published_request(self.request, args))
         for key, tokens in zip(args.json_keys, counts["tokens"], strict=True):
             print(f"{data_set_name(args.output_prefix, key)}: {counts['documents']:,} documents, {tokens:,} tokens")
         kept = quarantine_path(args.output_prefix)

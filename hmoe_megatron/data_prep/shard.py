@@ -23,7 +23,7 @@ STATE, QUARANTINE = "state.json", "quarantine.jsonl"
 @dataclass
 class Progress:
     """What is committed. span, offset: the next record is there (None: at the span's start); line: how many the span
-    had before; tokens: a key; bytes: of each file."""
+    had before; tokens: a key; bytes: of each file; tokenizer: what the sidecar says of it."""
 
     span: int = 0
     offset: int | None = None
@@ -33,6 +33,7 @@ class Progress:
     tokens: list[int] = field(default_factory=list)
     bad: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
+    tokenizer: dict = field(default_factory=dict)
     is_done: bool = False
 
 
