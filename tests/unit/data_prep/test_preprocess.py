@@ -399,3 +399,18 @@ def test_megatron_loads_the_tokenizer_and_its_special_ids(sp_model):
     assert tokenizer.vocab_size == SP_VOCAB_SIZE
     text = " two  spaces\n\nand lines "
     assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_the_benchmarks_stock_way_makes_the_same_files(bpe_folder, tmp_path):
+    from benchmarks import stock_preprocess
+    from benchmarks.data import Run, table
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(200))
+    assert preprocess(corpus, prefix=tmp_path / "out", model=bpe_folder, flags=("--append-eod",)) == 0
+    stock_preprocess.main(str(corpus), str(tmp_path / "stock"), "HuggingFaceTokenizer", str(bpe_folder), 2)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"out_text_document.{suffix}").read_bytes() == (tmp_path / f"stock.{suffix}").read_bytes()
+    runs = [Run("this tool", 1, 2.0, 1.0, 10.0, 4_000_000, ""), Run("Megatron's way", 1, 10.0, 9.0, 9.0, 4_000_000, "")]
+    rows = table(runs, {"this tool": 1.0}).splitlines()
+    assert rows[2] == "| this tool | 1 | 2.0 | 2.00 | 4.00 | 1.0 | 10 | 5.00 |"
+    assert rows[3] == "| Megatron's way | 1 | 10.0 | 0.40 |  | 9.0 | 9 | 1.00 |"
