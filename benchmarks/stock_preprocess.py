@@ -3,6 +3,7 @@
 python -m benchmarks.stock_preprocess INPUT.jsonl OUTPUT TOKENIZER_TYPE TOKENIZER_MODEL WORKERS. For benchmarks/data.py.
 """
 
+import argparse
 import json
 import multiprocessing
 import sys
@@ -20,11 +21,9 @@ def tokenizer(kind: str, model: str):
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
-    from tools.preprocess_data import parse_flags
 
-    args, rest = parse_flags(["--input", "-", "--output-prefix", "-", "--tokenizer-type", kind,
-                              "--tokenizer-model", model])  # fmt: skip
-    return build_tokenizer(megatron_tokenizer_args(args, rest))
+    args = argparse.Namespace(tokenizer_type=kind, tokenizer_model=model, vocab_file=None, merge_file=None)
+    return build_tokenizer(megatron_tokenizer_args(args, []))
 
 
 def _encode(line: str) -> list[int]:

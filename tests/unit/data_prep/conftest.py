@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from hmoe_megatron.data_prep import sources
-from tests.unit.data_prep.tools import SP_VOCAB_SIZE, make_texts, write_jsonl
+from tests.unit.data_prep.calls import SP_VOCAB_SIZE, make_texts, write_jsonl
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,7 @@ import pytest
 from hmoe_megatron import data_checks
 from hmoe_megatron.data_prep.data_set import DTYPES, HEADER, DataSet
 from hmoe_megatron.data_prep.inspection import bin_edges, read_document
-from tests.unit.data_prep.tools import ROOT, make_texts, preprocess, read_data_set, write_jsonl
+from tests.unit.data_prep.calls import ROOT, make_texts, preprocess, read_data_set, write_jsonl
 
 sys.path.insert(0, str(ROOT / "tools"))
 import inspect_data  # noqa: E402

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hmoe_megatron.data_prep import fast_encoding
 from hmoe_megatron.data_prep.encoding import Encoder
 from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
+from tests.unit.data_prep.calls import argv_of, make_texts, preprocess_data
 from tests.unit.data_prep.conftest import make_bpe
-from tests.unit.data_prep.tools import argv_of, make_texts, preprocess_data
 
 TEXTS = [*make_texts(50), "ünï 😀\u2028\n", "<s> </s> <|endoftext|> a", "  two  spaces\t\n\n", "İ ﬁ é e\u0301",
          "\x00\x01", "a"]  # fmt: skip

@@ -14,7 +14,7 @@ from hmoe_megatron.data_prep import encoding
 from hmoe_megatron.data_prep.index import write_index
 from hmoe_megatron.data_prep.records import BadRecord, parse_record
 from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
-from tests.unit.data_prep.tools import (
+from tests.unit.data_prep.calls import (
     EOD_ID,
     SP_VOCAB_SIZE,
     argv_of,
