@@ -36,7 +36,7 @@ def summarise(data: DataSet, sidecar: dict | None) -> Summary:
     if not data.bin.stat().st_size:
         raise ValueError(f"{data.bin}: holds no token; {AGAIN}")
     lowest, highest = _range_of_ids(data, dtype)
-    edges = bin_edges(int(lengths.max()))
+    edges = bin_edges(int(lengths.min()), int(lengths.max()))
     counts, _ = np.histogram(lengths, bins=[*edges, edges[-1] + 1])
     summary = Summary(
         documents=borders - 1, sequences=sequences, tokens=int(lengths.sum(dtype=np.int64)), dtype=dtype,
@@ -49,10 +49,10 @@ def summarise(data: DataSet, sidecar: dict | None) -> Summary:
     return summary
 
 
-def bin_edges(longest: int) -> list[int]:
-    """From 0 to beyond the longest, each about the same factor apart."""
-    grown = np.geomspace(1, longest + 1, BINS + 1)
-    return sorted({0, *(int(round(edge)) for edge in grown[1:-1]), longest + 1})
+def bin_edges(shortest: int, longest: int) -> list[int]:
+    """From the shortest to beyond the longest, each about the same factor apart."""
+    grown = np.geomspace(max(shortest, 1), longest + 1, BINS + 1)
+    return sorted({shortest, *(int(round(edge)) for edge in grown[1:-1]), longest + 1})
 
 
 def _range_of_ids(data: DataSet, dtype: type) -> tuple[int, int]:

@@ -149,7 +149,11 @@ def test_inspection_of_a_data_set_without_sidecar_shows_ids(data, tmp_path, caps
 
 
 @pytest.mark.parametrize("longest", [0, 1, 2, 5, 100, 10**6])
-def test_bins_hold_every_length(longest):
-    edges = bin_edges(longest)
-    counts, _ = np.histogram(np.arange(min(longest, 10_000) + 1), bins=[*edges, edges[-1] + 1])
-    assert edges[0] == 0 and edges[-1] == longest + 1 and counts.sum() == min(longest, 10_000) + 1
+@pytest.mark.parametrize("shortest", [0, 1, 90])
+def test_bins_hold_every_length(shortest, longest):
+    longest = max(shortest, longest)
+    edges = bin_edges(shortest, longest)
+    lengths = np.arange(shortest, min(longest, 10_000) + 1)
+    counts, _ = np.histogram(lengths, bins=[*edges, edges[-1] + 1])
+    assert edges[0] == shortest and edges[-1] == longest + 1 and counts.sum() == len(lengths)
+    assert edges == sorted(set(edges))
