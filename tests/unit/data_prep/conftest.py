@@ -7,8 +7,9 @@ from tests.unit.data_prep.calls import SP_VOCAB_SIZE, make_texts, write_jsonl
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:  # pytest's threads are idle
-        item.add_marker(pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"))
+    for item in items:  # of the whole session
+        if Path(__file__).parent in item.path.parents:  # pytest's threads are idle
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"))
 
 
 @pytest.fixture(scope="session")
