@@ -62,15 +62,16 @@ class Run:
         self.tokenizer_args = megatron_tokenizer_args(args, megatron_flags)
         self.request = request_of(args, megatron_flags, self.sources)
 
-    def is_done(self) -> bool:
-        """Whether this very command has made the data sets, whole; removes what it left of its work."""
+    def is_done(self, shards: int = 1) -> bool:
+        """Whether this very command has made the data sets, whole; removes what it left of the shards."""
         args = self.args
         if not any(Path(f"{data_set_name(args.output_prefix, key)}.idx").exists() for key in args.json_keys):
             return False
         if not is_published(args.output_prefix, args.json_keys, published_request(self.request, args)):
             return False
-        if folder_of(args.output_prefix).exists():
-            self.open_shard(0, 1).remove()
+        for number in range(shards):
+            if folder_of(args.output_prefix, number, shards).exists():
+                self.open_shard(number, shards).remove()
         print(f"{args.output_prefix}: made by this very command before, whole; nothing done")
         return True
 
@@ -86,12 +87,12 @@ class Run:
         is_quiet = number > 0
         if shard.is_resumed and not is_quiet:
             print(f"going on after {shard.progress.records:,} records that are done")
-        encoder_args = (self.tokenizer_args, args.json_keys, args.append_eod, args.max_doc_bytes, None)
         sample = None if args.stock_tokenizer else sample_texts(self.sources, args.json_keys, args.max_doc_bytes)
-        encoder = Encoder(*encoder_args[:-1], sample)
+        encoder_args = (self.tokenizer_args, args.json_keys, args.append_eod, args.max_doc_bytes, sample)
+        encoder = Encoder(*encoder_args)
         if not is_quiet:
             print(f"tokenizer: {encoder.way_name}")
-        fill(shard, spans(self.sources, number, shards), encoder, (*encoder_args[:-1], sample), workers=args.workers,
+        fill(shard, spans(self.sources, number, shards), encoder, encoder_args, workers=args.workers,
              on_bad_record=args.on_bad_record, max_bad_records=args.max_bad_records, is_quiet=is_quiet)  # fmt: skip
         if request_of(args, self.request["tokenizer"]["other_flags"], self.sources) != self.request:
             raise ValueError(f"--input {' '.join(args.input)}: changed while it was read; remove {shard.folder} and "
@@ -130,7 +131,7 @@ def run_alone(args: argparse.Namespace, megatron_flags: list[str], sources: list
     """Raises ValueError for a wrong flag, file or record."""
     work = Run(args, megatron_flags, sources)
     if args.merge:
-        if not work.is_done():
+        if not work.is_done(args.merge):
             work.publish(args.merge)
         return
     number, shards = args.shard or (0, 1)
@@ -154,7 +155,7 @@ def run_under_mpi(args: argparse.Namespace, megatron_flags: list[str], sources: 
     error, work = None, None
     try:
         work = Run(args, megatron_flags, sources)
-        is_done = world.rank == 0 and work.is_done()
+        is_done = world.rank == 0 and work.is_done(world.size)
     except ValueError as found:
         error, is_done = found, False
     if any(world.allgather(is_done)):
