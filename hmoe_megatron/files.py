@@ -44,6 +44,15 @@ def write_whole(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: str | Path) -> None:
+    """Have a file's bytes, or the names in a directory, on the disk, so that a power cut keeps them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

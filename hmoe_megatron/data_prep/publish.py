@@ -14,7 +14,7 @@ import numpy as np
 
 from hmoe_megatron.data_prep.index import write_index
 from hmoe_megatron.data_prep.shard import QUARANTINE, Shard
-from hmoe_megatron.files import sha256_file, write_whole
+from hmoe_megatron.files import sha256_file, sync, write_whole
 
 SCHEMA = 2
 PACKAGES = ("megatron-core", "numpy", "sentencepiece", "tokenizers", "tiktoken", "pyarrow")
@@ -86,14 +86,14 @@ def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict) ->
                     "versions": _versions()})  # fmt: skip
         _join([shard.folder / QUARANTINE for shard in shards], building / quarantine_path(prefix).name)
         for path in building.iterdir():
-            _sync(path)
-        _sync(building)
+            sync(path)
+        sync(building)
         os.replace(building, ready)
     for file in sorted(ready.iterdir(), key=lambda file: (file.suffix == ".idx", file.name)):
         os.replace(file, prefix.with_name(file.name))
     if not counts["bad_records"]:  # it is empty, and replaced one of an older run
         quarantine_path(prefix).unlink(missing_ok=True)
-    _sync(prefix.absolute().parent)
+    sync(prefix.absolute().parent)
     for shard in reversed(shards):  # the first, which says that all is done, last
         shard.remove()
     return counts
@@ -122,15 +122,6 @@ def _join(parts: list[Path], path: Path) -> None:
                 shutil.copyfileobj(file, whole, 1 << 20)
         whole.flush()
         os.fsync(whole.fileno())
-
-
-def _sync(path: Path) -> None:
-    """To the disk: a file's bytes, a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _versions() -> dict[str, str]:
