@@ -20,7 +20,9 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -104,6 +106,20 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
+@contextmanager
+def together(world):
+    """What one process of mpirun does not live through ends all: the others would wait for it. But for a ValueError,
+    which run_under_mpi tells them."""
+    try:
+        yield world
+    except ValueError:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        world.Abort(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, megatron_flags = parse_flags(argv)
     process = process_of(os.environ)
@@ -115,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.shard or args.merge:
             raise ValueError("--shard and --merge: mpirun does both; leave them out")
         else:
-            run_under_mpi(args, megatron_flags, sources, start_mpi(process[1]).COMM_WORLD)
+            with together(start_mpi(process[1]).COMM_WORLD) as world:
+                run_under_mpi(args, megatron_flags, sources, world)
     except ValueError as error:
         if str(error):
             print(f"preprocess_data: {error}", file=sys.stderr)
@@ -123,22 +140,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenProcessPool:
         died = f"a worker process died, often for lack of memory: try fewer --workers; {kept}"
         print(f"preprocess_data: {died}", file=sys.stderr)
-        return end_of_machine(process)
+        return 1
     except OSError as error:
         print(f"preprocess_data: {error}; {kept}", file=sys.stderr)
-        return end_of_machine(process)
+        return 1
     except KeyboardInterrupt:
         print(f"preprocess_data: interrupted; {kept}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
-
-
-def end_of_machine(process: tuple[int, int] | None) -> int:
-    """Exit code 1, of all processes of mpirun: the others would wait for this one."""
-    if process:
-        sys.stderr.flush()
-        start_mpi(process[1]).COMM_WORLD.Abort(1)
-    return 1
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Imports no torch. All of it is untrusted: sizes are compared before anything is 
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,43 @@ MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 MAX_SIDECAR_BYTES = 64 << 20  # it lists the inputs
 AGAIN = "make or fetch it again"
+SCHEMA = 2  # of the sidecar
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _maps(holds: Callable) -> Callable:
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _holds(found, path: list[str], holds: Callable) -> bool:
+    """Whether the value under the keys of `path` is there and `holds`."""
+    for name in path:
+        if not isinstance(found, dict) or name not in found:
+            return False
+        found = found[name]
+    return holds(found)
+
+
+# What is read of a sidecar -> what it must be.
+SIDECAR = {
+    "outputs": _maps(lambda value: isinstance(value, dict)), "vocab_size": _is_count,
+    "request.inputs": lambda value: isinstance(value, list), "request.tokenizer.type": _is_text,
+    "request.tokenizer.model": lambda value: value is None or _is_text(value),
+    "request.tokenizer.other_flags": _is_texts, "request.tokenizer.sha256": _maps(_is_text),
+    "counts.records": _is_count, "counts.documents": _is_count, "counts.tokens": _is_count,
+    "counts.bad_records": _maps(_is_count),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +78,15 @@ class DataSet:
             return None
         try:
             found = json.loads(read_text(path, MAX_SIDECAR_BYTES))
-            return found if isinstance(found, dict) and {"schema", "outputs", "request"} <= found.keys() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}; {AGAIN}, or remove it to do without its checks") from None
+        if not isinstance(found, dict) or not {"schema", "outputs", "request"} <= found.keys():
+            return None
+        wrong = [name for name, holds in SIDECAR.items() if not _holds(found, name.split("."), holds)]
+        if found["schema"] != SCHEMA or wrong:
+            what = f"its {', '.join(wrong)} can't be read" if wrong else f"is of version {found['schema']!s:.20}"
+            raise ValueError(f"{path}: {what}; {AGAIN}, or remove it to do without its checks")
+        return found
 
     def header(self) -> tuple[type, int, int]:
         """(dtype, sequences, document borders) of the index, whose size fits them."""
@@ -84,7 +128,7 @@ class DataSet:
             raise ValueError(f"{self.bin}: has {actual} bytes, its index says {expected}; {AGAIN}")
         sidecar = self.sidecar()
         for path in (self.bin, self.idx) if sidecar else ():
-            said = self._output(sidecar, path)["bytes"]
+            said = self._output(sidecar, path, "bytes", _is_count)
             if path.stat().st_size != said:
                 raise ValueError(f"{path}: has {path.stat().st_size} bytes, its sidecar says {said}; {AGAIN}")
         return sidecar
@@ -96,16 +140,14 @@ class DataSet:
             raise ValueError(f"{self.prefix}.json: missing or not of tools/preprocess_data.py: there is no hash to "
                              "compare with; make the data again or leave --hmoe-verify-data out")  # fmt: skip
         for path in (self.bin, self.idx):
-            if sha256_file(path) != self._output(sidecar, path)["sha256"]:
+            if sha256_file(path) != self._output(sidecar, path, "sha256", _is_text):
                 raise ValueError(f"{path}: is altered (SHA-256 does not match its sidecar); {AGAIN}")
 
-    def _output(self, sidecar: dict, path: Path) -> dict:
-        try:
-            output = sidecar["outputs"][path.name]
-            return {"bytes": int(output["bytes"]), "sha256": str(output["sha256"])}
-        except (KeyError, TypeError, ValueError):
+    def _output(self, sidecar: dict, path: Path, fact: str, holds: Callable) -> int | str:
+        if not _holds(sidecar["outputs"], [path.name, fact], holds):
             raise ValueError(f"{self.prefix}.json: says nothing of {path.name}: is of another data set or damaged; "
-                             f"{AGAIN}") from None  # fmt: skip
+                             f"{AGAIN}")  # fmt: skip
+        return sidecar["outputs"][path.name][fact]
 
     def check_structure(self) -> None:
         """Every number of the index: no length is negative, sequences stand behind each other, borders ascend."""
@@ -122,13 +164,10 @@ class DataSet:
         sidecar = self.sidecar()
         if sidecar is None:
             return
-        try:
-            tokenizer = sidecar["request"]["tokenizer"]
-            made_by, made_with = str(tokenizer["type"]), sorted(map(str, tokenizer["sha256"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{self.prefix}.json: damaged: it names no tokenizer; {AGAIN}") from None
+        tokenizer = sidecar["request"]["tokenizer"]
+        made_by, made_with = tokenizer["type"], sorted(tokenizer["sha256"].values())
         if (made_by, made_with) != (kind, sorted(hashes)):
-            named = f"--tokenizer-type {made_by} --tokenizer-model {tokenizer.get('model')}"
+            named = f"--tokenizer-type {made_by} --tokenizer-model {tokenizer['model']}"
             raise ValueError(f"{self.prefix}: was made with {named}, SHA-256 {_short(made_with)}, and this run has "
                              f"{flags}, SHA-256 {_short(hashes)}: give the data's tokenizer, or prepare the data with "
                              "the run's")  # fmt: skip

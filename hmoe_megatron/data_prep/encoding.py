@@ -68,8 +68,9 @@ class Encoder:
         self.stock = megatron_way(self.tokenizer)
         self.way_name, self.way = "Megatron's tokenizer, text by text", self.stock
         if sample is not None:
-            self.way_name, self.way = find_way(self.tokenizer, sample)
-        self.about = {"vocab_size": self.vocab_size, "eod_id": self.eod_id, "dtype": self.dtype.__name__}
+            self.way_name, self.way = find_way(self.tokenizer, sample, self.stock)
+        self.about = {"tokenizer_way": self.way_name, "vocab_size": self.vocab_size, "eod_id": self.eod_id,
+                      "dtype": self.dtype.__name__}  # fmt: skip
 
     def encode(self, block: Block, kind: str) -> Encoded:
         """kind: of the block's source. Raises ValueError if the faster way fails its spot check."""

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hmoe_megatron.data_prep.data_set import SCHEMA
 from hmoe_megatron.data_prep.index import write_index
 from hmoe_megatron.data_prep.shard import QUARANTINE, Shard
 from hmoe_megatron.files import sha256_file, sync, write_whole
 
-SCHEMA = 2
 PACKAGES = ("megatron-core", "numpy", "sentencepiece", "tokenizers", "tiktoken", "pyarrow")
 
 
@@ -74,6 +74,7 @@ def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict) ->
     }
     assert counts["records"] == counts["documents"] + sum(counts["bad_records"].values()), "a record is lost"
     folder, prefix = shards[0].folder, Path(prefix)
+    is_kept = any(shard.progress.bytes[QUARANTINE] for shard in shards)
     ready = folder / "ready"
     if not ready.is_dir():
         building = folder / "building"
@@ -84,14 +85,15 @@ def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict) ->
                    {"schema": SCHEMA, "fingerprint": fingerprint(request), "json_key": key, "request": request,
                     **shards[0].progress.tokenizer, "counts": {**counts, "tokens": counts["tokens"][number]},
                     "versions": _versions()})  # fmt: skip
-        _join([shard.folder / QUARANTINE for shard in shards], building / quarantine_path(prefix).name)
+        if is_kept:
+            _join([shard.folder / QUARANTINE for shard in shards], building / quarantine_path(prefix).name)
         for path in building.iterdir():
             sync(path)
         sync(building)
         os.replace(building, ready)
     for file in sorted(ready.iterdir(), key=lambda file: (file.suffix == ".idx", file.name)):
         os.replace(file, prefix.with_name(file.name))
-    if not counts["bad_records"]:  # it is empty, and replaced one of an older run
+    if not is_kept:  # one that is there is of an older run
         quarantine_path(prefix).unlink(missing_ok=True)
     sync(prefix.absolute().parent)
     for shard in reversed(shards):  # the first, which says that all is done, last

@@ -50,18 +50,20 @@ def parse_block(block: Block, kind: str, keys: Sequence[str], max_record_bytes: 
     if kind == "parquet":
         yield from (_parse(number, row, _texts_of_row, keys, max_record_bytes) for number, row in enumerate(block.data))
         return
+    if block.is_cut:
+        yield _too_long(block.line, block.data, max_record_bytes)
+        return
     parse = parse_record if kind == "json" else _whole_text
     for line, data in _split(block.data, kind):
-        if block.is_cut:
-            yield _too_long(line, data, max_record_bytes)
-        else:
-            yield _parse(line, data, parse, keys, max_record_bytes)
+        yield _parse(line, data, parse, keys, max_record_bytes)
 
 
 def count_lines(block: Block, kind: str) -> int:
-    """By how much the numbers of lines, or rows, go on over a block whose records are whole."""
+    """By how much the numbers of lines, or rows, go on over a block."""
     if kind == "parquet":
         return len(block.data)
+    if block.is_cut:
+        return block.lines
     return block.data.count(b"\n") or 1
 
 

@@ -26,15 +26,16 @@ def request_of(args: argparse.Namespace, megatron_flags: list[str], sources: lis
             "sha256": file_hashes(args.tokenizer_model, args.vocab_file, args.merge_file),
         },
         "json_keys": args.json_keys, "append_eod": args.append_eod, "max_doc_bytes": args.max_doc_bytes,
-        "sample_by": args.sample_by,
+        "sample_by": args.sample_by, "stock_tokenizer": args.stock_tokenizer,
     }  # fmt: skip
 
 
 def published_request(request: dict, args: argparse.Namespace) -> dict:
-    """The request as the sidecar has it: inputs by hash, and what became of bad records."""
+    """The request as the sidecar has it: inputs by hash, and what became of bad records. The way to the ids is not in
+    it, the ids are the same; but work that was begun one way does not go on another way: that one may have erred."""
     inputs = [{"path": path, "bytes": size, "sha256": sha256_file(path)} for path, size, _ in request["inputs"]]
     policy = {"on_bad_record": args.on_bad_record, "max_bad_records": args.max_bad_records}
-    return request | {"inputs": inputs} | policy
+    return {name: value for name, value in request.items() if name != "stock_tokenizer"} | {"inputs": inputs} | policy
 
 
 def megatron_tokenizer_args(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:

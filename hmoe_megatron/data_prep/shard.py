@@ -85,7 +85,7 @@ class Shard:
             request, policy, progress = state["request"], state["policy"], Progress(**state["progress"])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.folder / STATE}: damaged ({error}); remove the folder {self.folder} to start "
                              "again") from error  # fmt: skip
         remedy = f"give that command's flags to go on, or remove the folder {self.folder} to start again"
@@ -107,6 +107,7 @@ class Shard:
     def _open(self, name: str):
         file = open(self.folder / name, "ab")  # noqa: SIM115  closed by close()
         file.truncate(self.progress.bytes[name])
+        file.seek(0, os.SEEK_END)  # truncating leaves it where the file ended before
         return file
 
     @property

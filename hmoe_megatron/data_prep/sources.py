@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 BLOCK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SAMPLE_BY = ("document", "paragraph", "line")
 SEPARATORS = {"json": (b"\n",), "line": (b"\n",), "paragraph": (b"\n\n", b"\n\r\n"), "document": ()}
+MAX_LINES = 1 << 14  # of a block
+ROW_BYTES = BLOCK_BYTES // MAX_LINES  # what a row counts at least
 ROWS_AT_ONCE = 16  # of Parquet, decoded together: a row may be long
 LONGEST_SEPARATOR = 3
 KEPT_OF_LONG_RECORD_BYTES = 1000
@@ -58,13 +62,16 @@ class Block(NamedTuple):
     """Whole records that follow each other. data: bytes of whole lines; or rows, a tuple of bytes or None for each.
 
     end: where the next one begins, in bytes of the decompressed file, or rows. read_bytes: of the span so far, on the
-    disk. is_cut: `data` is the start of one record that is too long.
+    disk. is_cut: `data` is the start of one record that is too long, `line` where it begins, from 0 at the block, and
+    `lines` how many the block has.
     """
 
     data: bytes | list
     end: int
     read_bytes: int
     is_cut: bool = False
+    line: int = 0
+    lines: int = 0
 
 
 def find_sources(patterns: Sequence[str], sample_by: str = "document", made: Callable[[str], bool] = lambda _: False,
@@ -185,8 +192,8 @@ def _readable(source: Source):
             raise
         raise ValueError(f"{source.path}: damaged or cut {source.compression or source.kind} data "
                          f"({str(error).strip().splitlines()[0]}); fetch the file again") from error  # fmt: skip
-    except ValueError as error:
-        if type(error).__module__ != "pyarrow.lib":
+    except (ValueError, KeyError) as error:
+        if type(error).__module__ != "pyarrow.lib" and not isinstance(error, UnicodeDecodeError | KeyError):
             raise
         raise ValueError(f"{source.path}: no readable {source.kind} file "
                          f"({str(error).strip().splitlines()[0]}); fetch the file again") from error  # fmt: skip
@@ -208,33 +215,56 @@ def _open(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _read_text(span: Span, max_record_bytes: int, start: int) -> Iterator[Block]:
-    marks = SEPARATORS[span.source.kind]
+    kind = span.source.kind
+    marks = SEPARATORS[kind]
     first = 0 if span.source.compression else span.start
     with _open(span.source) as (file, raw):
         _skip(file, start, span.source)
-        position, kept, long_record = start, b"", None  # position: of `kept`, which no block holds yet
+        position, kept, long = start, b"", None  # position: of `kept`, which no block holds yet
         while data := _read_more(file, position + len(kept), len(kept), span.end):
             data = kept + data
-            if long_record is not None:
-                if not (ended := _first_end(data, marks)):
-                    kept = data[-LONGEST_SEPARATOR:]
-                    position += len(data) - len(kept)
+            if long is not None:  # the rest of a record that is too long
+                ended = _first_end(data, marks)
+                done = ended or len(data) - LONGEST_SEPARATOR
+                long = long._replace(lines=long.lines + data.count(b"\n", 0, done))
+                position += done
+                data = data[done:]
+                if not ended:
+                    kept = data
                     continue
-                position += ended
-                yield Block(long_record, position, raw.tell() - first, is_cut=True)
-                data, long_record = data[ended:], None
-            if cut := _last_end(data, marks):
-                position += cut
-                yield Block(data[:cut], position, raw.tell() - first)
+                yield long._replace(end=position, read_bytes=raw.tell() - first)
+                long = None
+            cut = _last_end(data, marks)
+            for part in _parts(data, cut, marks):
+                position += len(part)
+                yield Block(part, position, raw.tell() - first)
             kept = data[cut:]
-            if len(kept) > max_record_bytes + LONGEST_SEPARATOR:
-                long_record = kept[: KEPT_OF_LONG_RECORD_BYTES + LONGEST_SEPARATOR]
-                position += len(kept) - LONGEST_SEPARATOR
-                kept = kept[-LONGEST_SEPARATOR:]
-        if long_record is not None:
-            yield Block(long_record, position + len(kept), raw.tell() - first, is_cut=True)
-        elif kept or (span.source.kind == "document" and position == 0):  # an empty file is an empty document
-            yield Block(kept, max(position + len(kept), 1), raw.tell() - first)
+            record = kept.strip(b"\r\n") if kind == "paragraph" else kept
+            if len(record) > max_record_bytes + LONGEST_SEPARATOR:
+                before, done = kept.index(record), len(kept) - LONGEST_SEPARATOR
+                long = Block(record[:KEPT_OF_LONG_RECORD_BYTES], 0, 0, True, line=kept.count(b"\n", 0, before),
+                             lines=kept.count(b"\n", 0, done))  # fmt: skip
+                position, kept = position + done, kept[done:]
+        end, read = max(position + len(kept), 1), raw.tell() - first
+        if long is not None:
+            yield long._replace(end=end, read_bytes=read, lines=long.lines + kept.count(b"\n"))
+        elif kept or (kind == "document" and position == 0):  # an empty file is an empty document
+            yield Block(kept, end, read)
+
+
+def _parts(data: bytes, end: int, marks: Sequence[bytes]) -> Iterator[bytes]:
+    """data[:end], cut behind separators where it has more than MAX_LINES: each record becomes objects."""
+    start = 0
+    if data.count(b"\n", 0, end) > MAX_LINES:
+        newlines = np.flatnonzero(np.frombuffer(data, np.uint8, end) == ord("\n"))
+        for at in newlines[MAX_LINES - 1 :: MAX_LINES].tolist():
+            ends = [found + len(mark) for mark in marks
+                    if (found := data.find(mark, max(at - len(mark) + 1, start), end)) >= 0]  # fmt: skip
+            if ends and start < min(ends) < end:
+                yield data[start : min(ends)]
+                start = min(ends)
+    if start < end:
+        yield data[start:end]
 
 
 def _skip(file: BinaryIO, start: int, source: Source) -> None:
@@ -276,7 +306,7 @@ def _read_rows(span: Span, keys: Sequence[str], max_record_bytes: int, start: in
                 wanted = list(zip(*columns, strict=True))[max(start - row, 0) : max(end - row, 0)]
                 row += len(batch)
                 rows += wanted
-                size += sum(len(text) for texts in wanted for text in texts if text)
+                size += sum(ROW_BYTES + sum(len(text or b"") for text in texts) for texts in wanted)
                 if size >= BLOCK_BYTES:
                     yield Block(rows, min(row, end), span.source.bytes * row // number_of_rows)
                     rows, size = [], 0
@@ -286,6 +316,8 @@ def _read_rows(span: Span, keys: Sequence[str], max_record_bytes: int, start: in
 
 def _check_columns(path: str, schema, keys: Sequence[str], types) -> None:
     for key in keys:
+        if schema.names.count(key) > 1:
+            raise ValueError(f"{path}: has {schema.names.count(key)} columns {key!r}: give another --json-keys")
         if key not in schema.names:
             raise ValueError(f"{path}: no column {key!r}; it has {', '.join(schema.names[:12])}: give --json-keys")
         kind = schema.field(key).type

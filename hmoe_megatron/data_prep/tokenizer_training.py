@@ -45,15 +45,19 @@ def texts_of(sources: Iterable[Source], json_key: str) -> Iterator[str]:
 def sample(texts: Iterator[str], max_bytes: int, seed: int) -> tuple[list[str], int]:
     """(a uniform sample in input order, of at most max_bytes of UTF-8; how many texts there were).
 
-    Each text gets a random key and the smallest keys stay: one pass, memory bounded by max_bytes.
+    Each text gets a random key and the smallest keys stay: one pass, memory bounded by max_bytes. A text that is longer
+    than that alone is left out.
     """
-    rng, kept, kept_bytes, seen = random.Random(seed), [], 0, 0
+    rng, kept, kept_bytes, seen, limit = random.Random(seed), [], 0, 0, 1.0
     for seen, text in enumerate(texts, start=1):
-        size = len(text.encode())
-        heapq.heappush(kept, (-rng.random(), seen, size, text))
+        size, key = len(text.encode()), rng.random()
+        if size > max_bytes or key >= limit:  # a key over one that had to go
+            continue
+        heapq.heappush(kept, (-key, seen, size, text))
         kept_bytes += size
         while kept_bytes > max_bytes:
-            kept_bytes -= heapq.heappop(kept)[2]
+            highest, _, gone_bytes, _ = heapq.heappop(kept)
+            kept_bytes, limit = kept_bytes - gone_bytes, -highest
     return [text for _, _, _, text in sorted(kept, key=lambda entry: entry[1])], seen
 
 

@@ -69,7 +69,12 @@ DAMAGE = {
     "no index": (lambda data: data.idx.write_bytes(b"MMIDIDX"), "is no index of Megatron's"),
     "no .bin": (lambda data: data.bin.unlink(), "No such file"),
     "another dtype": (lambda data: flip(data.idx, 17), "dtype 9"),
-    "a sidecar of another": (lambda data: DataSet(data.prefix) and _edit(data, outputs={}), "says nothing of"),
+    "a sidecar of another": (lambda data: _edit(data, outputs={}), "says nothing of"),
+    "a deep sidecar": (lambda data: data.bin.with_suffix(".json").write_text("[" * 200_000), "document.json:"),
+    "an endless count": (lambda data: _edit(data, vocab_size=float("inf")), "its vocab_size can't be read"),
+    "a count that is text": (lambda data: _edit(data, counts={"records": "7"}), "its counts.records, "),
+    "no tokenizer": (lambda data: _edit(data, request={"inputs": []}), "its request.tokenizer.type, "),
+    "another version": (lambda data: _edit(data, schema=99), "is of version 99"),
     "a sidecar that is no JSON": (lambda data: data.bin.with_suffix(".json").write_text("{"), "document.json:"),
 }
 ONLY_HASHED = {

@@ -67,12 +67,15 @@ def test_what_tiktoken_cannot_hold_goes_by_the_tokenizers_library(tmp_path):
 def test_unicode_normal_forms_and_patterns_go_through_tiktoken(tmp_path):
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                   pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
-    encoder = encoder_of(make_bpe(tmp_path, normalizers.NFC(), cut))
-    assert encoder.way_name.startswith("tiktoken with the same vocabulary")
-    assert_equal(encoder, TEXTS)
+    assert len(fast_encoding.KNOWN_PATTERNS) == 4
+    for number, pattern in enumerate([*sorted(fast_encoding.KNOWN_PATTERNS), r"[[:alpha:]]+|\s+|.", r"\p{L}+"]):
+        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+        encoder = encoder_of(make_bpe(tmp_path / str(number), normalizers.NFC(), cut), TEXTS[:10])
+        known = pattern in fast_encoding.KNOWN_PATTERNS
+        assert encoder.way_name.startswith("tiktoken with the same" if known else "the tokenizers library")
+        assert known or "it cuts by a pattern of its own" in encoder.way_name
+        assert_equal(encoder, TEXTS)
 
 
 def test_ids_around_each_text_are_kept(tmp_path, bpe_folder):
@@ -92,40 +95,96 @@ def test_ids_around_each_text_are_kept(tmp_path, bpe_folder):
     assert_equal(encoder, TEXTS)
 
 
-def test_a_vocabulary_in_another_order_is_mapped(tmp_path, bpe_folder):
+def changed(tmp_path, bpe_folder, change):
+    """The tokenizer with what `change` makes of the parts of its file."""
     for file in bpe_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     parts = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocab = parts["model"]["vocab"]
-    size = len(vocab)
-    parts["model"]["vocab"] = {token: size - id if id else 0 for token, id in vocab.items()}
+    change(parts)
     (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
-    encoder = encoder_of(tmp_path)
+    return tmp_path
+
+
+def test_a_vocabulary_in_another_order_is_mapped(tmp_path, bpe_folder):
+    def change(parts):
+        vocab = parts["model"]["vocab"]
+        parts["model"]["vocab"] = {token: len(vocab) - id if id else 0 for token, id in vocab.items()}
+
+    encoder = encoder_of(changed(tmp_path, bpe_folder, change))
     assert encoder.way_name.startswith("tiktoken with the same vocabulary")
     assert_equal(encoder, TEXTS)
 
 
-def test_an_entry_that_merging_never_makes_is_found(tmp_path, bpe_folder):
-    """tiktoken takes a whole piece that is in the vocabulary; merging may come to other pieces."""
-    for file in bpe_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    parts = json.loads((tmp_path / "tokenizer.json").read_text())
-    merges, vocab = parts["model"]["merges"], parts["model"]["vocab"]
-    first, second = "".join(merges[0]), "".join(merges[1])
-    unreachable = [first[0], first[1] + second]  # first[0] and first[1] merge before
-    for token in (first[1] + second, first + second):
-        vocab[token] = len(vocab)
-    merges += [[first[1], second], unreachable]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
-    encoder = encoder_of(tmp_path)
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_an_entry_that_merging_never_makes_is_found(ignore_merges, tmp_path, bpe_folder):
+    """tiktoken makes any entry that bytes spell; merging may come to other pieces."""
+    entries = []
+
+    def change(parts):
+        merges, vocab = parts["model"]["merges"], parts["model"]["vocab"]
+        first, second = "".join(merges[0]), "".join(merges[1])
+        entries.extend([first[1] + second, first + second])
+        for token in entries:
+            vocab[token] = len(vocab)
+        merges += [[first[1], second], [first[0], first[1] + second]]  # first[0] and first[1] merge before
+        parts["model"]["ignore_merges"] = ignore_merges
+
+    encoder = encoder_of(changed(tmp_path, bpe_folder, change))
     assert "not tiktoken with the same vocabulary: its merges do not make its entry" in encoder.way_name
-    assert_equal(encoder, [*TEXTS, first + second])
+    assert_equal(encoder, [*TEXTS, *entries, entries[1] + "z"])
+
+
+def test_an_entry_without_a_merge_is_found(tmp_path, bpe_folder):
+    """With ignore_merges a whole piece is taken that no merge makes."""
+    def change(parts):
+        parts["model"]["ignore_merges"] = True
+        parts["model"]["vocab"]["xyzxyz"] = len(parts["model"]["vocab"])
+
+    encoder = encoder_of(changed(tmp_path, bpe_folder, change))
+    assert "its vocabulary is not 256 bytes and one entry a merge" in encoder.way_name
+    assert_equal(encoder, [*TEXTS, "xyzxyz"])
+
+
+def test_ignore_merges_goes_through_tiktoken(tmp_path, bpe_folder):
+    encoder = encoder_of(changed(tmp_path, bpe_folder, lambda parts: parts["model"].update(ignore_merges=True)))
+    assert encoder.way_name.startswith("tiktoken with the same vocabulary")
+    assert_equal(encoder, TEXTS)
+
+
+@pytest.mark.parametrize(("form", "content", "text"), [("NFKC", "ﬁ", "fi"), ("NFC", "e\u0301", "é")])
+def test_an_added_token_is_found_in_its_normal_form(form, content, text, tmp_path, bpe_folder):
+    def change(parts):
+        parts["normalizer"] = {"type": form}
+        token = {"content": content, "id": len(parts["model"]["vocab"]), "normalized": True, "special": False}
+        parts["added_tokens"].append(parts["added_tokens"][0] | token)
+
+    encoder = encoder_of(changed(tmp_path, bpe_folder, change), ["abc"])
+    assert encoder.way_name.startswith("tiktoken with the same vocabulary")
+    assert_equal(encoder, [text, content, f"a{text}b"])
+
+
+def test_nothing_is_proven_on_nothing(bpe_folder):
+    encoder = encoder_of(bpe_folder, [])
+    assert encoder.way is encoder.stock and "no text of the input" in encoder.way_name
+
+
+def test_sentencepiece_with_special_tokens_of_megatrons_goes_its_way(sp_model):
+    flags = ("--tokenizer-sentencepiece-legacy", "--special-tokens", "<x>")
+    args, rest = preprocess_data.parse_flags(argv_of("x", prefix="y", model=sp_model, flags=flags))
+    try:
+        tokenizer_args = megatron_tokenizer_args(args, rest)
+    except SystemExit:
+        rest = ["--tokenizer-sentencepiece-legacy", "--tokenizer-special-tokens", "<x>"]
+        tokenizer_args = megatron_tokenizer_args(args, rest)
+    encoder = Encoder(tokenizer_args, ["text"], False, 1 << 20, ["abc"])
+    assert "Megatron looks for special tokens in the text" in encoder.way_name
+    assert_equal(encoder, ["abc <x> abc"])
 
 
 def test_a_way_that_differs_on_the_sample_is_not_taken(byte_level, monkeypatch):
     wrong = {"wrong": lambda tokenizer, stock: lambda texts: [np.zeros(1, int) for _ in texts]}
     monkeypatch.setattr(fast_encoding, "WAYS", wrong)
-    name, way = fast_encoding.find_way(byte_level.tokenizer, TEXTS)
+    name, way = fast_encoding.find_way(byte_level.tokenizer, TEXTS, byte_level.stock)
     assert name.startswith("Megatron's tokenizer, text by text; not wrong: other ids for")
     assert way(["a"])[0].tolist() == byte_level.tokenizer.tokenize("a")
 

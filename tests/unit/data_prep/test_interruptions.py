@@ -153,6 +153,84 @@ def test_killed_before_any_operation_of_publishing(function, work, tmp_path, mon
     assert number > 1
 
 
+def test_a_merge_that_is_killed_is_finished_by_the_next(work, tmp_path):
+    argv, whole = work
+    for number in range(3):
+        assert preprocess_data.main([*argv, "--shard", f"{number}/3"]) == 0
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in tmp_path.glob(".out.partial*"):
+        shutil.copytree(path, shards / path.name)
+    number, code = 0, None
+    while code != 0:
+        number += 1
+
+        def arm(left=number):
+            stock, calls = shutil.rmtree, iter(range(left - 1, -1, -1))
+
+            def killing(*args, **named):
+                if next(calls) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return stock(*args, **named)
+
+            shutil.rmtree = killing
+
+        for name in left_in(tmp_path):
+            shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+        shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+        process = forked([*argv, "--merge", "3"], arm)
+        process.join()
+        code = process.exitcode
+        assert preprocess_data.main([*argv, "--merge", "3"]) == 0
+        assert contents(tmp_path) == whole  # and no folder is left
+    assert number == 5  # building, and three folders
+
+
+def test_two_kills_between_commits(tmp_path, monkeypatch, small_blocks):
+    """What was written and not committed is cut off, and the next commit counts from there."""
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text('{"text": "1"}\n' * 100 + "{}\n" * 100 + '{"text": "2"}\n' * 400)
+    flags = ("--on-bad-record", "quarantine")
+    real, commits = shard.Shard.add, []
+
+    def add(self, *args):
+        shard.COMMIT_S = 0.0 if len(commits) in plan else 1e9
+        commits.append(0)
+        if len(commits) > stop:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(shard, "COMMIT_S", 1e9)
+    monkeypatch.setattr(shard.Shard, "add", add)
+    argv = argv_of(corpus, prefix=tmp_path / "out", flags=flags)
+    plan, stop = {1}, 4  # committed before the bad records, killed after some of them
+    assert preprocess_data.main(argv) == 130
+    commits.clear()
+    plan, stop = {0}, 1  # committed again before any bad record, killed
+    assert preprocess_data.main(argv) == 130
+    commits.clear()
+    plan, stop = set(), 10**6
+    assert preprocess_data.main(argv) == 0
+    assert read_data_set(tmp_path / "out") == [[1]] * 100 + [[2]] * 400
+    assert len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 100
+
+
+def test_another_way_to_the_ids_starts_again(work, tmp_path, capsys):
+    argv, _ = work
+    assert preprocess_data.main([*argv, "--max-bad-records", "9"]) == 2
+    assert preprocess_data.main([*argv, "--stock-tokenizer"]) == 2
+    assert "of other stock_tokenizer" in capsys.readouterr().err
+
+
+def test_skipped_records_leave_no_quarantine(tmp_path, capsys):
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text('{"text": "1"}\n{}\n')
+    (tmp_path / "out.quarantine.jsonl").write_text("of an older run")
+    assert preprocess(corpus, prefix=tmp_path / "out", flags=("--on-bad-record", "skip")) == 0
+    assert "missing_key 1; " in capsys.readouterr().out
+    assert not (tmp_path / "out.quarantine.jsonl").exists()
+
+
 def test_a_killed_run_leaves_no_name_and_no_process(sp_model, tmp_path, monkeypatch):
     corpus = write_jsonl(tmp_path / "in.jsonl", make_texts(2000) * 10)
     argv = argv_of(corpus, prefix=tmp_path / "out", model=sp_model, flags=("--workers", "2"))

@@ -98,7 +98,10 @@ def test_bytes_do_not_depend_on_workers_nor_on_the_way(model, tmp_path, small_bl
         model_path = request.getfixturevalue(model)
         assert preprocess(corpus, prefix=prefix, model=model_path, flags=("--append-eod", *flags)) == 0
         found.append(contents(prefix.parent))
-    assert len(found[0]) == 3 and all(files == found[0] for files in found)
+    assert len(found[0]) == 3
+    way = json.loads(found[-1].pop("out_text_document.json"))["tokenizer_way"]
+    assert way == "Megatron's tokenizer, text by text"
+    assert all(files == {name: found[0][name] for name in files} for files in found)
 
 
 def test_the_files_are_those_of_megatrons_own_builder(bpe_folder, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmoe_megatron.data_prep import sources
-from hmoe_megatron.data_prep.records import parse_block
+from hmoe_megatron.data_prep.records import count_lines, parse_block
 from hmoe_megatron.data_prep.sources import Span, find_sources, line_number, read_blocks, spans
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -119,6 +119,40 @@ def test_a_long_record_is_held_in_pieces(tmp_path):
     assert blocks[1].end == 11 + 5_000_001 and len(blocks[1].data) < 2000
 
 
+@pytest.mark.parametrize("sample_by", ["line", "paragraph"])
+def test_a_long_record_behind_white_space_is_one_and_its_line_is_right(sample_by, tmp_path):
+    data = b"1\n\n" + b"\r\n" * 2000 + b"5\n" * 3 + b"6" * 4_000_000 + b"\n7\n\n8\n"
+    if sample_by == "line":
+        data = data.replace(b"5\n" * 3, b"\r" * 1500)
+    (source,) = find_sources([str(write(tmp_path, "a.txt", data))], sample_by)
+    line, found = 1, []
+    for block in read(Span(source, 0, None), 1000):
+        found += [(line + record.line, type(record).__name__) for record in parse_block(block, sample_by, ["t"], 1000)]
+        line += count_lines(block, sample_by)
+    long_line = data.split(b"\n").index(b"5" if sample_by == "paragraph" else b"\r" * 1500 + b"6" * 4_000_000) + 1
+    after = [(len(data.split(b"\n")) - 1, "Good")]
+    if sample_by == "line":
+        after = [(long_line + 1, "Good"), *after]
+    assert found == [(1, "Good"), (long_line, "Bad"), *after]
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\n" * 100_000), ("a.txt", b"1\n\n" * 50_000),
+                                            ("b.txt", b"\n" * 100_000 + b"x")])  # fmt: skip
+def test_a_block_has_few_records(name, data, tmp_path):
+    (source,) = find_sources([str(write(tmp_path, name, data))], "paragraph")
+    blocks = read(Span(source, 0, None))
+    assert b"".join(block.data for block in blocks) == data and blocks[-1].end == len(data)
+    assert max(len(records([block], source.kind)) for block in blocks) <= sources.MAX_LINES
+
+
+def test_a_block_has_few_rows(tmp_path):
+    parquet.write_table(pyarrow.table({"text": pyarrow.nulls(100_000, pyarrow.string())}), tmp_path / "a.parquet")
+    (source,) = find_sources([str(tmp_path / "a.parquet")])
+    blocks = read(Span(source, 0, None))
+    assert sum(len(block.data) for block in blocks) == 100_000
+    assert max(len(block.data) for block in blocks) <= sources.MAX_LINES + sources.ROWS_AT_ONCE
+
+
 def test_patterns_are_sorted_and_formats_follow_from_names(tmp_path):
     for name in ("b.jsonl", "a.json.gz", "c.parquet", "d.txt.zst", "e"):
         (tmp_path / name).write_bytes(b"x")
@@ -152,6 +186,10 @@ def test_columns_are_checked_before_work(tmp_path):
     (source,) = find_sources([str(path)])
     with pytest.raises(ValueError, match="column 'text' holds int64"):
         list(read_blocks(Span(source, 0, None), ["text"], ALL))
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="has 2 columns 'text'"):
+        read(Span(*find_sources([str(tmp_path / "b.parquet")]), 0, None))
     with pytest.raises(ValueError, match="no column 'body'; it has text, other"):
         list(read_blocks(Span(source, 0, None), ["body"], ALL))
 

@@ -126,6 +126,9 @@ def test_sample_is_bounded_seeded_in_order_and_uniform():
     assert sample(iter(texts), 400, seed=3)[0] == kept
     assert sample(iter(texts), 400, seed=4)[0] != kept
     assert sample(iter(texts), 10**6, seed=3)[0] == texts
+    with_long = [texts[0], "x" * 1000, *texts[1:]]
+    kept = sample(iter(with_long), 400, seed=3)[0]
+    assert "x" * 1000 not in kept and len(kept) == 100
     means = [sum(map(int, sample(iter(texts), 400, seed)[0])) / 100 for seed in range(50)]
     assert abs(sum(means) / 50 - 499.5) < 20  # standard error: 289 / sqrt(5000) = 4
 
