@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test campaign layouts lint bench-planner bench-planner-real bench-restart faults doctor lock clean
+.PHONY: help venv demo test campaign layouts lint bench-planner bench-planner-real bench-data bench-restart faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 LOCK_EXTRAS := dev,hf
 CASES ?= 2000
 KILLS ?= 100
@@ -35,6 +36,9 @@ bench-planner: venv ## the planner's figures, to benchmarks/planner.md (CASES=10
 
 bench-planner-real: venv ## planned against contiguous placement in training, to benchmarks/planner_real.md; 10 minutes
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner_real
+
+bench-data: venv ## text to token files against Megatron's own way, to benchmarks/data.md (BENCH_ARGS="--datatrove DIR")
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.data $(BENCH_ARGS)
 
 bench-restart: venv ## from a killed rank to the next training step, to benchmarks/restart.md
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.restart

@@ -18,11 +18,13 @@ def main() -> int:
 
     host.prepare_environment()  # before torch and Megatron read it
     from hmoe_megatron import training
+    from hmoe_megatron.data_checks import check_data
     from hmoe_megatron.exits import RunEnded
 
     try:
         training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine
         args, layout = training.parse_arguments(argv)  # flags, widths, placement plan; nothing has started yet
+        check_data(args)  # lengths, tokenizer
         checkpoints = training.open_checkpoints(args, layout)  # found, compared, --save locked
     except (ValueError, AssertionError, RunEnded) as error:
         return training.refuse(error)

@@ -80,6 +80,11 @@ class HMoEConfig:
         "Load a checkpoint without comparing the SHA-256 of its files (a read of all of them), also one without a "
         "manifest, which other programs write. Pickled objects are still restricted to those of a checkpoint.",
     )
+    verify_data: bool = _setting(
+        False,
+        "Compare the SHA-256 of the data's files with what tools/preprocess_data.py noted, before the first step; the "
+        "ranks share the reading. Lengths and the tokenizer are always compared.",
+    )
     max_failed_saves: int = _setting(
         3,
         "Failed saves in a row that end the run. Before that a failed save is reported and training goes on; the last "

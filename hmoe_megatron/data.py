@@ -6,6 +6,7 @@ Legend: B samples of a micro-batch, S sequence length.
 """
 
 import pickle
+import time
 from functools import partial
 
 import torch
@@ -17,6 +18,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from hmoe_megatron.checkpoint import together
+from hmoe_megatron.data_checks import verify_data
 from hmoe_megatron.exits import DataRefused
 
 SPIKY_LOSS_FACTOR = 10.0  # Megatron's: of the largest loss seen
@@ -100,6 +103,8 @@ def datasets_provider(num_samples, vp_stage=None):
     Raises DataRefused on the rank that can't read them. Megatron unpickles nothing but arrays from a cached index.
     """
     args = get_args()
+    if args.hmoe_verify_data:
+        _verify(args)
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
         dataset, num_samples, lambda: is_first_or_last_pipeline_stage(vp_stage), dataset_config(args)
@@ -110,6 +115,17 @@ def datasets_provider(num_samples, vp_stage=None):
         cache = args.data_cache_path or "the directory cache/ beside the data (--data-cache-path)"
         raise DataRefused(f"datasets can't be read: {error!s:.300}: mend the data, or remove {cache} if its index is "
                           "damaged: it is made again", on_every_rank=False) from None  # fmt: skip
+
+
+def _verify(args) -> None:
+    """Raises DataRefused on all ranks if one found a file that is not what its sidecar says."""
+    started_s = time.monotonic()
+    try:
+        together.all_ranks(lambda: verify_data(args, together.rank(), together.world_size()))
+    except together.StepFailed as error:
+        raise DataRefused(str(error).replace("ValueError: ", "")) from None
+    if together.rank() == 0:
+        print(f" data: SHA-256 of all files compared in {time.monotonic() - started_s:.1f} s", flush=True)
 
 
 datasets_provider.is_distributed = True

@@ -44,7 +44,25 @@ def write_whole(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: str | Path) -> None:
+    """Have a file's bytes, or the names in a directory, on the disk, so that a power cut keeps them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(*paths: str | None) -> dict[str, str]:
+    """{name: SHA-256} of files and of the files of folders; what is no path on this disk is left out."""
+    hashes = {}
+    for root in (Path(path) for path in paths if path and os.path.exists(path)):
+        files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+        hashes |= {str(file.relative_to(root.parent)): sha256_file(file) for file in files}
+    return hashes

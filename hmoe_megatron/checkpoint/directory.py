@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from hmoe_megatron.exits import CheckpointRefused
-from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, write_whole
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, sync, write_whole
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "hmoe_manifest.json"
@@ -123,15 +123,6 @@ def publish(path: Path) -> None:
     sync(path.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-def sync(folder: Path) -> None:
-    """Have the names in a directory on the disk, so that a power cut keeps them."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def has_replaced(root: Path) -> bool:

@@ -18,7 +18,7 @@ from hmoe_megatron.checkpoint import directory, together
 from hmoe_megatron.checkpoint.finite import not_finite
 from hmoe_megatron.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, record_files
 from hmoe_megatron.exits import SavingFailed
-from hmoe_megatron.files import sha256_file
+from hmoe_megatron.files import sha256_file, sync
 
 AS_IT_WAS = "the last checkpoint is as it was"
 HASH_SUFFIX = ".sha256"
@@ -177,7 +177,7 @@ class Saver:
                     raise OSError(f"{name} was not written")
             self.write_plan(saving)
             self.manifest(iteration, _records(saving)).save(saving)
-            directory.sync(saving)
+            sync(saving)
             directory.publish(path)
             self.tracked = directory.read_tracker(path.parent) or 0
             directory.write_tracker(path.parent, iteration)

@@ -1,4 +1,4 @@
-"""Lines to token ids, in the input's order, by any tokenizer of Megatron's and any number of processes."""
+"""Blocks to token ids, in the input's order, by any tokenizer of Megatron's and any number of processes."""
 
 import argparse
 import multiprocessing
@@ -15,36 +15,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmoe_megatron.data_prep.records import BadRecord, parse_record, read_lines
+from hmoe_megatron.data_prep.fast_encoding import find_way, megatron_way
+from hmoe_megatron.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
+from hmoe_megatron.data_prep.sources import Block
 
-CHUNK_BYTES = 256 << 10
-CHUNKS_IN_FLIGHT_A_WORKER = 3
-
-
-class Line(NamedTuple):
-    """Line `number`, from 1, of input file `path`; `text` is cut if the line is too long."""
-
-    path: str
-    number: int
-    text: bytes
-    is_too_long: bool
+BLOCKS_IN_FLIGHT_A_WORKER = 3
+SAMPLE_CHARS = 1 << 20
+SPOT_CHECK_CHARS = 4096
 
 
-class Bad(NamedTuple):
-    """A line of the quarantine: raw.encode("utf-8", "surrogateescape") gives the input line's bytes back."""
+class Encoded(NamedTuple):
+    """A block's documents. ids: an array a key, all documents behind each other, in the data set's dtype; lengths: an
+    int32 array a key; line: of the source, from 0 at the block's start, by how much it goes on."""
 
-    file: str
-    line: int
-    reason: str
-    detail: str
-    raw: str
+    ids: list[np.ndarray]
+    lengths: list[np.ndarray]
+    bad: list[Bad]
+    lines: int
 
 
 class Encoder:
-    """Line to one array of token ids a key, in the data set's dtype; or a Bad."""
+    """Block to Encoded. way: how texts become ids, equal to Megatron's own way: see fast_encoding.py."""
 
-    def __init__(self, tokenizer_args: argparse.Namespace, keys: list[str], append_eod: bool):
-        """Raises ValueError if Megatron cannot build the tokenizer or it lacks what is asked of it."""
+    def __init__(self, tokenizer_args: argparse.Namespace, keys: list[str], append_eod: bool, max_record_bytes: int,
+                 sample: list[str] | None):  # fmt: skip
+        """sample: texts of the input on which a faster way must be equal; None: Megatron's own way.
+
+        Raises ValueError if Megatron cannot build the tokenizer or it lacks what is asked of it.
+        """
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Hugging Face's threads do not survive a fork
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from megatron.core.datasets.indexed_dataset import DType
@@ -65,42 +64,77 @@ class Encoder:
                 f"--append-eod: the tokenizer's end-of-document id {self.eod_id} is not in its vocabulary of "
                 f"{self.vocab_size}; train it with an eos id or leave --append-eod out"
             )
-        self.keys, self.dtype = keys, DType.optimal_dtype(self.vocab_size)
+        self.keys, self.max_record_bytes, self.dtype = keys, max_record_bytes, DType.optimal_dtype(self.vocab_size)
+        self.stock = megatron_way(self.tokenizer)
+        self.way_name, self.way = "Megatron's tokenizer, text by text", self.stock
+        if sample is not None:
+            self.way_name, self.way = find_way(self.tokenizer, sample, self.stock)
+        self.about = {"tokenizer_way": self.way_name, "vocab_size": self.vocab_size, "eod_id": self.eod_id,
+                      "dtype": self.dtype.__name__}  # fmt: skip
 
-    def encode(self, line: Line) -> list[np.ndarray] | Bad:
-        try:
-            if line.is_too_long:
-                raise BadRecord("too_long", "longer than --max-doc-bytes; the start of the line follows")
-            return [self._ids(text) for text in parse_record(line.text, self.keys)]
-        except BadRecord as bad:
-            raw = line.text.decode("utf-8", "surrogateescape")
-            return Bad(line.path, line.number, bad.kind, bad.detail, raw)
+    def encode(self, block: Block, kind: str) -> Encoded:
+        """kind: of the block's source. Raises ValueError if the faster way fails its spot check."""
+        good, bad = [], []
+        for record in parse_block(block, kind, self.keys, self.max_record_bytes):
+            (bad if isinstance(record, Bad) else good).append(record)
+        ids_of_documents = zip(*(self._encode_texts([record.texts[key] for record in good])
+                                 for key in range(len(self.keys))), strict=True)  # fmt: skip
+        kept = []
+        for record, ids_of_keys in zip(good, ids_of_documents, strict=True):
+            try:
+                kept.append([self._checked(ids) for ids in ids_of_keys])
+            except BadRecord as wrong:
+                bad.append(Bad(record.line, wrong.kind, wrong.detail, raw_text(record.raw, self.keys)))
+        by_key = list(zip(*kept, strict=True)) or [()] * len(self.keys)
+        lengths = [np.array([len(ids) for ids in arrays], dtype=np.int32) for arrays in by_key]
+        ids = [np.concatenate(arrays) if arrays else np.zeros(0, self.dtype) for arrays in by_key]
+        return Encoded(ids, lengths, sorted(bad), count_lines(block, kind))
 
-    def _ids(self, text: str) -> np.ndarray:
+    def _encode_texts(self, texts: list[str]) -> list[np.ndarray | Exception]:
         try:
-            ids = self.tokenizer.tokenize(text)
+            found = self.way(texts)
+        except MemoryError:
+            raise
+        except Exception:  # one of them; which one?
+            return [self._encode_alone(text) for text in texts]
+        if self.way is not self.stock:
+            at = next((at for at, text in enumerate(texts) if len(text) <= SPOT_CHECK_CHARS), None)
+            if at is not None and not np.array_equal(found[at], self._encode_alone(texts[at])):
+                raise ValueError(f"{self.way_name}: but not on {texts[at][:60]!r}; start again with --stock-tokenizer")
+        return found
+
+    def _encode_alone(self, text: str) -> np.ndarray | Exception:
+        try:
+            return self.stock([text])[0]
         except MemoryError:
             raise
         except Exception as error:
-            raise BadRecord("tokenizer_error", f"{type(error).__name__}: {error}") from error
+            return error
+
+    def _checked(self, ids: np.ndarray | Exception) -> np.ndarray:
+        """The ids in the data set's dtype, the end of the document behind them. Raises BadRecord."""
+        if isinstance(ids, Exception):
+            raise BadRecord("tokenizer_error", f"{type(ids).__name__}: {ids}")
         if len(ids) == 0:
             raise BadRecord("no_tokens", "the tokenizer makes no token of it")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
+        lowest, highest = ids.min(), ids.max()
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
             raise BadRecord("id_out_of_range", f"id {wrong} is not in a vocabulary of {self.vocab_size}")
-        return np.array([*ids, self.eod_id] if self.eod_id is not None else ids, dtype=self.dtype)
+        return ids.astype(self.dtype) if self.eod_id is None else np.append(ids, self.eod_id).astype(self.dtype)
 
 
 _encoder: Encoder | None = None  # of a worker process
 
 
 def _start_worker(*encoder_args) -> None:
-    """Builds the worker's tokenizer, and ends the worker when the main process is gone, however it went."""
+    """The worker's tokenizer: what a fork inherits, else built. Ends the worker when the main process is gone."""
     global _encoder
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the pool
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _encoder = Encoder(*encoder_args)
+    if _encoder is None:
+        _encoder = Encoder(*encoder_args)
 
 
 def _exit_with_parent() -> None:
@@ -108,46 +142,35 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_chunk(chunk: list[Line]) -> list[list[np.ndarray] | Bad]:
-    return [_encoder.encode(line) for line in chunk]
+def _encode(block: Block, kind: str) -> Encoded:
+    return _encoder.encode(block, kind)
 
 
-def read_chunks(paths: list[str], max_doc_bytes: int) -> Iterator[list[Line]]:
-    """Lines of all files in order, in lists of about CHUNK_BYTES."""
-    chunk, size = [], 0
-    for path in paths:
-        for line in read_lines(path, max_doc_bytes):
-            chunk.append(Line(path, *line))
-            size += len(line[1]) + 1
-            if size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def encode_in_order(
-    chunks: Iterable[list[Line]], encoder: Encoder, encoder_args: tuple, workers: int
-) -> Iterator[list[list[np.ndarray] | Bad]]:
-    """Yields the results of each chunk in the order of `chunks`, with a bounded number of chunks in flight.
+def encode_in_order(blocks: Iterable[tuple], encoder: Encoder, encoder_args: tuple, workers: int) -> Iterator[tuple]:
+    """(what came with it, block, Encoded) for each (what came with it, block, its source's kind), in their order, with
+    a bounded number of blocks in flight.
 
     One worker means this process. Raises BrokenProcessPool if a worker dies.
     """
+    global _encoder
     if workers == 1:
-        for chunk in chunks:
-            yield [encoder.encode(line) for line in chunk]
+        for mark, block, kind in blocks:
+            yield mark, block, encoder.encode(block, kind)
         return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Hugging Face's threads do not survive a fork
+    _encoder = encoder
     # A fork saves each worker the import of Megatron, some 10 s.
     method = "fork" if sys.platform == "linux" else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, encoder_args)
     in_flight = deque()
     try:
-        for chunk in chunks:
-            in_flight.append(pool.submit(_encode_chunk, chunk))
-            if len(in_flight) > CHUNKS_IN_FLIGHT_A_WORKER * workers:
-                yield in_flight.popleft().result()
+        for mark, block, kind in blocks:
+            in_flight.append((mark, block._replace(data=b""), pool.submit(_encode, block, kind)))
+            if len(in_flight) > BLOCKS_IN_FLIGHT_A_WORKER * workers:
+                mark, done, result = in_flight.popleft()
+                yield mark, done, result.result()
         while in_flight:
-            yield in_flight.popleft().result()
+            mark, done, result = in_flight.popleft()
+            yield mark, done, result.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        _encoder = None

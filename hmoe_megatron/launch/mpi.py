@@ -24,6 +24,23 @@ def process_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
     return None
 
 
+def start_mpi(size: int):
+    """mpi4py's MPI, started, of `size` processes. ValueError where mpi4py is missing or belongs to another MPI."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise ValueError(f"mpirun started {size} processes and mpi4py is missing: pip install mpi4py, with the MPI of "
+                         "this mpirun, or start with torchrun")  # fmt: skip
+    try:
+        from mpi4py import MPI  # starts MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi was found
+        raise ValueError(f"mpirun started {size} processes and mpi4py does not find its MPI ({error}): reinstall "
+                         "mpi4py with the MPI of this mpirun") from None  # fmt: skip
+    if MPI.COMM_WORLD.Get_size() != size:
+        raise ValueError(f"mpirun started {size} processes and mpi4py sees {MPI.COMM_WORLD.Get_size()}: it was built "
+                         f"for another MPI ({MPI.get_vendor()[0]}) than this mpirun; "
+                         "reinstall it or use the mpirun of that MPI")  # fmt: skip
+    return MPI
+
+
 def set_environment_from_mpi() -> bool:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and end MPI.
 
@@ -34,19 +51,8 @@ def set_environment_from_mpi() -> bool:
     if process is None or "RANK" in os.environ:
         return False
     rank, size = process
-    if importlib.util.find_spec("mpi4py") is None:
-        raise ValueError(f"mpirun started {size} processes and mpi4py is missing: pip install mpi4py, with the MPI of "
-                         "this mpirun, or start with torchrun")  # fmt: skip
-    try:
-        from mpi4py import MPI  # starts MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi was found
-        raise ValueError(f"mpirun started {size} processes and mpi4py does not find its MPI ({error}): reinstall "
-                         "mpi4py with the MPI of this mpirun") from None  # fmt: skip
+    MPI = start_mpi(size)
     world = MPI.COMM_WORLD
-    if world.Get_size() != size:
-        raise ValueError(f"mpirun started {size} processes and mpi4py sees {world.Get_size()}: it was built for "
-                         f"another MPI ({MPI.get_vendor()[0]}) than this mpirun; "
-                         "reinstall it or use the mpirun of that MPI")  # fmt: skip
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_host = world.allreduce(node.Get_size(), MPI.MIN) == size
     place = None

@@ -37,9 +37,10 @@ RUNS = {
     "bf16": "--bf16",
     "bf16 distributed, Top-P": f"--bf16 --use-distributed-optimizer {TOPP}",
 }
-# Two steps at a learning rate near 1e-2 with sums in another order: 2 ulp of the loss in fp32. bf16 rounds activations
-# to 8 bits, in other places under another layout.
-BOUND, BOUND_BF16 = 2.4e-7, 1e-3
+# Two steps at a learning rate near 1e-2 with sums in another order: 2 ulp of the loss in fp32 (1 was seen). bf16 rounds
+# a value by 2**-9 of it at most, in other places under another layout; over the tokens these go either way, so half of
+# it bounds the mean loss (4.4e-4 was the most of 12 cases).
+BOUND, BOUND_BF16 = 2.4e-7, 2**-10
 SAME_AT_A_LOAD = ("scheduler", "learning_rates", "consumed_samples", "adam_steps")
 
 

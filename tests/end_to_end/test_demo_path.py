@@ -70,12 +70,13 @@ def flags(data, run, steps, *more):
 @pytest.fixture(scope="module")
 def whole_run(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return run, command(*torchrun(*flags(data, run, 6)))
+    return run, command(*torchrun(*flags(data, run, 6, "--hmoe-verify-data")))
 
 
 def test_training_prints_plan_losses_and_telemetry(whole_run):
     run, output = whole_run
     assert "parameters: 0.0" in output and "idle" in output
+    assert output.count(" data: SHA-256 of all files compared") == 1
     found = re.findall(r"validation loss at iteration \d+ \| lm loss value: ([0-9.E+-]+)", output)
     losses = [float(loss) for loss in found]
     assert len(losses) >= 2 and losses[-1] < losses[0]
@@ -162,6 +163,14 @@ def test_help_shows_our_flags():
 def test_no_flags_at_all_names_what_is_missing():
     output = command(sys.executable, "pretrain_hmoe.py", code=2)
     assert "--num-layers is missing" in output and "--num-experts is missing" in output
+
+
+def test_data_of_another_tokenizer_is_refused_before_any_process_group_starts(data, tmp_path):
+    (tmp_path / "other.model").write_bytes((data / "tok.model").read_bytes() + b"\0")
+    words = flags(data, tmp_path / "run", 1, "--tokenizer-model", tmp_path / "other.model")
+    output = command(sys.executable, "pretrain_hmoe.py", *words, code=2)
+    assert "was made with --tokenizer-type SentencePieceTokenizer" in output and "Traceback" not in output
+    assert "initializing torch distributed" not in output and not (tmp_path / "run").exists()
 
 
 def test_a_wrong_flag_ends_before_any_process_group_starts():

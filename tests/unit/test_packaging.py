@@ -49,7 +49,7 @@ def test_setup_asks_for_what_the_project_supports(setup_arguments):
     assert wanted["megatron-core"].extras == {"training"}
     assert wanted["megatron-core"].specifier == Requirement("x>=0.19.2,<0.20").specifier
     assert setup_arguments["python_requires"] == ">=3.12"
-    assert set(setup_arguments["extras_require"]) == {"te", "hf", "eval", "mpi", "dev"}
+    assert set(setup_arguments["extras_require"]) == {"te", "hf", "data", "eval", "mpi", "dev"}
 
 
 def test_only_our_package_is_installed(setup_arguments):

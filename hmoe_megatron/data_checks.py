@@ -1,0 +1,38 @@
+"""The data that a run is to read: whole, and of the run's tokenizer, before it is read."""
+
+import argparse
+
+from hmoe_megatron.data_prep.data_set import DataSet
+from hmoe_megatron.files import file_hashes
+
+
+def data_sets(args: argparse.Namespace) -> list[DataSet]:
+    """Those that --data-path and its kin name on this disk, each once."""
+    from megatron.training.utils.common_utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return []
+    blend, per_split = get_blend_and_blend_per_split(args)
+    prefixes = [prefix for prefixes, _ in filter(None, [blend, *(per_split or [])]) for prefix in prefixes]
+    return [DataSet(prefix) for prefix in dict.fromkeys(prefixes) if "://" not in prefix]
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Lengths of all files, and the tokenizer where a sidecar names one. Raises ValueError."""
+    found = data_sets(args)
+    if not found:
+        return
+    flags = f"--tokenizer-type {args.tokenizer_type}"
+    if args.tokenizer_model:
+        flags += f" --tokenizer-model {args.tokenizer_model}"
+    hashes = list(file_hashes(args.tokenizer_model, args.vocab_file, args.merge_file).values())
+    for data in found:
+        data.check_lengths()
+        data.check_tokenizer(args.tokenizer_type, hashes, flags)
+
+
+def verify_data(args: argparse.Namespace, rank: int, ranks: int) -> None:
+    """This rank's share of the hashes. Raises ValueError."""
+    for number, data in enumerate(data_sets(args)):
+        if number % ranks == rank:
+            data.check_hashes()
