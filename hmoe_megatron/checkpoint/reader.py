@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from megatron.core.rerun_state_machine import Call, Caller
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta, TensorStorageMetadata
 
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused
 
 MAX_METADATA_BYTES = 1 << 30
+# Besides those that Megatron names safe: what its rerun machine notes of a loss that is spiky or not finite.
+OBJECT_CLASSES = [Call, Caller]
 _ALLOWED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -115,7 +118,8 @@ class CheckpointReader(FileSystemReader):
 
         def load_bytes(item, value):
             try:
-                torch.load(value, map_location="cpu", weights_only=True)
+                with torch.serialization.safe_globals(OBJECT_CLASSES):
+                    torch.load(value, map_location="cpu", weights_only=True)
             except Exception as error:
                 reason = refused_pickle(error) or str(error).split("\n")[0].split(". ")[0]
                 raise CheckpointRefused(f"{self.path}: object {item.storage_index.fqn}: {reason:.300}: not loaded; "

@@ -26,7 +26,9 @@ from pathlib import Path
 
 GRACE_S = 2.0  # for the other ranks after one failed or the time was up
 ALONE_S = 15.0  # until ranks that outlive a failed one are told to end; torchrun's 0.1 s would hide that they hang
-ORPHAN_S = 30.0  # for what a rank started: a data loader's worker looks for its parent every 5 s
+# For what a rank started: a data loader's worker looks for its parent every 5 s; a process that is to write checkpoints
+# imports torch and Megatron before it looks, which takes half a minute on a busy machine.
+ORPHAN_S = 90.0
 LOG_TAIL_LINES = 60
 
 

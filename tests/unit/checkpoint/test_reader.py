@@ -8,6 +8,7 @@ import resource
 
 import pytest
 import torch
+from megatron.core.rerun_state_machine import Call, Caller
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
@@ -134,6 +135,14 @@ def test_a_pickle_in_a_tensor_does_not_run(folder, tmp_path):
 def test_another_object_in_its_place_is_read(folder):
     replace_stored(folder, "object", argparse.Namespace(num_layers=5, rng=OBJECT.rng))
     assert load(folder)["object"].num_layers == 5
+
+
+def test_what_megatron_notes_of_a_loss_is_read(folder):
+    """--check-for-spiky-loss keeps the largest value by who called; a failed check keeps the call."""
+    caller = Caller("loss", 1)
+    noted = argparse.Namespace(max_values={caller: 3.5}, failed_validation_call=Call(caller, 2))
+    replace_stored(folder, "object", noted)
+    assert load(folder)["object"] == noted
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "sub/file", "", ".", "..", b"x", "missing"])
