@@ -43,8 +43,16 @@ def write_or_raise(stock, *args, **named):
         # The error and the frames that it left hold each other, and a buffer of a BytesIO: CPython 3.12.1 dies by
         # SIGSEGV when it collects such a cycle (bytesiobuf_releasebuffer).
         traceback.clear_frames(output[1].__traceback__)
-        raise output[1]
+        raise _first_cause(output[1])
     return output
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The OSError that an error came of: torch's archive, closed on a full disk, hides it behind one of its own."""
+    found = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def hashing_request(stock, *args, **named):

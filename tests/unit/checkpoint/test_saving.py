@@ -22,6 +22,22 @@ def test_a_failed_write_holds_no_buffer():
     data.truncate(0)  # BufferError while a buffer is held
 
 
+def test_a_full_disk_is_named_and_not_what_it_broke():
+    def write():
+        try:
+            try:
+                raise OSError(28, "No space left on device")
+            finally:
+                raise RuntimeError("unexpected pos 704 vs 598")
+        except RuntimeError as error:
+            return 0, error
+
+    with pytest.raises(OSError, match="No space left on device"):
+        write_or_raise(write)
+    with pytest.raises(RuntimeError, match="another"):
+        write_or_raise(lambda: (0, RuntimeError("another")))
+
+
 @pytest.mark.parametrize("output", [None, (0, ["written"])])
 def test_what_was_written_is_returned(output):
     assert write_or_raise(lambda: output) == output
