@@ -11,7 +11,6 @@ from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plans import TOKENS
 from tests.distributed.training_run import EXPERTS, LAYERS, losses, steps
-from tests.rows import rarely
 
 MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
@@ -144,7 +143,8 @@ class StockMachine:
         self.fault()
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", *rarely("allgather")])
+@pytest.mark.campaign
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_all_tokens_on_one_expert_for_many_steps(tmp_path, told, dispatcher):
     """100 steps: every token of both ranks goes to expert 2, so rank 0, with experts 0 and 1, computes nothing."""
     count = 100

@@ -15,6 +15,7 @@ from tests.distributed.training_run import (
     losses,
     steps,
 )
+from tests.rows import rarely
 
 MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
@@ -42,7 +43,7 @@ def assert_same(state, expected, bound=0.0):
     assert max(worst.values()) <= bound, max(worst.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", *rarely("allgather")])
 def test_plans_of_whole_experts_are_bitwise_equal(tmp_path, dispatcher):
     flags = f"--moe-token-dispatcher-type {dispatcher}"
     plans = [
@@ -60,7 +61,7 @@ def test_plans_of_whole_experts_are_bitwise_equal(tmp_path, dispatcher):
     assert runs[0][0]["counts"].sum() == 5 * TOKENS * 2 * LAYERS
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", *rarely("allgather")])
 def test_a_rank_without_any_expert(tmp_path, dispatcher):
     flags = f"--moe-token-dispatcher-type {dispatcher}"
     both = run(tmp_path, 2, whole((0, 1), (2, 3)), flags=flags, name="both")
@@ -69,7 +70,7 @@ def test_a_rank_without_any_expert(tmp_path, dispatcher):
     assert_same(logical_state(one), logical_state(both))
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("ep", [4, *rarely(1, 2)])
 @pytest.mark.parametrize("router", ["", TOPP])
 def test_whole_experts_over_expert_parallel_sizes_of_one_world(tmp_path, ep, router):
     """World size 4: expert-parallel 1, 2 and 4 against expert-parallel 2 under another plan."""
@@ -82,7 +83,7 @@ def test_whole_experts_over_expert_parallel_sizes_of_one_world(tmp_path, ep, rou
     assert (other[0]["counts"][0] > 0).all()
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", *rarely("allgather")])
 @pytest.mark.parametrize("router", ["", TOPP])
 def test_experts_cut_by_width(tmp_path, router, dispatcher):
     flags = f"{router} --moe-token-dispatcher-type {dispatcher}"
@@ -105,7 +106,7 @@ def test_initial_weights_do_not_depend_on_rank_or_plan(tmp_path):
     assert len({state[name].flatten()[0].item() for name in experts}) == len(experts), "experts must differ"
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", *rarely("allgather")])
 def test_all_tokens_on_one_expert(tmp_path, dispatcher):
     """Expert 2 gets every token, the other rank and all other experts none: their weights stay put, exactly."""
     flags = f"{TOPP} --weight-decay 0 --moe-token-dispatcher-type {dispatcher}"

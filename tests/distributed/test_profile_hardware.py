@@ -41,6 +41,7 @@ def test_nodes_of_unequal_size_are_refused():
         run_ranks(2, measured, 3)
 
 
+@pytest.mark.campaign
 def test_the_tool_under_torchrun(tmp_path):
     flags = "--hidden-size 64 --rows 8 64 --widths 16 64 --seconds 0.5".split()
     run = subprocess.run(

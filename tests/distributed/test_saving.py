@@ -83,11 +83,11 @@ def test_a_checkpoint_says_what_it_is_of(whole):
     assert (path / "placement_plan.json").read_bytes() == (whole / "placement_plan.json").read_bytes()
 
 
-OFTEN = ("shard", "metadata", "tracker")
-RARELY = ("config", "directory", "manifest", "rename")
+OFTEN = ("shard", "tracker")
+RARELY = ("metadata", "config", "directory", "manifest", "rename")
 
 
-@pytest.mark.parametrize("where", [*OFTEN, *(pytest.param(name, marks=pytest.mark.campaign) for name in RARELY)])
+@pytest.mark.parametrize("where", [*OFTEN, *rarely(*RARELY)])
 def test_a_save_that_fails_once_is_tried_again(whole, tmp_path, where):
     ended = run(tmp_path, fail, where, 1, 1 if where == "shard" else 0)
     assert [rank.code for rank in ended] == [0, 0]

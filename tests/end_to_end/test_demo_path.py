@@ -155,11 +155,13 @@ def test_a_killed_run_starts_again_from_its_last_checkpoint(data, tmp_path):
     assert iterations == list(range(1, saved + 4))
 
 
+@pytest.mark.campaign
 def test_help_shows_our_flags():
     output = command(sys.executable, "pretrain_hmoe.py", "--help")
     assert "--hmoe-p-penalty-coeff" in output and "--num-layers" in output
 
 
+@pytest.mark.campaign
 def test_no_flags_at_all_names_what_is_missing():
     output = command(sys.executable, "pretrain_hmoe.py", code=2)
     assert "--num-layers is missing" in output and "--num-experts is missing" in output

@@ -54,7 +54,7 @@ def test_a_full_disk_ends_the_run_after_three_saves(where, two, disk, tmp_path, 
          "with space again the run went on bitwise")  # fmt: skip
 
 
-@pytest.mark.parametrize("where", mostly_rarely(FULL_AT, ("`.metadata`", "the manifest")))
+@pytest.mark.parametrize("where", mostly_rarely(FULL_AT, ("`.metadata`",)))
 def test_a_disk_that_is_full_for_one_save_is_absorbed(where, two, disk, tmp_path, told):
     root, scratch = disk / "run", tmp_path / "scratch"
     function, left = FULL_AT[where]

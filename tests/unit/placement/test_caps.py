@@ -23,9 +23,9 @@ CHUNK = 200
 COST = CostModel(hidden_size=64)
 
 
-@pytest.mark.parametrize("first", [0, CHUNK, *rarely(*range(2 * CHUNK, 2000, CHUNK))])
+@pytest.mark.parametrize("first", [0, *rarely(*range(CHUNK, 2000, CHUNK))])
 def test_no_cap_is_broken_and_none_that_can_be_kept_is_given_up(first):
-    """400 layers whose caps some placement keeps, 2,000 in the campaign, 100,000 by `make bench-planner`."""
+    """200 layers whose caps some placement keeps, 2,000 in the campaign, 100,000 by `make bench-planner`."""
     found = Counter(map(under_caps, range(first, first + CHUNK)))
     assert found["broken"] == found["missed"] == 0 and found["kept"] >= 0.98 * CHUNK
 

@@ -14,6 +14,7 @@ from hmoe_megatron.placement.profiles import profile_named
 from hmoe_megatron.placement.simulate import NOTHING, Result, campaign, campaign_table, simulate, standard_cases
 from hmoe_megatron.placement.step_times import StepTimes, moving_time
 from hmoe_megatron.placement.traces import trace
+from tests.rows import rarely
 
 RANKS = 4
 WIDTHS_LE = [(9, 11, 13, 15, 17, 19, 21, 23)]
@@ -308,7 +309,7 @@ LOSS = 0.02  # at most, of the time of staying
 SHARE = 0.9  # at least, of the oracle's gain, on loads that last
 
 
-@pytest.mark.parametrize("workload", ["W1", "W3", "W6", "W7"])
+@pytest.mark.parametrize("workload", ["W1", "W6", *rarely("W3", "W7")])
 def test_the_defaults_meet_the_criteria(workload):
     """Of the standard cases one seed each; `campaign` has all of them."""
     results = list(campaign(standard_cases([workload], seeds=[0])))
