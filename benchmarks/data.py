@@ -6,6 +6,7 @@ humanize` put it. Writes benchmarks/data.md.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def big(corpus: Path, folder: Path, kind: str, model: Path) -> tuple[Run, str]:
     wall_s, cpu_s, peak_mb = measured(ours(path, output, kind, model, 2, "--on-bad-record", "skip"))
     file = token_file(output)
     run = Run("this tool", 2, wall_s, cpu_s, peak_mb, file.stat().st_size // 2, sha256_file(file))
-    bad = (folder / "big_text_document.json").read_text().split('"bad_records": {')[1].split("}")[0].strip()
+    bad = json.loads((folder / "big_text_document.json").read_text())["counts"]["bad_records"]
     size = f"{path.stat().st_size / 1e6:,.0f} MB"
     path.unlink()
     return run, f"{size}; bad records: {bad}"

@@ -103,7 +103,7 @@ def datasets_provider(num_samples, vp_stage=None):
     Raises DataRefused on the rank that can't read them. Megatron unpickles nothing but arrays from a cached index.
     """
     args = get_args()
-    if args.hmoe_verify_data:
+    if args.hmoe_verify_data and not vp_stage:  # once, not for every virtual pipeline stage
         _verify(args)
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(

@@ -27,8 +27,8 @@ def check_data(args: argparse.Namespace) -> None:
         flags += f" --tokenizer-model {args.tokenizer_model}"
     hashes = list(file_hashes(args.tokenizer_model, args.vocab_file, args.merge_file).values())
     for data in found:
-        data.check_lengths()
-        data.check_tokenizer(args.tokenizer_type, hashes, flags)
+        if sidecar := data.check_lengths():
+            data.check_tokenizer(sidecar, args.tokenizer_type, hashes, flags)
 
 
 def verify_data(args: argparse.Namespace, rank: int, ranks: int) -> None:

@@ -72,8 +72,8 @@ def decoder(args: argparse.Namespace, megatron_flags: list[str], sidecar: dict |
     encoder = Encoder(megatron_tokenizer_args(args, megatron_flags), ["text"], False, 1, None)
     if sidecar:
         hashes = list(file_hashes(args.tokenizer_model, args.vocab_file, args.merge_file).values())
-        DataSet(args.prefix).check_tokenizer(args.tokenizer_type, hashes, f"--tokenizer-type {args.tokenizer_type} "
-                                             f"--tokenizer-model {args.tokenizer_model}")  # fmt: skip
+        flags = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+        DataSet(args.prefix).check_tokenizer(sidecar, args.tokenizer_type, hashes, flags)
     return lambda ids: encoder.tokenizer.detokenize([int(id) for id in ids])
 
 

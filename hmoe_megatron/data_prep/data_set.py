@@ -14,7 +14,7 @@ import numpy as np
 from hmoe_megatron.files import read_text, sha256_file
 
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, document borders: megatron's indexed_dataset
-MAGIC = b"MMIDIDX\x00\x00"
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 MAX_SIDECAR_BYTES = 64 << 20  # it lists the inputs
 AGAIN = "make or fetch it again"
@@ -98,7 +98,7 @@ class DataSet:
         if len(data) < HEADER.size or data[:9] != MAGIC:
             raise ValueError(f"{self.idx}: is no index of Megatron's; {AGAIN}")
         _, version, code, sequences, borders = HEADER.unpack(data)
-        if version != 1 or code not in DTYPES:
+        if version != VERSION or code not in DTYPES:
             raise ValueError(f"{self.idx}: version {version}, dtype {code}: of another version or damaged; {AGAIN}")
         expected = HEADER.size + 12 * sequences + 8 * borders
         actual = self.idx.stat().st_size
@@ -159,11 +159,8 @@ class DataSet:
         if not len(borders) or borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any():
             raise ValueError(f"{self.idx}: its document borders do not ascend from 0 to {sequences}; {AGAIN}")
 
-    def check_tokenizer(self, kind: str, hashes: list[str], flags: str) -> None:
+    def check_tokenizer(self, sidecar: dict, kind: str, hashes: list[str], flags: str) -> None:
         """The data's tokenizer against that of a run: its type, the hashes of its files. flags: of the run's."""
-        sidecar = self.sidecar()
-        if sidecar is None:
-            return
         tokenizer = sidecar["request"]["tokenizer"]
         made_by, made_with = tokenizer["type"], sorted(tokenizer["sha256"].values())
         if (made_by, made_with) != (kind, sorted(hashes)):

@@ -6,11 +6,12 @@ document borders; then sequence lengths (int32), their offsets in bytes (int64),
 sequence is a document.
 """
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from hmoe_megatron.data_prep.data_set import HEADER, MAGIC, VERSION
 
 PIECE = 1 << 18  # documents at a time
 
@@ -20,12 +21,12 @@ def write_index(path: str | Path, length_files: Sequence[Path], dtype: type) -> 
 
     Returns (documents, tokens).
     """
-    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
+    from megatron.core.datasets.indexed_dataset import DType
 
     item_bytes = np.dtype(dtype).itemsize
     documents = sum(file.stat().st_size for file in length_files) // 4
     with open(path, "wb") as file:
-        file.write(_INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype), documents, documents + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, DType.code_from_dtype(dtype), documents, documents + 1))
         for lengths in _pieces(length_files):
             file.write(lengths.tobytes())
         tokens = 0

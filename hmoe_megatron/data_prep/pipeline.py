@@ -44,13 +44,13 @@ def fill(shard: Shard, spans: list[Span], encoder: Encoder, encoder_args: tuple,
     with contextlib.closing(results), tqdm(total=ends[-1], unit="B", unit_scale=True, disable=is_quiet or None) as bar:
         for number, block, encoded in results:
             shard.enter(number)
-            bad = [_located(record, spans[number], shard) for record in encoded.bad]
             try:
-                _judge(bad, shard, on_bad_record, max_bad_records)
+                _judge(encoded.bad, spans[number], shard, on_bad_record, max_bad_records)
             except ValueError:
                 shard.commit()
                 raise
-            shard.add(encoded, bad if on_bad_record == "quarantine" else [], block.end)
+            kept = encoded.bad if on_bad_record == "quarantine" else []
+            shard.add(encoded, [_located(bad, spans[number], shard) for bad in kept], block.end)
             bar.set_postfix(_rates(shard, bar), refresh=False)
             bar.update(ends[number] + block.read_bytes - bar.n)
     shard.commit(is_done=True)
@@ -76,14 +76,14 @@ def _first_line(span: Span) -> int:
     return line_number(span.source, span.start)
 
 
-def _judge(bad: list[dict], shard: Shard, on_bad_record: str, max_bad_records: int | None) -> None:
+def _judge(bad: list[Bad], span: Span, shard: Shard, on_bad_record: str, max_bad_records: int | None) -> None:
     """Raises ValueError for the first record too many."""
     if not bad:
         return
     allowed = 0 if on_bad_record == "stop" else max_bad_records
     if allowed is None or shard.bad.total() + len(bad) <= allowed:
         return
-    first = bad[allowed - shard.bad.total()]
+    first = _located(bad[allowed - shard.bad.total()], span, shard)
     where = f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}"
     remedy = f"mend the record or give --on-bad-record skip or quarantine: the work done is kept in {shard.folder}"
     if on_bad_record != "stop":

@@ -115,9 +115,8 @@ class ByteLevelBPE:
 
     min_vocab_size = 1 + 256 + 1
 
-    def __init__(self, tokenizer, special_tokens: Sequence[str]):
-        self.tokenizer, self.special_tokens = tokenizer, list(special_tokens)
-        self._is_fallback = {}
+    def __init__(self, tokenizer):
+        self.tokenizer, self._is_fallback = tokenizer, {}
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> "ByteLevelBPE":
@@ -134,7 +133,7 @@ class ByteLevelBPE:
         tokenizer.train_from_iterator(texts, trainer, length=len(texts))
         if tokenizer.get_vocab_size() != vocab_size:
             raise RuntimeError(f"the text gives {tokenizer.get_vocab_size()} entries only")
-        return cls(tokenizer, special_tokens)
+        return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids

@@ -1,11 +1,10 @@
 """Asynchronous saves on a machine with no GPU: the worker's own process, and the tensors that it is sent."""
 import functools
-import multiprocessing.connection
-import os
-import threading
 from typing import NamedTuple
 
 import torch
+
+from hmoe_megatron.exits import end_with_parent
 
 from . import registry
 from .registry import patch, replace
@@ -24,18 +23,12 @@ def worker_loop(*args):
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from . import cuda  # noqa: F401  registers them
-    # Megatron's loop waits for work for ever where its rank was killed.
-    threading.Thread(target=_exit_with_rank, daemon=True).start()
+    end_with_parent()  # Megatron's loop waits for work for ever where its rank was killed
     registry.run("cuda_device_is_the_cpu")
     registry.run("cuda_streams")
     before = [replaced.before for replaced in registry.REPLACED if replaced.attribute == "async_loop"]
     stock = before[0] if before else PersistentAsyncCaller.async_loop  # a new process, or a fork of one with the patch
     return stock(*args)
-
-
-def _exit_with_rank():
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 @patch

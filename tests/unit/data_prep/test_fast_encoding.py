@@ -169,14 +169,7 @@ def test_nothing_is_proven_on_nothing(bpe_folder):
 
 
 def test_sentencepiece_with_special_tokens_of_megatrons_goes_its_way(sp_model):
-    flags = ("--tokenizer-sentencepiece-legacy", "--special-tokens", "<x>")
-    args, rest = preprocess_data.parse_flags(argv_of("x", prefix="y", model=sp_model, flags=flags))
-    try:
-        tokenizer_args = megatron_tokenizer_args(args, rest)
-    except SystemExit:
-        rest = ["--tokenizer-sentencepiece-legacy", "--tokenizer-special-tokens", "<x>"]
-        tokenizer_args = megatron_tokenizer_args(args, rest)
-    encoder = Encoder(tokenizer_args, ["text"], False, 1 << 20, ["abc"])
+    encoder = encoder_of(sp_model, ["abc"], ("--tokenizer-sentencepiece-legacy", "--tokenizer-special-tokens", "<x>"))
     assert "Megatron looks for special tokens in the text" in encoder.way_name
     assert_equal(encoder, ["abc <x> abc"])
 
