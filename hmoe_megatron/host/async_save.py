@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from hmoe_megatron.exits import end_with_parent
-
 from . import registry
 from .registry import patch, replace
 
@@ -23,7 +21,6 @@ def worker_loop(*args):
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from . import cuda  # noqa: F401  registers them
-    end_with_parent()  # Megatron's loop waits for work for ever where its rank was killed
     registry.run("cuda_device_is_the_cpu")
     registry.run("cuda_streams")
     before = [replaced.before for replaced in registry.REPLACED if replaced.attribute == "async_loop"]
