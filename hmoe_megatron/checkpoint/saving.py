@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.training import async_utils
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hmoe_megatron.checkpoint import directory, together
@@ -98,7 +99,11 @@ class Saver:
 
     def save_checkpoint(self, stock, iteration, model, *args, **named) -> None:
         """Megatron's save_checkpoint. Raises SavingFailed for weights that are not finite, and after `max_failed`
-        failed saves in a row; else a failed save is reported and training goes on."""
+        failed saves in a row; else a failed save is reported and training goes on.
+
+        Waits until the asynchronous save before it is in its place. Megatron would queue it, each with a copy of all
+        state and none in the tracker, where steps are faster than the storage."""
+        async_utils.maybe_finalize_async_save(blocking=True)
         bad = together.all_ranks(lambda: not_finite(model))
         if any(bad):
             rank, names = next((rank, names) for rank, names in enumerate(bad) if names)

@@ -2,11 +2,9 @@
 
 import argparse
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +16,7 @@ import numpy as np
 from hmoe_megatron.data_prep.fast_encoding import find_way, megatron_way
 from hmoe_megatron.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
 from hmoe_megatron.data_prep.sources import Block
+from hmoe_megatron.exits import end_with_parent
 
 BLOCKS_IN_FLIGHT_A_WORKER = 3
 SAMPLE_CHARS = 1 << 20
@@ -132,14 +131,9 @@ def _start_worker(*encoder_args) -> None:
     global _encoder
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the pool
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    end_with_parent()
     if _encoder is None:
         _encoder = Encoder(*encoder_args)
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _encode(block: Block, kind: str) -> Encoded:

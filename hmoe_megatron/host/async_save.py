@@ -1,8 +1,12 @@
 """Asynchronous saves on a machine with no GPU: the worker's own process, and the tensors that it is sent."""
 import functools
+import multiprocessing
+from multiprocessing.managers import SyncManager
 from typing import NamedTuple
 
 import torch
+
+from hmoe_megatron.exits import end_with_parent
 
 from . import registry
 from .registry import patch, replace
@@ -21,11 +25,27 @@ def worker_loop(*args):
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from . import cuda  # noqa: F401  registers them
+    end_with_parent()  # Megatron's loop waits for work for ever where its rank was killed
     registry.run("cuda_device_is_the_cpu")
     registry.run("cuda_streams")
     before = [replaced.before for replaced in registry.REPLACED if replaced.attribute == "async_loop"]
     stock = before[0] if before else PersistentAsyncCaller.async_loop  # a new process, or a fork of one with the patch
     return stock(*args)
+
+
+@patch
+def queue_of_asynchronous_saves():
+    """The queue's server, a fork of the rank, has no watch of its own: where its rank was killed it stays for ever,
+    and holds open what tells the worker that the rank is gone."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def get_write_results_queue(mp_mode="spawn"):
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(end_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+    replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
 
 
 @patch

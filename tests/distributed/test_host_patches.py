@@ -1,12 +1,15 @@
 """Every patch of the host has a check here that passes with it and fails when any one of its replacements is
 undone."""
+import contextlib
 import functools
 import multiprocessing
 import os
 import queue
+import signal
 import time
 import traceback
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -220,6 +223,45 @@ def _work_as_if_new(folder):
 def _file_after_synchronizing(folder):
     torch.cuda.synchronize()
     return f"{folder}/{torch.distributed.get_rank()}"
+
+
+@check
+def queue_of_asynchronous_saves(folder):
+    context = multiprocessing.get_context("fork")
+    server, of_rank = context.Pipe(duplex=False)
+    rank = context.Process(target=_open_queue_and_stay, args=(of_rank,))
+    rank.start()
+    pid = server.recv()
+    rank.kill()
+    rank.join()
+    try:
+        _wait_until_gone(pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _open_queue_and_stay(of_rank):
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    results = get_write_results_queue("fork")
+    results.put("written")
+    assert results.get() == "written"
+    of_rank.send(results._manager._process.pid)
+    time.sleep(60)
+
+
+def _wait_until_gone(pid, timeout_s=5):
+    deadline = time.monotonic() + timeout_s
+    while _runs(pid):
+        assert time.monotonic() < deadline, f"process {pid} is there {timeout_s} s after its rank"
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 @check

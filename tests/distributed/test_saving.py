@@ -154,8 +154,18 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     assert directory.complete_iterations(tmp_path) == []
 
 
-def test_async_saves_are_the_same_checkpoint(whole, tmp_path):
-    ended = run(tmp_path, flags=ASYNC)
+def refuse_a_queue():
+    stock = directory.begin
+
+    def begin(path):
+        assert list(path.parent.glob(".iter_*.saving")) == []
+        return stock(path)
+
+    directory.begin = begin
+
+
+def test_async_saves_are_the_same_checkpoint_and_one_at_a_time(whole, tmp_path):
+    ended = run(tmp_path, refuse_a_queue, flags=ASYNC)
     assert [rank.code for rank in ended] == [0, 0]
     assert_sound(tmp_path, 8)
     one, other = (manifest.load_manifest(directory.checkpoint_path(root, 8)).files for root in (whole, tmp_path))

@@ -17,7 +17,7 @@ ranks. After each, unless the table says otherwise:
 - no rank hangs and no process is left;
 - under a final name in `--save` there is nothing half written, and every complete checkpoint equals, bit by bit, that
   of the same step of a run that nothing befell;
-- at most one save interval of steps is lost;
+- at most one save interval of steps is lost, two with asynchronous saves, where steps go on while one is written;
 - the next run ends with the losses and weights of the unbroken run, bit by bit, and nothing of the fault is left in
   `--save`;
 - the exit code is 0 only if the fault was absorbed, and an error is one line that names the rank or file.

@@ -31,7 +31,8 @@ def kill_often(expected, kills, tmp_path, seed, flags=""):
         ended = run(expected.ranks, root, scratch, kill, flags=flags)
         if ended.killed:
             assert ended.codes[victim] == -9, ended.tail
-            check_little_lost(ended, check_lasting(root, expected) if root.exists() else None)
+            check_little_lost(ended, check_lasting(root, expected) if root.exists() else None,
+                              intervals=2 if "--async-save" in flags else 1)
             phases[ended.killed.split(":")[0]] += 1
             told += any(rank.told for rank in ended.ranks)
         else:
