@@ -19,7 +19,7 @@ from hmoe_megatron.data_prep.sources import Block
 from hmoe_megatron.exits import end_with_parent
 
 BLOCKS_IN_FLIGHT_A_WORKER = 3
-SAMPLE_CHARS = 1 << 20
+SAMPLE_CHARS = 1 << 18
 SPOT_CHECK_CHARS = 4096
 
 
