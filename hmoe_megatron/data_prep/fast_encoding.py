@@ -3,7 +3,7 @@
 A way is a function: list of texts -> list of id arrays. Megatron's own calls the library once a text and, for Hugging
 Face tokenizers, builds what nobody reads. A byte-level BPE of Hugging Face also goes through tiktoken, several times
 faster: it merges the pair with the lowest rank, as the merges in their order say. What it can't see (added tokens in
-the text, a normaliser) goes Megatron's way, text by text.
+the text, a normaliser) goes Megatron's way, text by text. SentencePiece's BPE encodes each word once.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from hmoe_megatron.data_prep.sentencepiece_words import word_encoder
 
 Way = Callable[[list[str]], list[np.ndarray]]
 # What tokenizers' ByteLevel splits by (GPT-2's pattern).
@@ -73,6 +75,25 @@ def _library(tokenizer):
 
 def sentencepiece_way(tokenizer, stock: Way) -> Way | None:
     """SentencePiece on a whole list."""
+    processor = _sentencepiece(tokenizer)
+    if processor is None:
+        return None
+    return lambda texts: [np.array(ids, dtype=np.int32) for ids in processor.encode(texts, out_type=int, num_threads=1)]
+
+
+def words_way(tokenizer, stock: Way) -> Way | None:
+    """SentencePiece's BPE, each word once. Raises NotEqual where words are not independent."""
+    processor = _sentencepiece(tokenizer)
+    if processor is None:
+        return None
+    try:
+        return word_encoder(processor, stock)
+    except ValueError as error:
+        raise NotEqual(f"{error}") from None
+
+
+def _sentencepiece(tokenizer):
+    """SentencePiece's processor; None for another library. Raises NotEqual for what Megatron does around it."""
     processor, wrapper = _library(tokenizer), getattr(tokenizer, "_tokenizer", None)
     if not hasattr(processor, "EncodeAsIds"):
         return None
@@ -80,7 +101,7 @@ def sentencepiece_way(tokenizer, stock: Way) -> Way | None:
         raise NotEqual("Megatron looks for special tokens in the text")
     if wrapper.removed_extra_spaces and not wrapper.ignore_extra_whitespaces:
         raise NotEqual("Megatron marks spaces that SentencePiece removes")
-    return lambda texts: [np.array(ids, dtype=np.int32) for ids in processor.encode(texts, out_type=int, num_threads=1)]
+    return processor
 
 
 def tiktoken_way(tokenizer, stock: Way) -> Way | None:
@@ -232,6 +253,7 @@ def _needs_megatron(parts: dict) -> Callable[[str], bool]:
 WAYS: dict[str, Callable[[object, Way], Way | None]] = {
     "tiktoken with the same vocabulary": byte_level_way,
     "the tokenizers library by lists": hugging_face_way,
+    "SentencePiece, each word once": words_way,
     "SentencePiece by lists": sentencepiece_way,
     "tiktoken to arrays": tiktoken_way,
 }
