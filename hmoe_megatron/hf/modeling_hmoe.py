@@ -235,7 +235,6 @@ class HMoEPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": HMoEDecoderLayer, "attentions": HMoEAttention}
 
     @torch.no_grad()
@@ -326,7 +325,8 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
         """logits_BSV, and with ``labels`` (-100: no target) the mean cross entropy of the next token.
 
         logits_to_keep: the last so many positions, 0: all, or the positions themselves. With output_router_logits
-        (here or in the configuration) ``aux_loss`` is router_loss summed over the layers, and part of ``loss``.
+        (here or in the configuration) in training or with labels, ``aux_loss`` is router_loss summed over the layers,
+        and part of ``loss``.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -341,8 +341,9 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
         x_BSH = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = self.lm_head(x_BSH[:, kept])
-        aux_loss = self._router_loss(outputs.router_logits, attention_mask, x_BSH.shape[1])
-        loss = None
+        aux_loss = loss = None
+        if outputs.router_logits and (self.training or labels is not None):
+            aux_loss = self._router_loss(outputs.router_logits, attention_mask, x_BSH.shape[1])
         if labels is not None:
             loss = self.loss_function(logits_BSV, labels, vocab_size=self.config.vocab_size, **kwargs)
             if aux_loss is not None:
@@ -358,8 +359,6 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
         )
 
     def _router_loss(self, router_logits, attention_mask, length: int):
-        if not router_logits:
-            return None
         valid_T = None
         if attention_mask is not None:
             if attention_mask.ndim != 2:

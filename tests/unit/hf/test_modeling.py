@@ -48,7 +48,7 @@ def test_a_cache_changes_nothing(kind, backend):
 @KINDS
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_greedy_text_is_the_same_without_cache(kind, cache):
-    model = tiny_model(**kind)
+    model = tiny_model(**kind, output_router_logits=True)
     ids_BS = token_ids()
     kwargs = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(ids_BS, cache_implementation=cache, **kwargs)

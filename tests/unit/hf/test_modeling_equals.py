@@ -15,8 +15,8 @@ from transformers import (
 )
 
 SHARED = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "intermediate_size": 24,
-          "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}  # fmt: skip
+          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+          "intermediate_size": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}  # fmt: skip
 DENSE = {**SHARED, "expert_widths": [[], []], "num_experts_per_tok": None}
 ATTENTION_KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

@@ -181,4 +181,4 @@ def test_micro_batches_add_up_by_their_targets():
 def test_padding_that_cannot_be_seen_is_refused():
     model = tiny_model(p_penalty_coeff=0.1, output_router_logits=True)
     with pytest.raises(ValueError, match=r"shape \(2, 1, 12, 12\).*give a mask \[batch, positions\]"):
-        model(token_ids(), attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
+        model(token_ids(), attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool), labels=token_ids())
