@@ -82,14 +82,14 @@ def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
     for checkpointing in (False, True):
         model = tiny_model(**kind, **LOSSES, output_router_logits=True).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         calls.append(0)
 
         def count(*_):
             calls[-1] += 1
 
         for layer in model.model.layers:
-            layer.mlp.register_forward_hook(count)
+            layer.mlp.register_forward_pre_hook(count)
         outputs = model(ids_BS, labels=ids_BS)
         outputs.loss.backward()
         results.append((outputs.loss, gradients(model)))
@@ -161,6 +161,7 @@ def test_weights_survive_the_disk_in_shards(tied, dtype, tmp_path):
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    model.model.rotary_emb = again.model.rotary_emb  # .to(bfloat16) has rounded the first one's frequencies
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
@@ -189,7 +190,7 @@ def test_it_trains_under_autocast(kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        values.append(float(loss))
+        values.append(loss.item())
     assert values[-1] < values[0] / 2
 
 

@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 directory, tuned = sys.argv[2:4]
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 base = AutoModel.from_pretrained(directory, trust_remote_code=True)
 prompt = tokenizer("w3 w9 w27", return_tensors="pt")
 text = tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
