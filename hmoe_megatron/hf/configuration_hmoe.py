@@ -12,16 +12,18 @@ class HMoEConfig(PreTrainedConfig):
     """Settings of HMoEForCausalLM, checked when made: ValueError names the field, its value and the remedy.
 
     expert_widths: for each layer the width of each of its experts; [] for a dense layer of width ``intermediate_size``.
-    router: "topk" (``num_experts_per_tok``) or "topp" (the fewest experts whose probabilities reach ``top_p``, at most
-    ``max_experts_per_token``). router_pre_softmax: softmax over all experts before Top-K, not renormalised after it.
-    router_scaling_factor: multiplies the weights of Top-K. router_dtype: "float32" computes the router's logits in
-    float32, None in the model's dtype. expert_path: how the experts are computed, see EXPERT_PATHS of modeling_hmoe.py.
+    router: "topk" (``num_experts_per_tok`` experts a token) or "topp" (the fewest whose probabilities reach
+    ``router_top_p``, at most ``max_experts_per_token``). A field named top_p would set generate()'s nucleus sampling.
+    router_pre_softmax: softmax over all experts before Top-K, not renormalised after it. router_scaling_factor:
+    multiplies the weights of Top-K. router_dtype: "float32" computes the router's logits in float32, None in the
+    model's dtype. expert_path: "sorted" or the slower reference "loop", see modeling_hmoe.py.
     output_router_logits: return the router's logits and add its losses, by the three coefficients, to the loss.
     attention_bias: on the query, key and value projections. use_qk_norm: RMSNorm of each head before RoPE.
     """
 
     model_type = "hmoe"
     keys_to_ignore_at_inference = ["past_key_values"]
+    has_no_defaults_at_init = True  # transformers before 5.23 asks: expert_widths must be given
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -46,7 +48,7 @@ class HMoEConfig(PreTrainedConfig):
     expert_widths: list[list[int]] | None = None
     router: str = "topk"
     num_experts_per_tok: int | None = None
-    top_p: float | None = None
+    router_top_p: float | None = None
     max_experts_per_token: int | None = None
     router_pre_softmax: bool = False
     router_scaling_factor: float | None = None
@@ -123,10 +125,10 @@ class HMoEConfig(PreTrainedConfig):
         if self.router == "topk":
             if self.num_experts_per_tok is None and any(self.expert_widths or []):
                 yield "num_experts_per_tok None: router 'topk' needs a whole number of at least 1"
-            others = {"top_p": None, "max_experts_per_token": None}
+            others = {"router_top_p": None, "max_experts_per_token": None}
         else:
-            if not (_is_number(self.top_p, low=0) and 0 < self.top_p <= 1):
-                yield f"top_p {self.top_p!r}: router 'topp' needs a probability above 0, at most 1"
+            if not (_is_number(self.router_top_p, low=0) and 0 < self.router_top_p <= 1):
+                yield f"router_top_p {self.router_top_p!r}: router 'topp' needs a probability above 0, at most 1"
             others = {"num_experts_per_tok": None, "router_pre_softmax": False, "router_scaling_factor": None}
         for name, unset in others.items():
             if getattr(self, name) != unset:

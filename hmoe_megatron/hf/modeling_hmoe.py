@@ -64,7 +64,7 @@ def top_p_routing(
 def route(logits_TE: torch.Tensor, config: HMoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights_TE, routing_map_TE) by the router that the configuration names."""
     if config.router == "topp":
-        return top_p_routing(logits_TE, config.top_p, config.max_experts_per_token)
+        return top_p_routing(logits_TE, config.router_top_p, config.max_experts_per_token)
     return top_k_routing(
         logits_TE, config.num_experts_per_tok, config.router_pre_softmax, config.router_scaling_factor
     )
@@ -226,7 +226,10 @@ class HMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class HMoEPreTrainedModel(PreTrainedModel):
-    """What transformers asks of every model."""
+    """What transformers asks of every model.
+
+    No _supports_attention_backend: vLLM believes it, and would fuse the experts as if of one width.
+    """
 
     config_class = HMoEConfig
     base_model_prefix = "model"
@@ -282,7 +285,13 @@ class HMoEModel(HMoEPreTrainedModel):
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device).unsqueeze(0)
-        mask = create_causal_mask(self.config, x_BSH, attention_mask, past_key_values, position_ids)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BSH,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
         cos_sin = self.rotary_emb(x_BSH, position_ids)
         router_logits = []
         for layer in self.layers:
@@ -339,8 +348,11 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         x_BSH = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BSV = self.lm_head(x_BSH[:, kept])
+        if isinstance(logits_to_keep, int):
+            kept_BSH = x_BSH[:, -logits_to_keep:]
+        else:
+            kept_BSH = x_BSH.index_select(1, logits_to_keep)
+        logits_BSV = self.lm_head(kept_BSH)
         aux_loss = loss = None
         if outputs.router_logits and (self.training or labels is not None):
             aux_loss = self._router_loss(outputs.router_logits, attention_mask, x_BSH.shape[1])

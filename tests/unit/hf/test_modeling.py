@@ -204,5 +204,5 @@ def test_initial_weights_have_their_range():
             assert (weight == 0).all(), name
         else:
             # The standard deviation of n draws is off by 1 / sqrt(2 n) of itself: five of that.
-            assert abs(float(weight.std()) / 0.2 - 1) < 5 / (2 * weight.numel()) ** 0.5, name
-            assert abs(float(weight.mean())) < 5 * 0.2 / weight.numel() ** 0.5, name
+            assert abs(weight.std().item() / 0.2 - 1) < 5 / (2 * weight.numel()) ** 0.5, name
+            assert abs(weight.mean().item()) < 5 * 0.2 / weight.numel() ** 0.5, name

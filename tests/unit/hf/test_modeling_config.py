@@ -1,7 +1,8 @@
 """HMoEConfig refuses what can't be a model, with field, value and remedy."""
 
 import pytest
-from tiny_models import TOP_P, tiny_config
+from tiny_models import TOP_P, tiny_config, tiny_model
+from transformers import GenerationConfig
 
 from hmoe_megatron.hf.configuration_hmoe import HMoEConfig
 from hmoe_megatron.hf.modeling_hmoe import HMoEForCausalLM
@@ -30,11 +31,11 @@ REFUSED = [
     ({"router": "sinkhorn"}, r"router 'sinkhorn' is not known: give one of 'topk', 'topp'"),
     ({"router_dtype": "float64"}, r"router_dtype 'float64' is not known: give one of None, 'float32'"),
     ({"router_scaling_factor": 0.0}, r"router_scaling_factor 0\.0: give a number above 0"),
-    ({"top_p": 0.6}, r"top_p 0\.6 has no effect with router 'topk': remove it"),
+    ({"router_top_p": 0.6}, r"router_top_p 0\.6 has no effect with router 'topk': remove it"),
     ({"max_experts_per_token": 2}, r"max_experts_per_token 2 has no effect with router 'topk': remove it"),
-    ({**TOP_P, "top_p": 0}, r"top_p 0: router 'topp' needs a probability above 0, at most 1"),
-    ({**TOP_P, "top_p": 1.01}, r"top_p 1\.01: router 'topp' needs"),
-    ({**TOP_P, "top_p": None}, r"top_p None: router 'topp' needs"),
+    ({**TOP_P, "router_top_p": 0}, r"router_top_p 0: router 'topp' needs a probability above 0, at most 1"),
+    ({**TOP_P, "router_top_p": 1.01}, r"router_top_p 1\.01: router 'topp' needs"),
+    ({**TOP_P, "router_top_p": None}, r"router_top_p None: router 'topp' needs"),
     ({**TOP_P, "max_experts_per_token": 0}, r"max_experts_per_token 0: give"),
     ({**TOP_P, "num_experts_per_tok": 2}, r"num_experts_per_tok 2 has no effect with router 'topp': remove it"),
     ({**TOP_P, "router_pre_softmax": True}, r"router_pre_softmax True has no effect with router 'topp'"),
@@ -68,6 +69,12 @@ def test_config_survives_its_file(changes, tmp_path):
     fields = {name: getattr(config, name) for name in HMoEConfig.__annotations__}
     read = HMoEConfig.from_pretrained(tmp_path)
     assert {name: getattr(read, name) for name in HMoEConfig.__annotations__} == fields
+
+
+def test_generation_takes_nothing_but_its_own_from_the_config():
+    names = set(HMoEConfig.__annotations__) & set(GenerationConfig().to_dict())
+    assert names == {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert tiny_model(**TOP_P).generation_config.top_p is None
 
 
 def test_model_checks_what_was_set_afterwards():

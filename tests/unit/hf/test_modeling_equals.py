@@ -14,6 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hmoe_megatron.hf.modeling_hmoe import HMoEForCausalLM
+
 SHARED = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
           "intermediate_size": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}  # fmt: skip
@@ -47,6 +49,10 @@ def test_equal_widths_with_top_k_are_mixtral(k):
     theirs = MixtralForCausalLM(MixtralConfig(**SHARED, num_local_experts=4, num_experts_per_tok=k))
     theirs.load_state_dict(state)
     assert_same_logits(ours, theirs)
+
+
+def test_vllm_is_told_that_it_cannot_run_unequal_experts():
+    assert MixtralForCausalLM.is_backend_compatible() and not HMoEForCausalLM.is_backend_compatible()
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)

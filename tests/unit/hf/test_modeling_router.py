@@ -161,7 +161,7 @@ def test_left_padding_changes_no_loss():
     alone = model(ids_BS, labels=ids_BS)
     padded_BS = torch.nn.functional.pad(ids_BS, (6, 0))
     mask_BS = torch.nn.functional.pad(torch.ones_like(ids_BS), (6, 0))
-    labels_BS = padded_BS.masked_fill(torch.arange(18) <= 6, -100)  # the first token is no target without padding either
+    labels_BS = padded_BS.masked_fill(torch.arange(18) <= 6, -100)  # a first token is never a target
     padded = model(padded_BS, attention_mask=mask_BS, labels=labels_BS)
     counted = model(padded_BS, labels=labels_BS)
     torch.testing.assert_close([padded.aux_loss, padded.loss], [alone.aux_loss, alone.loss], rtol=1e-5, atol=0)

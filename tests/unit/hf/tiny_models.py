@@ -6,7 +6,7 @@ from hmoe_megatron.hf.configuration_hmoe import HMoEConfig
 from hmoe_megatron.hf.modeling_hmoe import HMoEForCausalLM
 
 TOP_K = {}
-TOP_P = {"router": "topp", "num_experts_per_tok": None, "top_p": 0.6}
+TOP_P = {"router": "topp", "num_experts_per_tok": None, "router_top_p": 0.6}
 LOSSES = {"p_penalty_coeff": 0.1, "load_balance_coeff": 0.02, "router_entropy_coeff": 0.03}
 # fp32 sums of some ten terms near 1, in another order.
 FP32_BOUND = 1e-5
