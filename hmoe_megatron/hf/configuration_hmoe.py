@@ -23,7 +23,7 @@ class HMoEConfig(PreTrainedConfig):
 
     model_type = "hmoe"
     keys_to_ignore_at_inference = ["past_key_values"]
-    has_no_defaults_at_init = True  # transformers before 5.23 asks: expert_widths must be given
+    has_no_defaults_at_init = True  # transformers 5.4 to 5.12 ask: expert_widths must be given
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -14,9 +14,10 @@ LOSS_RTOL = 2e-6
 
 
 def logits_with_ties(experts=8, tokens=400, dtype=torch.float32):
-    """Half of the rows hold multiples of a half, so that experts tie within and around the chosen."""
+    """Half of the rows hold multiples of a half, so that experts tie within and around the chosen; in one all tie."""
     logits_TE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(3)) * 2
     logits_TE[::2] = (logits_TE[::2] * 2).round() / 2
+    logits_TE[0] = 0
     assert (logits_TE.sort(dim=1).values.diff(dim=1) == 0).any(dim=1).sum() > tokens / 4
     return logits_TE.to(dtype)
 
@@ -54,7 +55,7 @@ def test_top_k_is_megatrons(dtype, k, pre_softmax, factor, graded):
 
 @pytest.mark.parametrize("graded", [True, False])
 @pytest.mark.parametrize("max_experts", [None, 1, 3])
-@pytest.mark.parametrize("top_p", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_p_is_the_training_routers(dtype, top_p, max_experts, graded):
     logits_TE = logits_with_ties(dtype=dtype)
@@ -66,6 +67,8 @@ def test_top_p_is_the_training_routers(dtype, top_p, max_experts, graded):
     ours = outputs_and_gradient(lambda x: top_p_routing(x, top_p, max_experts), logits_TE, graded)
     assert_bitwise(ours, outputs_and_gradient(training, logits_TE, graded))
     assert (ours[1].sum(dim=1) >= 1).all()
+    fewest = {0.3: 3, 0.5: 4, 1.0: 8}[top_p]  # of eight of one eighth; 0.5 is reached exactly
+    assert ours[1][0].sum() == min(fewest, max_experts or 8) and ours[1][0, 0]
 
 
 @pytest.mark.parametrize("router_dtype", [None, "float32"])
@@ -168,13 +171,29 @@ def test_left_padding_changes_no_loss():
     assert abs(counted.aux_loss - alone.aux_loss) > 1e-3
 
 
+@torch.no_grad()
+def test_losses_after_a_cached_prefix_take_the_end_of_the_mask():
+    model = tiny_model(p_penalty_coeff=0.1, output_router_logits=True)
+    ids_BS, mask_BS = token_ids(), torch.ones(2, 12, dtype=torch.long)
+    mask_BS[0, :6] = 0  # one padding token of row 0 is left behind the prefix
+    cache = model(ids_BS[:, :5], attention_mask=mask_BS[:, :5], use_cache=True).past_key_values
+    outputs = model(ids_BS[:, 5:], attention_mask=mask_BS, past_key_values=cache, labels=ids_BS[:, 5:])
+    valid_T = mask_BS[:, 5:].flatten().bool()
+    expected = sum(
+        router_loss(logits_TE, widths, valid_T, model.config)
+        for logits_TE, widths in zip(outputs.router_logits, [[16, 24, 40, 8], [8, 8, 24]], strict=True)
+    )
+    assert valid_T.sum() == 13 and outputs.aux_loss == expected
+
+
 def test_micro_batches_add_up_by_their_targets():
     """What Trainer does under gradient accumulation: the losses of a step add up to the mean over its targets."""
     model = tiny_model(p_penalty_coeff=0.1, output_router_logits=True)
     batches = [token_ids(rows=3, length=12), token_ids(rows=1, length=7, seed=2)]
     targets = [3 * 11, 6]
-    alone = [float(model(ids, labels=ids).loss) for ids in batches]
-    parts = [float(model(ids, labels=ids, num_items_in_batch=torch.tensor(sum(targets))).loss) for ids in batches]
+    alone = [model(ids, labels=ids).loss.item() for ids in batches]
+    count = torch.tensor(sum(targets))
+    parts = [model(ids, labels=ids, num_items_in_batch=count).loss.item() for ids in batches]
     expected = sum(loss * count for loss, count in zip(alone, targets, strict=True)) / sum(targets)
     assert abs(sum(parts) - expected) < 1e-5
 
