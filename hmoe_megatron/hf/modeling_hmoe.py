@@ -65,9 +65,7 @@ def route(logits_TE: torch.Tensor, config: HMoEConfig) -> tuple[torch.Tensor, to
     """(weights_TE, routing_map_TE) by the router that the configuration names."""
     if config.router == "topp":
         return top_p_routing(logits_TE, config.router_top_p, config.max_experts_per_token)
-    return top_k_routing(
-        logits_TE, config.num_experts_per_tok, config.router_pre_softmax, config.router_scaling_factor
-    )
+    return top_k_routing(logits_TE, config.num_experts_per_tok, config.router_pre_softmax, config.router_scaling_factor)
 
 
 def router_loss(
@@ -127,7 +125,7 @@ def sorted_path(experts, x_TH, weights_TE, routing_map_TE):
     expert_R, token_R = routing_map_TE.t().nonzero(as_tuple=True)
     rows_E = routing_map_TE.sum(dim=0).tolist()
     x_RH, p_R = x_TH[token_R], weights_TE[token_R, expert_R]
-    # In training they run on no rows: the weights of every expert get a gradient, as DistributedDataParallel expects.
+    # With gradients they run on no rows: every weight gets a gradient, as DistributedDataParallel expects.
     y_RH = torch.cat([
         expert(x, p)
         for expert, x, p in zip(experts, x_RH.split(rows_E), p_R.split(rows_E), strict=True)
