@@ -1,0 +1,1 @@
+"""Hugging Face: configuration and model, which every exported directory holds, and conversion both ways."""
