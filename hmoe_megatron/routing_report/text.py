@@ -88,7 +88,7 @@ def text_windows(documents: Iterable[str], tokenizer, context: int, tokens: int 
     """
     wanted, ids = tokens or most, []
     for text in documents:
-        ids += [*tokenizer.tokenize(text), *_end(tokenizer)]
+        ids += [*_ids(tokenizer, text, "--text"), *_end(tokenizer)]
         if len(ids) >= wanted:
             break
     needed = max(tokens or 0, MIN_TOKENS)
@@ -101,10 +101,17 @@ def text_windows(documents: Iterable[str], tokenizer, context: int, tokens: int 
 
 def question_windows(path: Path, texts: list[str], tokenizer, context: int) -> list[list[int]]:
     """A window of each question, up to `context` tokens from its start. Raises ValueError for one without tokens."""
-    windows = [list(tokenizer.tokenize(text))[:context] for text in texts]
+    windows = [_ids(tokenizer, text, f"{path}:{number}")[:context] for number, text in enumerate(texts, 1)]
     if empty := [number for number, window in enumerate(windows, 1) if not window]:
         raise ValueError(f"{path}:{empty[0]}: the tokenizer makes no token of it; remove the line")
     return windows
+
+
+def _ids(tokenizer, text: str, where: str) -> list[int]:
+    try:
+        return list(tokenizer.tokenize(text))
+    except Exception as error:  # each library raises its own
+        raise ValueError(f"{where}: the tokenizer fails on {text[:40]!r}: {error!s:.200}") from None
 
 
 def _end(tokenizer) -> list[int]:

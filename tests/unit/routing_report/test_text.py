@@ -31,7 +31,7 @@ def test_documents_of_lines_and_of_plain_text(tmp_path):
         ({"txt": "a"}, "no key 'text'"),
         ({"text": 3}, "'text' is a int"),
         ({"text": " "}, "only white space"),
-        ("\ud83d".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "broken_json"),
+        ('{"text": "\\ud83d"}', "half of a surrogate pair"),
     ],
 )
 def test_bad_lines_are_refused_with_file_and_line(tmp_path, line, said):
@@ -63,7 +63,7 @@ def test_questions_have_their_right_answer(tmp_path):
 
 @pytest.mark.parametrize(
     "change", [{"answerKey": "3"}, {"answerKey": None}, {"choices": None}, {"choices": {"text": [], "label": ["2"]}},
-               {"question": 3}, {"choices": {"text": "ab", "label": 2}}, {"choices": {"text": [1, 2], "label": ["1", "2"]}}],
+               {"question": 3}, {"choices": {"text": "ab", "label": 2}}, {"choices": {"text": [1, 2], "label": "12"}}],
 )  # fmt: skip
 def test_other_questions_are_refused(tmp_path, change):
     path = write(tmp_path / "q.jsonl", ARC, ARC | change)
@@ -113,6 +113,13 @@ def test_no_more_than_wanted_is_read(tokens, most, expected):
 def test_too_few_tokens_are_refused(tokens, said):
     with pytest.raises(ValueError, match=f"--text holds 901 tokens, too few for .*{said}: give more text"):
         windows(["1 " * 900], tokens=tokens)
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--text: the tokenizer fails on 'four five': invalid literal"):
+        windows(["four five"])
+    with pytest.raises(ValueError, match=":1: the tokenizer fails on 'six'"):
+        text.question_windows(tmp_path, ["six"], WORDS, 2)
 
 
 def test_question_windows_are_cut_and_not_empty(tmp_path):
