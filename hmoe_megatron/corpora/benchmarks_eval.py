@@ -69,4 +69,4 @@ def build(paths: dict[str, Path]) -> Content:
     return Content(data, counts)
 
 
-CORPUS = Corpus("benchmarks-eval", 1, (ARCHIVE,), tuple(f"{name}.jsonl" for name in FOLDERS), build)
+CORPUS = Corpus("benchmarks-eval", 2, (ARCHIVE,), tuple(f"{name}.jsonl" for name in FOLDERS), build)

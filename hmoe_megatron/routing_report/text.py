@@ -1,7 +1,8 @@
 """Text and questions from files, and the windows of tokens that a model reads. Imports no torch."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from hmoe_megatron.data_prep.records import BadRecord, parse_record
@@ -19,7 +20,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[str]:
     """Texts of .jsonl, .ndjson and .json files, a line each, and any other file as one. Raises ValueError."""
     for path in paths:
         if path.suffix in JSON_SUFFIXES:
-            yield from (parsed["text"] for _, parsed in _lines(path, ["text"]))
+            yield from (text for _, (text,) in _lines(path, partial(parse_record, keys=["text"])))
             continue
         try:
             text = read_text(path, MAX_TEXT_BYTES)
@@ -36,7 +37,7 @@ def read_questions(path: Path) -> list[str]:
     Lines are those of ARC ("question", "choices" of "text" and "label", "answerKey") or have a "text". Raises
     ValueError for anything else and for fewer than MIN_QUESTIONS.
     """
-    texts = [_question(f"{path}:{number}", record) for number, record in _lines(path)]
+    texts = [_question(f"{path}:{number}", record) for number, record in _lines(path, _object)]
     if len(texts) < MIN_QUESTIONS:
         raise ValueError(f"{path}: {len(texts)} questions; a mean over questions needs {MIN_QUESTIONS} at least")
     return texts
@@ -56,8 +57,8 @@ def _question(where: str, record: dict) -> str:
     return f"Question: {record['question']}\nAnswer: {answer}"
 
 
-def _lines(path: Path, keys: list[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """(number, JSON object) of each line; with `keys` only these, checked to be text. Raises ValueError."""
+def _lines(path: Path, parse: Callable[[bytes], object]) -> Iterator[tuple[int, object]]:
+    """(number, what `parse` makes of it) for each line. Raises ValueError with file, line and remedy."""
     try:
         file = open_regular(path)
     except ValueError as error:
@@ -69,15 +70,17 @@ def _lines(path: Path, keys: list[str] | None = None) -> Iterator[tuple[int, dic
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"longer than {MAX_LINE_BYTES:,} bytes")
-                if keys:
-                    yield number, dict(zip(keys, parse_record(line, keys), strict=True))
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"a {type(record).__name__}, not a JSON object")
+                parsed = parse(line)
             except (BadRecord, ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error!s:.200}; {REMEDY}") from None
-            yield number, record
+            yield number, parsed
+
+
+def _object(line: bytes) -> dict:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, not a JSON object")
+    return record
 
 
 def text_windows(documents: Iterable[str], tokenizer, context: int, tokens: int | None, most: int) -> list[list[int]]:
