@@ -66,7 +66,7 @@ def collect(model: torch.nn.Module, windows: list[list[int]], title: str = "rout
     longest = max(map(len, windows))
     size = max(1, BATCH_TOKENS // longest)
     loss, chosen, log_probs = [], [], []
-    for start in tqdm(range(0, len(windows), size), desc=title, unit="batch", leave=False, mininterval=1):
+    for start in tqdm(range(0, len(windows), size), desc=title, unit="batch", leave=False, disable=None):
         for parts, part in zip((loss, chosen, log_probs), _batch(model, windows[start : start + size]), strict=True):
             parts.append(part)
     return Routing(

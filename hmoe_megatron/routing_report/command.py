@@ -57,7 +57,9 @@ def report(args: argparse.Namespace) -> list[Path]:
     if not args.easy:
         notes.append("No --easy and --hard were given: the figure of easy and hard questions is left out.")
     if args.text or args.easy:
-        more_facts, more_sections, drawn = _from_checkpoint(args)
+        # Megatron talks, from its import on; standard output is for the files' names.
+        with contextlib.redirect_stdout(sys.stderr):
+            more_facts, more_sections, drawn = _from_checkpoint(args)
         facts |= more_facts
         sections += more_sections
         pngs |= drawn
@@ -78,15 +80,13 @@ def _from_checkpoint(args: argparse.Namespace) -> tuple[dict, list, dict]:
 
     training.prepare()
     iteration, _ = find(args.load)
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks
-        tokenizer, context = collect.run_tokenizer(args.load, args.flags)
-        text = text_windows(read_documents(args.text), tokenizer, context, args.tokens, DEFAULT_TOKENS) \
-            if args.text else None  # fmt: skip
-        asked = [question_windows(path, texts, tokenizer, context) for path, texts in questions]
-        model = load_model(args.load, args.flags)
-        known = collect.facts(model)
-        routing = collect.collect(model, text, "text") if text else None
-        routings = [collect.collect(model, windows, "questions") for windows in asked]
+    tokenizer, context = collect.run_tokenizer(args.load, args.flags)
+    text = args.text and text_windows(read_documents(args.text), tokenizer, context, args.tokens, DEFAULT_TOKENS)
+    asked = [question_windows(path, texts, tokenizer, context) for path, texts in questions]
+    model = load_model(args.load, args.flags)
+    known = collect.facts(model)
+    routing = collect.collect(model, text, "text") if text else None
+    routings = [collect.collect(model, windows, "questions") for windows in asked]
     facts, sections, pngs = {}, [], {}
     if routing:
         facts = page.text_facts(iteration, routing)

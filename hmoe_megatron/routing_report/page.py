@@ -14,6 +14,7 @@ from hmoe_megatron.routing_report.statistics import Model, Routing
 MAX_TOKEN_CHARS = 32  # of a token that is shown
 LEAST, MOST = 5, 12  # occurrences of a token among an expert's top tokens; how many are shown
 SPACE = "\u2423"
+TOKEN = 'style="display: inline-block; white-space: nowrap; margin-right: .7em"'
 TOKENS_CELL = 'style="text-align: left; white-space: normal"'
 CAPTIONS = {
     "activated_ratio_over_training.png": "Share of the training tokens that activate each expert, mean over layers. "
@@ -80,7 +81,7 @@ def _layer(row: int, model: Model, routing: Routing, texts_of) -> str:
     texts = dict(zip(known := sorted({u for tokens in top for u, _ in tokens}), texts_of(ids_U[known]), strict=True))
     ratio_E, rows = routing.chosen_TLE[:, row].mean(0), []
     for expert in model.expert_E:
-        tokens = " ".join(f"<span><code>{escape(visible(texts[u]))}</code>&nbsp;{ratio:.0%}</span>"
+        tokens = " ".join(f"<span {TOKEN}><code>{escape(visible(texts[u]))}</code>&nbsp;{ratio:.0%}</span>"
                           for u, ratio in top[expert])  # fmt: skip
         rows.append(f"<tr><td>{expert}</td><td>{model.width_LE[row, expert]:,}</td><td>{ratio_E[expert]:.2%}</td>"
                     f"<td {TOKENS_CELL}>{tokens}</td></tr>\n")  # fmt: skip

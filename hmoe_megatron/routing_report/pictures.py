@@ -58,7 +58,7 @@ def draw_questions(model: Model, easy: Routing, hard: Routing) -> dict[str, byte
 
 
 def _drawn(pictures: dict) -> dict[str, bytes]:
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE | {"axes.axisbelow": True}):
         return {name: png(picture()) for name, picture in pictures.items()}
 
 
@@ -72,11 +72,12 @@ def _ratio_over_training(training: Training) -> Figure:
 
 
 def expert_names(model: Model) -> tuple[list[str], str]:
-    """(a name of each expert from narrow to wide, what the names are): widths where they differ, else numbers."""
+    """(a name of each expert from narrow to wide, what the names are): widths if no two are equal, else numbers."""
     width_E = model.width_LE.mean(0)[model.expert_E]
     if len(np.unique(width_E)) == len(width_E):
         return [f"{width:,.6g}" for width in width_E], "expert, by its width"
-    return [str(expert) for expert in model.expert_E], "expert, from narrow to wide"
+    names = [str(expert) for expert in model.expert_E]
+    return names, "expert" if width_E[0] == width_E[-1] else "expert, from narrow to wide"
 
 
 def layers_shown(model: Model) -> list[int]:
@@ -91,7 +92,7 @@ def _heat(axes: Axes, values: np.ndarray, norm: Normalize, pattern: str, palette
     axes.pcolormesh(np.ma.masked_invalid(values), norm=norm, cmap=palette, edgecolor="white", linewidth=0.5)
     axes.invert_yaxis()
     axes.grid(False)
-    if values.size > MAX_WRITTEN:
+    if values.size > MAX_WRITTEN or values.shape[1] > FEW:
         return
     for (row, column), value in np.ndenumerate(values):
         light = np.isnan(value) or sum(palette(norm(value))[:3]) > 1.6

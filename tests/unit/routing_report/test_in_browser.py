@@ -21,7 +21,7 @@ def make_report(folder):
     easy, hard = make_routing(model, seed=1), make_routing(model, seed=2, harder=0.3)
     drawn = pictures.draw_text(model, easy) | pictures.draw_questions(model, easy, hard)
     top = page.top_tokens(model, easy, lambda ids: [HOSTILE] * len(ids))
-    sections = [("Top tokens", top), ("Figures", page.figures(drawn))]
+    sections = [("Figures", page.figures(drawn)), ("Top tokens", top)]
     return command.write(folder, page.page("HMoE routing: made up", {}, [], sections), drawn)[0]
 
 
@@ -30,7 +30,7 @@ def test_chromium_shows_the_page(tmp_path):
     html = make_report(tmp_path / "report")
 
     def chromium(*words):
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *words, html.as_uri()]
+        command = [CHROMIUM, *FLAGS, "--window-size=1100,6000", f"--user-data-dir={tmp_path / 'profile'}", *words, html.as_uri()]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     shot = tmp_path / "page.png"
