@@ -19,7 +19,7 @@ from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.router import HMoERouter
 from hmoe_megatron.routing_report.statistics import Model, Routing
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 MAX_NUMBERS = 1 << 27  # of log_probs_TLE: 0.5 GiB
 
 

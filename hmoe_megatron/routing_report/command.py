@@ -34,6 +34,9 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.easy) != bool(args.hard):
         given, missing = ("--easy", "--hard") if args.easy else ("--hard", "--easy")
         raise ValueError(f"{given} needs {missing}: the figure sets one beside the other")
+    for path in [*args.text, args.easy, args.hard]:
+        if path and not path.is_file():
+            raise ValueError(f"{path}: no such file; give the path of a file")
     if not (args.text or args.easy or (args.load / TELEMETRY_FILE).exists()):
         raise ValueError(f"--load {args.load}: no {TELEMETRY_FILE} is there, and no --text and no --easy and --hard "
                          "are given: there is nothing to draw")  # fmt: skip

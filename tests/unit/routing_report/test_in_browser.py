@@ -12,7 +12,7 @@ from hmoe_megatron.routing_report import command, page, pictures
 from tests.end_to_end.test_report_page import CHROMIUM, FLAGS
 from tests.unit.routing_report.examples import make_model, make_routing
 
-HOSTILE = "<script>document.title='owned'</script>"
+HOSTILE = "<script>title='owned'</script>"
 
 
 def make_report(folder):
@@ -30,8 +30,8 @@ def test_chromium_shows_the_page(tmp_path):
     html = make_report(tmp_path / "report")
 
     def chromium(*words):
-        command = [CHROMIUM, *FLAGS, "--window-size=1100,6000", f"--user-data-dir={tmp_path / 'profile'}", *words, html.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        words = [*FLAGS, "--window-size=1100,6000", f"--user-data-dir={tmp_path / 'profile'}", *words, html.as_uri()]
+        return subprocess.run([CHROMIUM, *words], capture_output=True, text=True, timeout=120)
 
     shot = tmp_path / "page.png"
     done = chromium(f"--screenshot={shot}")

@@ -77,10 +77,11 @@ def test_a_picture_of_an_earlier_report_goes(run_dir, tmp_path):
         (["--load", "empty"], "no telemetry.jsonl is there, and no --text"),
         (["--load", "run", "--tokens", "5000"], "--tokens 5000: of what? give --text"),
         (["--load", "run", "--text", "file", "--tokens", "999"], "--tokens 999: give 1000 at least"),
+        (["--load", "run", "--text", "good", "none"], "none: no such file"),
         (["--load", "run", "--easy", "file"], "--easy needs --hard"),
         (["--load", "run", "--hard", "file"], "--hard needs --easy"),
         (["--load", "run", "--easy", "file", "--hard", "file"], "file:1: Expecting value"),
-        (["--load", "run", "--easy", "good", "--hard", "none"], "none: No such file"),
+        (["--load", "run", "--easy", "good", "--hard", "none"], "none: no such file"),
     ],
 )
 def test_wrong_flags_are_refused_before_megatron_is_imported(run_dir, tmp_path, monkeypatch, capsys, words, said):
@@ -134,8 +135,8 @@ def test_pictures_of_any_shape(layers, widths):
     assert all(png[:4] == b"\x89PNG" for png in pngs.values())
 
 
-def on_rank(*words):
-    return tool(*words)
+def on_rank(*calls):
+    return [tool(*words) for words in calls]
 
 
 def test_a_checkpoint_and_text_give_every_figure(tmp_path):
@@ -148,9 +149,9 @@ def test_a_checkpoint_and_text_give_every_figure(tmp_path):
         texts = (" ".join(map(str, random.integers(0, VOCABULARY - 1, length))) for _ in range(lines))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--load", run, "--output", out, "--text", tmp_path / "text.jsonl", "--tokens"]
-    assert run_ranks(1, on_rank, *words, 5000) == [2] and not out.exists(), "there are 1,220 tokens"
     more = ["--easy", tmp_path / "easy.jsonl", "--hard", tmp_path / "hard.jsonl"]
-    assert run_ranks(1, on_rank, *words, 1100, *more) == [0]
+    (codes,) = run_ranks(1, on_rank, [*words, 5000], [*words, 1100, *more])
+    assert codes == [2, 0], "there are 1,220 tokens"
     assert {path.name for path in out.iterdir()} == set(page.CAPTIONS) | {command.PAGE_FILE}
     text = (out / command.PAGE_FILE).read_text()
     for part in ("1,100", "checkpoint of step</dt><dd>3<", "experts a token</dt><dd>2.00<", "Layer 1", "Over training"):
