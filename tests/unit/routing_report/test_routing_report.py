@@ -101,6 +101,7 @@ def test_the_text_of_tokens_is_inert():
     html = page.top_tokens(model, routing, lambda ids: [HOSTILE] * len(ids))
     text = page.page("<b>run</b>", page.text_facts(7, routing), ["<i>note"], [("Top & tokens", html)]).decode()
     assert "<script" not in text and "<b>run" not in text and "<i>note" not in text
+    assert "<h2>Top &amp; tokens</h2>" in text
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;\\x00\\x1b" in text
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\ud800-\udfff]", text)
 
