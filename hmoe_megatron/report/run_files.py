@@ -41,11 +41,12 @@ def read_run(directory: Path, tensorboard_dir: Path) -> Run:
     records = _read_telemetry(directory / TELEMETRY_FILE, notes)
     last = records.pop("last")
     shape = (len(last["layers"]), len(last["layers"][0]["token_share"]))
-    plan = _read_plan(directory / PLAN_FILE, shape, notes)
+    plan = read_plan(directory / PLAN_FILE, shape, notes)
     return Run(directory, **records, last=last, plan=plan, scalars=read_scalars(tensorboard_dir, notes), notes=notes)
 
 
-def _read_plan(path: Path, shape: tuple[int, int], notes: list[str]) -> PlacementPlan | None:
+def read_plan(path: Path, shape: tuple[int, int], notes: list[str]) -> PlacementPlan | None:
+    """The plan of a run of this (layers, experts), or None, which is said in `notes`. Raises ValueError."""
     if not path.exists():
         notes.append(f"No {PLAN_FILE} in the run directory: the widths of the experts are not known here.")
         return None

@@ -244,6 +244,7 @@ def eval_rows() -> dict[str, list[dict]]:
         "siqa": [{"context": "Kai fed the cat.", "question": "Why?", "answerA": "x", "label": "1"}],
         "arc_easy": [{"id": "1", "question": "Which star is near?", "choices": choices, "answerKey": "A"}],
         "csqa": [{"id": "2", "question": "Where do fish live?", "choices": choices, "answerKey": "B"}],
+        "arc_challenge": [{"id": "3", "question": "Why do stars shine?", "choices": choices, "answerKey": "A"}],
     }
 
 
