@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hmoe_megatron.data_prep.sources import find_sources
 from hmoe_megatron.data_prep.tokenizer_training import texts_of
+from hmoe_megatron.flag_files import run_arguments
 
 OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
 
@@ -31,7 +32,9 @@ class Source:
         path = Path(self.path)
         if not path.is_dir():
             raise ValueError(f"--{self.kind} {path}: no such directory")
-        if self.kind == "hf":
+        if self.kind == "load":
+            run_arguments(path)
+        else:
             self._check_code(path)
 
     def _check_code(self, path: Path) -> None:

@@ -42,7 +42,7 @@ class MegatronModel:
         try:
             self.module = generation.load_model(Path(source.path), list(source.flags))
         except RunEnded as error:
-            raise ValueError(f"--load {source.path}: {error}") from None
+            raise ValueError(str(error)) from None
         args, self.tokenizer = get_args(), get_tokenizer()
         self.context = min(args.seq_length, args.max_position_embeddings or args.seq_length)
         self.vocabulary, self.end_of_document = self.tokenizer.vocab_size, self.tokenizer.eod
@@ -66,13 +66,13 @@ class HuggingFaceModel:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise ValueError(f"--hf needs transformers ({error}): pip install 'hmoe-megatron[hf]'") from None
+            raise ValueError(f"needs transformers ({error}): pip install 'hmoe-megatron[hf]'") from None
         ours = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
         try:
             module = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", use_safetensors=True, **ours)
             self.tokenizer = AutoTokenizer.from_pretrained(source.path, **ours)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--hf {source.path}: {error}") from error
+        except (OSError, KeyError) as error:
+            raise ValueError(str(error)) from error
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module = module.eval().to(self.device)
         # A model may be wider than its tokenizer (padding), hardly the other way round.
@@ -80,8 +80,7 @@ class HuggingFaceModel:
         ends = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
         self.end_of_document = next((token for token in ends if token is not None), None)
         if self.end_of_document is None:
-            raise ValueError(f"--hf {source.path}: its tokenizer has neither an eos nor a bos token: name one in "
-                             "tokenizer_config.json")  # fmt: skip
+            raise ValueError("its tokenizer has neither an eos nor a bos token: name one in tokenizer_config.json")
         self.facts = {"model_type": module.config.model_type, **_facts(module)}
 
     def encode(self, text: str) -> list[int]:

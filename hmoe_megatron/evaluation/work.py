@@ -29,14 +29,13 @@ def evaluate(source: Source, work: Work) -> dict:
     from hmoe_megatron.evaluation.scoring import Limits
     from hmoe_megatron.evaluation.texts import evaluate_text
 
-    model = open_model(source)
-    name = f"--{source.kind} {source.path}"
-    for flag in ("context", "stride"):
-        if (getattr(work, flag) or 0) > model.context:
-            raise ValueError(f"--{flag} {getattr(work, flag)}: {name} sees {model.context} tokens: give at most that")
-    limits = Limits(work.context or model.context, work.stride, work.batch_tokens)
     tasks, texts = {}, {}
     try:
+        model = open_model(source)
+        for flag in ("context", "stride"):
+            if (getattr(work, flag) or 0) > model.context:
+                raise ValueError(f"it sees {model.context} tokens: give at most that as --{flag}")
+        limits = Limits(work.context or model.context, work.stride, work.batch_tokens)
         if work.rows:
             from hmoe_megatron.evaluation.harness import evaluate_tasks
 
@@ -44,7 +43,7 @@ def evaluate(source: Source, work: Work) -> dict:
         for text, documents in work.texts.items():
             texts[text] = asdict(evaluate_text(model, documents, limits, text))
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"--{source.kind} {source.path}: {error}") from error
     return {"kind": source.kind, "path": source.path, "context": limits.context, "vocabulary": model.vocabulary,
             **model.facts, "tasks": tasks, "texts": texts}  # fmt: skip
 

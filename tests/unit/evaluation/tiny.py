@@ -1,4 +1,4 @@
-"""A tokenizer, a checkpoint of a few training steps, and a folder of questions: what a user of tools/evaluate.py has."""
+"""A tokenizer, a checkpoint of a few training steps, and questions: what a user of tools/evaluate.py has."""
 
 import hashlib
 import json
