@@ -1,5 +1,6 @@
 """Log-likelihoods of tokens given those before them. Legend: B rows of a batch, T tokens of a row, V vocabulary."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,7 +58,10 @@ def windows(length: int, first: int, limits: Limits) -> Iterator[Window]:
 
 @torch.inference_mode()
 def scores(model: Model, sequences: Sequence[Tokens], limits: Limits, what: str = "") -> list[Score]:
-    """A score a sequence. `what` is written beside the bar of progress, which only a terminal shows."""
+    """A score a sequence. `what` is written beside the bar of progress, which only a terminal shows.
+
+    Raises ValueError for a model whose logits are not finite.
+    """
     rows = [(number, tokens[window.start : window.end], window.end - window.begin)
             for number, (tokens, first) in enumerate(sequences)
             for window in windows(len(tokens), first, limits)]  # fmt: skip
@@ -69,6 +73,8 @@ def scores(model: Model, sequences: Sequence[Tokens], limits: Limits, what: str 
                 sums[number] += score.log_likelihood
                 greedy[number] &= score.is_greedy
             bar.update(len(batch))
+    if not all(map(math.isfinite, sums)):
+        raise ValueError("its logits are not all finite: the weights are damaged, or their dtype is too small")
     return list(map(Score, sums, greedy))
 
 

@@ -99,3 +99,11 @@ def test_nothing_to_score_asks_nothing():
     model = Uniform()
     assert scores(model, [], limits()) == [] and scores(model, [Tokens([END], 1)], limits()) == [(0.0, True)]
     assert model.shapes == []
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_refused(broken):
+    model = Bigram()
+    model.table_VV[:, 5] = broken
+    with pytest.raises(ValueError, match="logits are not all finite"):
+        scores(model, [Tokens([END, 5, 6], 1)], limits())
