@@ -6,20 +6,24 @@ from collections.abc import Sequence
 
 WIDTH = 100
 LABEL_CHARS, COLUMN_CHARS = 24, 18
+APART = 1e-4  # five times what rounding did to sums of up to 4,000; what is above chose other experts somewhere
 
 
 def difference(first: dict, other: dict) -> dict | None:
-    """Of two models on the same questions: how many they answer differently (by log-likelihood, as `acc` does), and the
-    most that a log-likelihood differs by. None where there are no questions."""
+    """Of two models on the same questions: how many they answer differently (by log-likelihood, as `acc` does), and of
+    all choices how many log-likelihoods are more than APART apart, and the most. None where there are no questions."""
     pairs = [(mine, its) for task in first["tasks"]
              for mine, its in zip(first["tasks"][task]["log_likelihoods"], other["tasks"][task]["log_likelihoods"],
                                   strict=True)]  # fmt: skip
     if not pairs:
         return None
+    differences = [abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True)]
     return {
         "questions": len(pairs),
         "answered_differently": sum(mine.index(max(mine)) != its.index(max(its)) for mine, its in pairs),
-        "largest_difference": max(abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True)),
+        "choices": len(differences),
+        "choices_apart": sum(value > APART for value in differences),
+        "largest_difference": max(differences),
     }
 
 
@@ -61,9 +65,10 @@ def table(results: Sequence[dict]) -> str:
     lines += [_line(names[i], result) for i, result in enumerate(results)]
     for i, result in enumerate(results):
         if i and (found := result["against_first"]):
-            otherwise = f"{found['answered_differently']:,} of {found['questions']:,} questions answered otherwise"
-            most = f"log-likelihoods within {found['largest_difference']:.2g}"
-            lines.append(f"{names[i]} against {names[0]}: {otherwise}, {most}")
+            lines += [f"{names[i]} against {names[0]}: {found['answered_differently']:,} of {found['questions']:,} "
+                      "questions answered otherwise,",
+                      f"             {found['choices_apart']:,} of {found['choices']:,} log-likelihoods more than "
+                      f"{APART} apart, the most {found['largest_difference']:.3g}"]  # fmt: skip
     return "\n".join(lines)
 
 

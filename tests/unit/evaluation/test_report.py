@@ -22,10 +22,10 @@ def result(path="runs/a", shift=0.0, swap=False, **more):
 
 def test_differences_count_answers_and_measure_log_likelihoods():
     assert difference(result(), result()) == {
-        "questions": 4, "answered_differently": 0, "largest_difference": 0.0
+        "questions": 4, "answered_differently": 0, "choices": 8, "choices_apart": 0, "largest_difference": 0.0
     }  # fmt: skip
-    assert difference(result(), result(shift=0.5))["largest_difference"] == 0.5
-    assert difference(result(), result(shift=0.5))["answered_differently"] == 0
+    moved = difference(result(), result(shift=0.5))
+    assert (moved["largest_difference"], moved["choices_apart"], moved["answered_differently"]) == (0.5, 2, 0)
     assert difference(result(), result(swap=True))["answered_differently"] == 2
     assert difference(result(tasks={}), result(tasks={})) is None
 
@@ -54,10 +54,12 @@ def test_models_stand_beside_each_other_within_the_width():
     lines = table(results).splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert sum(line.startswith("piqa acc ") for line in lines) == 3, "four models in a block"
-    assert "E against A: 2 of 4 questions answered otherwise, log-likelihoods within 1" in lines
+    (line,) = [number for number, line in enumerate(lines) if line.startswith("E against A")]
+    assert lines[line] == "E against A: 2 of 4 questions answered otherwise,"
+    assert lines[line + 1].strip() == "4 of 8 log-likelihoods more than 0.0001 apart, the most 1"
     assert sum("…" in line for line in lines) == len(others)
     for letter in "ABCDEFGHI":
-        assert sum(letter in line.split() for line in lines[:-17]) == 1
+        assert sum(letter in line.split() for line in lines[:-25]) == 1
 
 
 def test_a_text_alone_has_no_mean():

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hmoe_megatron.evaluation.benchmarks import BENCHMARKS, read_rows
 from tests.distributed.ranks import run_ranks
 from tests.unit.evaluation import mixtral
-from tests.unit.evaluation.tiny import SENTENCES, train, write_benchmarks, write_tokenizer
+from tests.unit.evaluation.tiny import SENTENCES, VOCABULARY, train, write_benchmarks, write_tokenizer
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'hmoe-megatron[hf]'")
 ROOT = Path(__file__).parents[3]
@@ -23,15 +24,21 @@ WITH_LM_EVAL = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"),
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def made(tmp_path_factory):
+    """(folder of all files, what `mixtral.save` returned)."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_benchmarks(folder)
     lines = [json.dumps({"text": text}) for text in SENTENCES]
     (folder / "held.jsonl").write_text("\n".join(lines))
     tokenizer = write_tokenizer(folder / "tokenizer")
     run = train(folder / "run", tokenizer, 1)
-    run_ranks(1, mixtral.save, run, tokenizer, folder / "hf")
-    return folder
+    (compared,) = run_ranks(1, mixtral.save, run, tokenizer, folder / "hf")
+    return folder, compared
+
+
+@pytest.fixture(scope="module")
+def folder(made):
+    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,15 @@ def evaluated(folder):
                           text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads((folder / "out.json").read_text())
+
+
+def test_tokens_and_logits_are_equal(made):
+    _, compared = made
+    assert len(compared) == len(SENTENCES)
+    for tokens, their_tokens, logits, their_logits in compared:
+        assert tokens == their_tokens and logits.shape == (1, len(tokens), VOCABULARY)
+        assert logits.std() > 0.1
+        torch.testing.assert_close(logits, their_logits, rtol=0, atol=SAME)
 
 
 def test_text_is_equally_likely_in_both(evaluated):
@@ -77,7 +93,7 @@ def test_every_question_is_answered_alike(evaluated):
         for mine, its in zip(task["log_likelihoods"], theirs["tasks"][name]["log_likelihoods"], strict=True):
             assert mine == pytest.approx(its, abs=SAME, rel=SAME) and len(set(mine)) > 1
         assert task["acc"] == theirs["tasks"][name]["acc"]
-    assert theirs["against_first"]["answered_differently"] == 0
+    assert theirs["against_first"]["answered_differently"] == theirs["against_first"]["choices_apart"] == 0
     assert f"B against A: 0 of {6 * QUESTIONS} questions answered otherwise" in printed
 
 
