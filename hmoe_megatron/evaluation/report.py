@@ -43,9 +43,10 @@ def measures(result: dict) -> dict[str, str]:
                 cells[f"{name} {metric}"] = _percent(task[metric], task[f"{metric}_stderr"])
     if len(result["tasks"]) > 1:
         cells["mean acc"] = _percent(*mean_accuracy(result["tasks"]))
-    for name, text in result["texts"].items():
+    files = [os.path.basename(name) for name in result["texts"]]
+    for name, file, text in zip(result["texts"], files, result["texts"].values(), strict=True):
         for metric, digits in (("perplexity", 2), ("bits_per_byte", 4)):
-            label = f"{os.path.basename(name)} {metric.replace('_', ' ')}"
+            label = f"{file if files.count(file) == 1 else name} {metric.replace('_', ' ')}"
             cells[label] = _cell(text[metric], text[f"{metric}_stderr"], digits)
     return cells
 

@@ -32,10 +32,10 @@ def evaluate(source: Source, work: Work) -> dict:
     tasks, texts = {}, {}
     try:
         model = open_model(source)
-        for flag in ("context", "stride"):
-            if (getattr(work, flag) or 0) > model.context:
-                raise ValueError(f"it sees {model.context} tokens: give at most that as --{flag}")
         limits = Limits(work.context or model.context, work.stride, work.batch_tokens)
+        for flag, value, most in (("context", work.context, model.context), ("stride", work.stride, limits.context)):
+            if (value or 0) > most:
+                raise ValueError(f"--{flag} {value}: it sees {most} tokens: give at most that")
         if work.rows:
             from hmoe_megatron.evaluation.harness import evaluate_tasks
 

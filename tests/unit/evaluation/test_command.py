@@ -100,9 +100,11 @@ def test_code_that_the_user_trusts_is_not_refused(folder):
 def test_more_than_a_model_sees_is_refused(monkeypatch, flag):
     monkeypatch.setattr("hmoe_megatron.evaluation.models.open_model", lambda _: Uniform())
     asked = work.Work({}, {"a": ["text"]}, **{flag: 513})
-    with pytest.raises(ValueError, match=f"--load runs/a: it sees 512 tokens: give at most that as --{flag}"):
+    with pytest.raises(ValueError, match=f"--load runs/a: --{flag} 513: it sees 512 tokens: give at most that"):
         work.evaluate(Source("load", "runs/a"), asked)
     assert work.evaluate(Source("load", "runs/a"), work.Work({}, {"a": ["text"]}, **{flag: 512}))["texts"]
+    with pytest.raises(ValueError, match="--stride 9: it sees 8 tokens"):
+        work.evaluate(Source("load", "runs/a"), work.Work({}, {"a": ["text"]}, context=8, stride=9))
 
 
 @pytest.mark.campaign  # 10 s for the imports of transformers

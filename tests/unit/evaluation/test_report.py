@@ -67,6 +67,13 @@ def test_a_text_alone_has_no_mean():
     assert "mean" not in shown and "against" not in shown and "perplexity" in shown
 
 
+def test_texts_of_one_name_have_rows_of_their_own():
+    text = result()["texts"]["corpora/held.jsonl"]
+    shown = table([result(texts={"a/held.txt": text, "b/held.txt": text | {"perplexity": 99.0}, "c.txt": text})])
+    labels = [line[:24].strip() for line in shown.splitlines() if "perplexity" in line]
+    assert labels == ["a/held.txt perplexity", "b/held.txt perplexity", "c.txt perplexity"]
+
+
 def test_no_standard_error_is_written_that_is_not_known():
     task = result()["tasks"]["piqa"] | {"acc_stderr": math.nan, "acc_norm_stderr": None}
     shown = table([result(tasks={"piqa": task})])
