@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 WIDTH = 100
 LABEL_CHARS, COLUMN_CHARS = 24, 18
-APART = 1e-4  # five times what rounding did to sums of up to 4,000; what is above chose other experts somewhere
+APART = 1e-4  # five times what rounding did to sums of up to 5,000; what is above chose other experts somewhere
 
 
 def difference(first: dict, other: dict) -> dict | None:
