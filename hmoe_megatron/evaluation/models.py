@@ -1,0 +1,101 @@
+"""Models as evaluation sees them. Legend: B rows of a batch, T tokens of a row, V vocabulary."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from hmoe_megatron.evaluation.inputs import Source
+
+
+class Model(Protocol):
+    """context: most tokens that `logits` may be given in a row. vocabulary: ids from here on are padding.
+    end_of_document: the id that stood between documents in training. facts: what is told of the model in the results.
+    """
+
+    context: int
+    vocabulary: int
+    end_of_document: int
+    facts: dict
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, as the model's own tokenizer makes them; no token is added that it does not add by itself."""
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """float32 [B, T, V] on any device: what is said at each token of the next one."""
+
+
+class MegatronModel:
+    """The last checkpoint of a run, whole in this process; its tokenizer is the run's."""
+
+    def __init__(self, source: Source):
+        from hmoe_megatron import host
+
+        host.prepare_environment()
+        from megatron.training import get_args, get_tokenizer
+
+        from hmoe_megatron import generation, training
+        from hmoe_megatron.checkpoint import directory
+        from hmoe_megatron.exits import RunEnded
+
+        training.prepare()
+        try:
+            self.module = generation.load_model(Path(source.path), list(source.flags))
+        except RunEnded as error:
+            raise ValueError(str(error)) from None
+        args, self.tokenizer = get_args(), get_tokenizer()
+        self.context = min(args.seq_length, args.max_position_embeddings or args.seq_length)
+        self.vocabulary, self.end_of_document = self.tokenizer.vocab_size, self.tokenizer.eod
+        iteration, _ = directory.find(args.load, args.ckpt_step)
+        self.facts = {"iteration": iteration, **_facts(self.module)}
+        self.device = torch.cuda.current_device()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.tokenize(text))
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        tokens_BT = tokens_BT.to(self.device)
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        return self.module(tokens_BT, positions_BT, None)[..., : self.vocabulary].float()
+
+
+class HuggingFaceModel:
+    """A directory that transformers loads: safetensors only, nothing from the network."""
+
+    def __init__(self, source: Source):
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise ValueError(f"needs transformers ({error}): pip install 'hmoe-megatron[hf]'") from None
+        ours = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
+        try:
+            module = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", use_safetensors=True, **ours)
+            self.tokenizer = AutoTokenizer.from_pretrained(source.path, **ours)
+        except (OSError, KeyError) as error:
+            raise ValueError(str(error)) from error
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.module = module.eval().to(self.device)
+        # A model may be wider than its tokenizer (padding), hardly the other way round.
+        self.vocabulary, self.context = len(self.tokenizer), module.config.max_position_embeddings
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        self.end_of_document = next((token for token in ends if token is not None), None)
+        if self.end_of_document is None:
+            raise ValueError("its tokenizer has neither an eos nor a bos token: name one in tokenizer_config.json")
+        self.facts = {"model_type": module.config.model_type, **_facts(module)}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, verbose=False)["input_ids"]
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        logits_BTV = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+        return logits_BTV[..., : self.vocabulary].float()
+
+
+def _facts(module: torch.nn.Module) -> dict:
+    parameters = list(module.parameters())
+    return {"parameters": sum(p.numel() for p in parameters), "dtype": str(parameters[0].dtype).removeprefix("torch.")}
+
+
+def open_model(source: Source) -> Model:
+    """Load it; at most one of the kind "load" in a process. Raises ValueError."""
+    return MegatronModel(source) if source.kind == "load" else HuggingFaceModel(source)
