@@ -22,7 +22,7 @@ INSTALL_REQUIRES = [
 # NVIDIA's Apex is built from its source; the package of that name in the registry is another project.
 EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]>=2.3"],
-    "hf": ["transformers>=5.0", "safetensors>=0.5", "tokenizers>=0.22"],
+    "hf": ["transformers>=5.4", "safetensors>=0.5", "tokenizers>=0.22"],
     "data": ["pyarrow>=15"],
     # One version: its prompts are what makes numbers comparable.
     "eval": ["lm-eval==0.4.13"],
