@@ -160,7 +160,7 @@ def table(runs: list[Run], startups: dict[str, float]) -> str:
     for run in runs:
         stock = next(other for other in runs if other.way == "Megatron's way" and other.workers == run.workers)
         alone = times = ""
-        if run.way in startups:
+        if {run.way, stock.way} <= startups.keys():
             alone_s = run.wall_s - startups[run.way]
             alone = f"{run.tokens / alone_s / 1e6:.2f}"
             times = f"{(stock.wall_s - startups[stock.way]) / alone_s:.2f}"

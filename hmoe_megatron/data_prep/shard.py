@@ -105,6 +105,9 @@ class Shard:
         return progress
 
     def _open(self, name: str):
+        if not self.progress.bytes[name]:
+            # Not cut to nothing: of a run that was killed while it removed this folder, it may be the output's own.
+            (self.folder / name).unlink(missing_ok=True)
         file = open(self.folder / name, "ab")  # noqa: SIM115  closed by close()
         file.truncate(self.progress.bytes[name])
         file.seek(0, os.SEEK_END)  # truncating leaves it where the file ended before

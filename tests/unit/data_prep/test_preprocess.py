@@ -414,6 +414,6 @@ def test_the_benchmarks_stock_way_makes_the_same_files(bpe_folder, tmp_path):
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"out_text_document.{suffix}").read_bytes() == (tmp_path / f"stock.{suffix}").read_bytes()
     runs = [Run("this tool", 1, 2.0, 1.0, 10.0, 4_000_000, ""), Run("Megatron's way", 1, 10.0, 9.0, 9.0, 4_000_000, "")]
-    rows = table(runs, {"this tool": 1.0}).splitlines()
-    assert rows[2] == "| this tool | 1 | 2.0 | 2.00 | 4.00 | 1.0 | 10 | 5.00 |"
-    assert rows[3] == "| Megatron's way | 1 | 10.0 | 0.40 |  | 9.0 | 9 | 1.00 |"
+    rows = table(runs, {"this tool": 1.0, "Megatron's way": 2.0}).splitlines()
+    assert rows[2] == "| this tool | 1 | 2.0 | 2.00 | 1.0 | 10 | 5.00 | 4.00 | 8.00 |"
+    assert rows[3] == "| Megatron's way | 1 | 10.0 | 0.40 | 9.0 | 9 | 1.00 | 0.50 | 1.00 |"

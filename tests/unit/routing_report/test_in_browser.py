@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from hmoe_megatron.report.pictures import BLUE, NARROW_TO_WIDE, VERMILLION
 from hmoe_megatron.routing_report import command, page, pictures
 from tests.end_to_end.test_report_page import CHROMIUM, FLAGS
-from tests.unit.routing_report.examples import make_model, make_routing
+from tests.unit.routing_report.made_up import make_model, make_routing
 
 HOSTILE = "<script>title='owned'</script>"
 

@@ -12,7 +12,7 @@ from hmoe_megatron.routing_report.statistics import Routing
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import VOCABULARY
-from tests.unit.routing_report.examples import make_model, make_routing
+from tests.unit.routing_report.made_up import make_model, make_routing
 from tests.unit.test_report import make_run
 from tools import routing_report
 
