@@ -14,7 +14,7 @@ from hmoe_megatron.training import model_config, open_checkpoints, parse_argumen
 ONE_PROCESS = (
     "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1 "
     "--expert-tensor-parallel-size 1 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 0 "
-    "--no-load-optim --no-load-rng --exit-on-missing-checkpoint --hmoe-placement auto"
+    "--eval-interval 1 --no-load-optim --no-load-rng --exit-on-missing-checkpoint --hmoe-placement auto"
 ).split()
 # Flags of the run that make no sense there, dropped with their values.
 DROPPED = (
@@ -26,14 +26,15 @@ DROPPED = (
 ).split()
 
 
-def load_model(run_dir: Path, flags: list[str] = ()) -> torch.nn.Module:
-    """The model of the last checkpoint in ``run_dir``, in evaluation mode; ``flags`` override those of the run."""
+def load_model(run_dir: Path, flags: list[str] = (), dropped: tuple[str, ...] = ()) -> torch.nn.Module:
+    """The model of the last checkpoint in ``run_dir``, in evaluation mode; ``flags`` override those of the run, of
+    which ``dropped`` are left out."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import checkpointing
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
-    argv = [*without(run_arguments(run_dir), *DROPPED), *ONE_PROCESS, "--load", str(run_dir), *flags]
+    argv = [*without(run_arguments(run_dir), *DROPPED, *dropped), *ONE_PROCESS, "--load", str(run_dir), *flags]
     args, layout = parse_arguments(argv)
     open_checkpoints(args, layout)
     set_global_variables(args)

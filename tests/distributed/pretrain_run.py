@@ -33,10 +33,10 @@ class _Tee(io.StringIO):
         return super().write(text)
 
 
-def pretrain(flags: str, prepare=None, *given, mock_data: bool = True) -> Ended:
+def pretrain(flags: str, prepare=None, *given, without: tuple[str, ...] = ()) -> Ended:
     """pretrain_hmoe.py with TINY, MODEL and `flags` on this rank; `prepare(*given)` is called in this process first.
 
-    mock_data: else `flags` name the data.
+    without: switches of TINY to leave out.
     """
     import pretrain_hmoe
     from hmoe_megatron.training import prepare as prepare_megatron
@@ -44,7 +44,7 @@ def pretrain(flags: str, prepare=None, *given, mock_data: bool = True) -> Ended:
     prepare_megatron()
     if prepare:
         prepare(*given)
-    tiny = [flag for flag in TINY if mock_data or flag != "--mock-data"]
+    tiny = [flag for flag in TINY if flag not in without]
     sys.argv = ["pretrain_hmoe.py", *tiny, *MODEL.split(), *flags.split()]
     output = _Tee(sys.stdout)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):

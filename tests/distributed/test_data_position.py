@@ -23,7 +23,7 @@ def losses(folder, data, world, layout, pieces):
     plan = save_plan(folder / "plan.json", *[pieces] * LAYERS)
     flags = f"{FLAGS} {layout} --hmoe-placement {plan} --data-path {data} --save {folder} --load {folder}"
     flags += f" --tensorboard-dir {folder / 'tensorboard'}"
-    ended = run_ranks(world, pretrain, flags, mock_data=False, timeout_s=120)
+    ended = run_ranks(world, pretrain, flags, without=("--mock-data",), timeout_s=120)
     assert {rank.code for rank in ended} == {0}
     scalar = read_scalars(folder / "tensorboard", [])["lm loss"]
     return dict(zip(scalar.x.tolist(), scalar.y.tolist(), strict=True))

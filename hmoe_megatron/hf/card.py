@@ -1,0 +1,61 @@
+"""The model card of an export: what it is, how it was trained, how it is used."""
+
+from collections.abc import Sequence
+
+from hmoe_megatron.hf.forms import Native
+
+# Of the run's flags those that say where files are on the machine that trained it; they stay there.
+_PATHS = ("--save", "--load", "--data-path", "--train-data-path", "--valid-data-path", "--test-data-path",
+          "--data-cache-path", "--tokenizer-model", "--vocab-file", "--merge-file", "--tensorboard-dir",
+          "--hmoe-run-dir", "--data-args-path", "--per-split-data-args-path", "--pretrained-checkpoint")  # fmt: skip
+
+
+def model_card(form: Native, flags: Sequence[str], iteration: int, size_bytes: int, dtype: str,
+               digest: str) -> str:  # fmt: skip
+    """README.md of the exported directory."""
+    model = form.model
+    code = ("# modeling_hmoe.py in this directory is the model; read it before you trust it.\n" if form.code else
+            "# Every expert is padded with zeros to the widest: a stock Mixtral.\n")
+    trust = ", trust_remote_code=True" if form.code else ""
+    router = f"Top-{model.experts_per_token}" if model.router == "topk" else f"Top-P, p = {model.top_p}"
+    layers = "\n".join(f"| {layer} | {', '.join(map(str, widths_E)) or 'dense'} |"
+                       for layer, widths_E in enumerate(model.widths))  # fmt: skip
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mixture-of-experts, hmoe]
+---
+# Heterogeneous mixture of experts
+
+A decoder whose experts differ in width (HMoE, arXiv 2408.10681): {model.layers} layers, hidden size {model.hidden},
+router {router}. Exported from iteration {iteration} of a training run of hmoe-megatron, {size_bytes / 1e6:,.1f} MB of
+{dtype.removeprefix("torch.")}; SHA-256 over all tensors `{digest}`, of each tensor in `hmoe_export.json`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{code}model = AutoModelForCausalLM.from_pretrained(DIRECTORY{trust})
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=False)
+print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)[0]))
+```
+
+| layer | widths of its experts |
+|---|---|
+{layers}
+
+## Training
+Flags of the run, without paths:
+```
+{" ".join(_public(flags))}
+```
+"""
+
+
+def _public(flags: Sequence[str]) -> list[str]:
+    kept, hidden = [], False
+    for word in flags:
+        if word.startswith("--"):
+            hidden = word.partition("=")[0] in _PATHS
+        if not hidden:
+            kept.append(word)
+    return kept

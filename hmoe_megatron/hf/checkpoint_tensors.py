@@ -1,0 +1,57 @@
+"""Single tensors of a Megatron checkpoint, without Megatron's model and whatever layout and plan saved it."""
+
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from hmoe_megatron.checkpoint import directory, manifest
+from hmoe_megatron.checkpoint.reader import CheckpointReader, read_metadata
+from hmoe_megatron.exits import CheckpointRefused
+
+_MODEL = ("embedding.", "decoder.", "output_layer.")
+
+
+class CheckpointTensors:
+    """The model's tensors of one checkpoint; optimizer states are not among them, and are not read."""
+
+    def __init__(self, root: Path, iteration: int | None = None, skip_integrity: bool = False):
+        """root: --save directory of a run. Raises CheckpointRefused as a resume does; nothing is unpickled before
+        every file's SHA-256 was compared."""
+        self.iteration, self.path = directory.find(root, iteration)
+        self.settings = manifest.load_manifest(self.path).settings
+        if not skip_integrity:
+            files = manifest.load_manifest(self.path).files
+            found = manifest.damages(self.path, files) + manifest.intruders(self.path, files)
+            if found:
+                raise CheckpointRefused(f"{self.path} is damaged: {'; '.join(found[: manifest.MAX_DAMAGES])}: give "
+                                        "another with --ckpt-step")  # fmt: skip
+        stored = read_metadata(self.path).state_dict_metadata
+        self._kinds = {key: kind for key, kind in stored.items()
+                       if key.startswith(_MODEL) and isinstance(kind, TensorStorageMetadata)}  # fmt: skip
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(kind.size) for key, kind in self._kinds.items()}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {kind.properties.dtype for kind in self._kinds.values()}
+
+    def read(self, keys: list[str]) -> dict[str, torch.Tensor]:
+        """These tensors, each put together from the pieces it was saved in. Raises CheckpointRefused for a range that
+        no file holds."""
+        tensors = {key: torch.empty(self._kinds[key].size, dtype=self._kinds[key].properties.dtype) for key in keys}
+        for key in keys:
+            _check_covered(self.path, key, self._kinds[key])
+        load(tensors, storage_reader=CheckpointReader(str(self.path)), no_dist=True)
+        return tensors
+
+
+def _check_covered(path: Path, key: str, kind: TensorStorageMetadata) -> None:
+    """torch leaves what no chunk covers as it is in memory. Chunks of a checkpoint don't overlap, so sizes add up."""
+    held = sum(chunk.sizes.numel() for chunk in kind.chunks)
+    if held != kind.size.numel():
+        raise CheckpointRefused(f"{path}: {key} has {kind.size.numel()} values, the files hold {held}: give another "
+                                "with --ckpt-step")  # fmt: skip

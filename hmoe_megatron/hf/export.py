@@ -1,0 +1,135 @@
+"""A checkpoint of pretrain_hmoe.py to a Hugging Face directory, a layer at a time on one CPU.
+
+Whatever layout and plan saved it: tensors are read by logical expert, each put together from its pieces.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from hmoe_megatron.files import sync
+from hmoe_megatron.flag_files import run_arguments
+from hmoe_megatron.hf import card, tokenizer_files
+from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
+from hmoe_megatron.hf.forms import FORMS, Native
+from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint
+from hmoe_megatron.hf.shards import ShardWriter, digest_of_all
+from hmoe_megatron.hf.tensors import Part, stored_parts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPORT_FILE = "hmoe_export.json"
+
+
+class Exported(NamedTuple):
+    """tensors, bytes: of the weights; digest: of all of them; model: what was exported; iteration: of the run;
+    cost: parameters of the experts as they are stored, over their own."""
+
+    tensors: int
+    bytes: int
+    digest: str
+    model: ModelSettings
+    iteration: int
+    cost: float
+
+
+def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None = None, dtype: str | None = None,
+          skip_integrity: bool = False, check: Callable | None = None) -> Exported:  # fmt: skip
+    """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole. form:
+    "hmoe", our own, or "mixtral", padded. dtype:
+    fp32 or bf16; None keeps the checkpoint's. check: called with (directory, model, iteration, flags of the run) before
+    it gets its name; what it raises ends the export.
+
+    Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
+    """
+    folder = begin(output)
+    try:
+        flags = run_arguments(root)
+        exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
+        if check:
+            check(folder, exported.model, exported.iteration, flags)
+        publish(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return exported
+
+
+def begin(output: Path) -> Path:
+    """An empty directory beside `output` to write to. Raises ValueError if `output` can't become a directory."""
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"--output {output}: exists already; give another, or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: its parent directory does not exist")
+    folder = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed export
+    folder.mkdir()
+    return folder
+
+
+def publish(folder: Path, output: Path) -> None:
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+    os.rename(folder, output)
+
+
+def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: str, dtype: str | None) -> Exported:
+    model = from_checkpoint(checkpoint.settings, checkpoint.shapes, flags)
+    form = FORMS[form](model)
+    parts = stored_parts(model, list(checkpoint.shapes))
+    _check_shapes(checkpoint, parts)
+    stored = checkpoint.dtypes
+    if dtype is None and len(stored) > 1:
+        raise ValueError(f"{checkpoint.path}: tensors of {', '.join(map(str, stored))}; give --dtype")
+    wanted = DTYPES[dtype] if dtype else next(iter(stored))
+    tokens = tokenizer_files.write(flags, folder)
+    writer = ShardWriter(folder, len(parts))
+    for name, keyed in parts.items():
+        _write_block(checkpoint, name, keyed, writer, form, wanted)
+    writer.finish()
+    write_json(folder / "config.json", form.config(str(wanted).removeprefix("torch."), tokens.ids))
+    write_json(folder / "generation_config.json", tokens.generation_config(model.vocabulary_rows))
+    for name in form.code:
+        (folder / name).write_bytes((resources.files("hmoe_megatron.hf") / name).read_bytes())
+    total = digest_of_all(writer.digests)
+    write_json(folder / EXPORT_FILE, {"checkpoint_iteration": checkpoint.iteration, "sha256": total,
+                                      "tensors": dict(sorted(writer.digests.items()))})  # fmt: skip
+    text = card.model_card(form, flags, checkpoint.iteration, writer.bytes, str(wanted), total)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return Exported(len(writer.digests), writer.bytes, total, model, checkpoint.iteration,
+                    getattr(form, "cost", 1.0))
+
+
+def _check_shapes(checkpoint: CheckpointTensors, parts: dict[str, list[tuple[str, Part]]]) -> None:
+    wrong = [f"{key} is {list(checkpoint.shapes[key])}, not {list(part.shape)}"
+             for keyed in parts.values() for key, part in keyed if checkpoint.shapes[key] != part.shape]  # fmt: skip
+    if wrong:
+        more = " ..." if len(wrong) > 20 else ""
+        raise ValueError(f"{checkpoint.path}: {'; '.join(wrong[:20])}{more}; nothing was written")
+
+
+def _write_block(checkpoint: CheckpointTensors, name: str, keyed: list[tuple[str, Part]], writer: ShardWriter,
+                 form: Native, dtype: torch.dtype) -> None:  # fmt: skip
+    source = checkpoint.read([key for key, _ in keyed])
+    bad = [key for key, tensor in source.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{checkpoint.path}: not finite: {', '.join(bad)}; give another with --ckpt-step")
+    tensors = {}
+    for key, part in keyed:
+        for theirs, tensor in zip(part.names, part.split(source[key]), strict=True):
+            tensors[form.name(theirs)] = form.pack(theirs, tensor.to(dtype))
+    on_disk = writer.write(tensors)
+    for key, part in keyed:  # the way back from the disk must give what was read
+        joined = part.join([form.unpack(theirs, on_disk[form.name(theirs)]) for theirs in part.names])
+        if not torch.equal(joined, source[key].to(dtype)):
+            raise OSError(f"{name}: {key} on the disk is not what was written; nothing is left")
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

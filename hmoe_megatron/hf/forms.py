@@ -1,0 +1,172 @@
+"""The forms of a Hugging Face directory: how each names and shapes its tensors, and its config.json, both ways."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from hmoe_megatron.hf.model_settings import MODEL_TYPE, ModelSettings, from_config, to_config
+
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+class Native:
+    """Our own, with configuration_hmoe.py and modeling_hmoe.py beside the weights."""
+
+    model_type = MODEL_TYPE
+    code = ("configuration_hmoe.py", "modeling_hmoe.py")
+
+    def __init__(self, model: ModelSettings):
+        self.model = model
+
+    def config(self, dtype: str, token_ids: Mapping) -> dict:
+        return to_config(self.model, dtype, token_ids)
+
+    @staticmethod
+    def settings(config: Mapping) -> ModelSettings:
+        return from_config(config)
+
+    def name(self, name: str) -> str:
+        """Its name of the tensor that we call so."""
+        return name
+
+    def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is stored."""
+        return tensor
+
+    def unpack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack`. Raises ValueError if something would be lost."""
+        return tensor
+
+
+class Mixtral(Native):
+    """transformers' Mixtral, with no code of ours: every expert padded with zeros to the widest, which adds zeros to
+    its output. Top-K with renormalised weights only. ``hmoe_expert_widths`` in the config tells the way back."""
+
+    model_type = "mixtral"
+    code = ()
+
+    def __init__(self, model: ModelSettings):
+        problems = {
+            "--hmoe-router topp": model.router != "topk", "--moe-router-pre-softmax": model.pre_softmax,
+            "--moe-router-topk-scaling-factor": model.scaling_factor is not None, "--add-qkv-bias": model.qkv_bias,
+            "--qk-layernorm": model.qk_norm, "dense layers (--moe-layer-freq)": not all(model.widths),
+        }  # fmt: skip
+        found = [what for what, is_there in problems.items() if is_there]
+        if found:
+            raise ValueError(f"--padded mixtral: Mixtral has no {', no '.join(found)}; leave --padded out")
+        super().__init__(model)
+        self.width = max(max(widths_E) for widths_E in model.widths)
+
+    @property
+    def cost(self) -> float:
+        """Parameters of the padded experts over those of the experts."""
+        return self.width * self.model.experts * self.model.layers / sum(map(sum, self.model.widths))
+
+    def config(self, dtype: str, token_ids: Mapping) -> dict:
+        model = self.model
+        return {
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": dtype, "hidden_act": "silu",
+            "num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
+            "num_key_value_heads": model.groups, "head_dim": model.head_dim, "vocab_size": model.vocabulary_rows,
+            "max_position_embeddings": model.max_positions, "rms_norm_eps": model.norm_eps, "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "attention_dropout": 0.0,
+            "tie_word_embeddings": model.tied, "intermediate_size": self.width, "num_local_experts": model.experts,
+            "num_experts_per_tok": model.experts_per_token, "router_aux_loss_coef": model.load_balance_coeff,
+            "initializer_range": model.init_std, "use_cache": True, "output_router_logits": False,
+            "hmoe_expert_widths": [list(widths_E) for widths_E in model.widths],
+            "hmoe_p_penalty_coeff": model.p_penalty_coeff, "hmoe_router_fp32": model.router_fp32,
+        } | dict(token_ids)  # fmt: skip
+
+    @staticmethod
+    def settings(config: Mapping) -> ModelSettings:
+        if config.get("sliding_window"):
+            raise ValueError(f"config.json: sliding_window {config['sliding_window']}: experts of that model can't be "
+                             "trained here with it; only models without a window")  # fmt: skip
+        experts, layers = config["num_local_experts"], config["num_hidden_layers"]
+        widths = config.get("hmoe_expert_widths") or [[config["intermediate_size"]] * experts] * layers
+        return _stock_settings(config, widths, pre_softmax=False)
+
+    def name(self, name: str) -> str:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        return name
+
+    def _dimension(self, name: str) -> int | None:
+        """Along which an expert's matrix has its width; None for any other tensor."""
+        found = _EXPERT.fullmatch(name)
+        return None if found is None else int(found[3] == "down")
+
+    def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = self._dimension(name)
+        if dim is None:
+            return tensor
+        missing = self.width - tensor.shape[dim]
+        return torch.nn.functional.pad(tensor, (0, missing) if dim else (0, 0, 0, missing))
+
+    def unpack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = self._dimension(name)
+        if dim is None:
+            return tensor
+        layer, expert = map(int, _EXPERT.fullmatch(name).groups()[:2])
+        width = self.model.widths[layer][expert]
+        if tensor.narrow(dim, width, tensor.shape[dim] - width).count_nonzero():
+            raise ValueError(f"{self.name(name)}: not zero beyond the width {width} of hmoe_expert_widths: it was "
+                             "trained since; take hmoe_expert_widths out of config.json to keep what was learnt")
+        return tensor.narrow(dim, 0, width)
+
+
+class Qwen3Moe(Native):
+    """transformers' Qwen3-MoE, to read only."""
+
+    model_type = "qwen3_moe"
+
+    @staticmethod
+    def settings(config: Mapping) -> ModelSettings:
+        if config.get("use_sliding_window"):
+            raise ValueError("config.json: use_sliding_window: only models without a window")
+        step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+        count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 5.5
+        experts = [config["moe_intermediate_size"]] * count
+        widths = [experts if layer not in dense and (layer + 1) % step == 0 else []
+                  for layer in range(config["num_hidden_layers"])]  # fmt: skip
+        return _stock_settings(config, widths, pre_softmax=not config.get("norm_topk_prob", False), qk_norm=True,
+                               qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
+
+
+FORMS = {form.model_type: form for form in (Native, Mixtral, Qwen3Moe)}
+
+
+def form_of(config: Mapping) -> Native:
+    """The form of a directory by its config.json, untrusted. Raises ValueError for one that is not known or lacks a
+    field."""
+    kind = config.get("model_type")
+    if kind not in FORMS:
+        raise ValueError(f"config.json: model_type {kind!r:.60}: only {', '.join(FORMS)} become HMoE checkpoints")
+    try:
+        return FORMS[kind](FORMS[kind].settings(config))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json of a {kind}: {error} is missing or of the wrong type") from None
+
+
+def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False) -> ModelSettings:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: rope_type {rope.get('rope_type')}, hidden_act {config.get('hidden_act')}: only "
+                         "default and silu")  # fmt: skip
+    heads = config["num_attention_heads"]
+    return ModelSettings(
+        layers=config["num_hidden_layers"], hidden=config["hidden_size"], heads=heads,
+        groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads, vocabulary_rows=config["vocab_size"],
+        max_positions=config["max_position_embeddings"], norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), qkv_bias=qkv_bias,
+        qk_norm=qk_norm, tied=bool(config.get("tie_word_embeddings")), widths=tuple(map(tuple, widths)),
+        dense_width=config["intermediate_size"] if not all(widths) else None, router="topk",
+        experts_per_token=config["num_experts_per_tok"], top_p=None, max_experts_per_token=None,
+        pre_softmax=pre_softmax, scaling_factor=None, router_fp32=bool(config.get("hmoe_router_fp32")),
+        p_penalty_coeff=float(config.get("hmoe_p_penalty_coeff", 0.0)),
+        load_balance_coeff=float(config.get("router_aux_loss_coef", 0.0)), router_entropy_coeff=0.0,
+        init_std=float(config.get("initializer_range", 0.02)),
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""A Hugging Face directory to a checkpoint of pretrain_hmoe.py, in one process that holds the whole model.
+
+The checkpoint is by logical expert, so any layout and plan loads it: with --finetune, for it has no optimizer state.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hmoe_megatron.files import open_regular, read_text
+from hmoe_megatron.generation import ONE_PROCESS
+from hmoe_megatron.hf.forms import Native, form_of
+from hmoe_megatron.hf.model_settings import megatron_flags
+from hmoe_megatron.hf.shards import INDEX_FILE
+from hmoe_megatron.hf.tensors import Part, blocks, check_complete
+from hmoe_megatron.hf.tokenizer_files import COPIED
+
+MAX_JSON_BYTES = 64 << 20
+ITERATION = 1  # a checkpoint has a number of at least 1
+
+
+class HFDirectory:
+    """Config and tensors of a directory, untrusted: files only of its own, nothing unpickled or run."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError for what is no such directory, and lists tensors that are missing, unused or of the wrong
+        shape."""
+        self.folder = Path(folder)
+        self.config = self._json("config.json")
+        self.form: Native = form_of(self.config)
+        self._files = self._where()
+        self._check()
+
+    def _json(self, name: str):
+        path = self.folder / name
+        try:
+            return json.loads(read_text(path, MAX_JSON_BYTES))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; give a directory with safetensors of transformers") from None
+
+    def _where(self) -> dict[str, Path]:
+        """Tensor -> file."""
+        if (self.folder / INDEX_FILE).exists():
+            named = self._json(INDEX_FILE).get("weight_map")
+            if not isinstance(named, dict) or not all(type(n) is str and n == Path(n).name for n in named.values()):
+                raise ValueError(f"{self.folder / INDEX_FILE}: its weight_map names no plain files of the directory")
+            files = sorted(set(named.values()))
+        else:
+            named, files = None, ["model.safetensors"]
+        found = {}
+        for name in files:
+            try:
+                open_regular(self.folder / name).close()
+                with safe_open(self.folder / name, framework="pt") as file:
+                    found |= dict.fromkeys(file.keys(), self.folder / name)
+            except (ValueError, SafetensorError) as error:
+                raise ValueError(f"{self.folder / name}: {error}") from None
+        if named is not None:
+            check_complete(sorted(named.keys() - found.keys()), sorted(found.keys() - named.keys()), INDEX_FILE)
+        return found
+
+    def _check(self) -> None:
+        wanted = {}
+        for _, parts in blocks(self.form.model):
+            for part in parts:
+                for name, shape in zip(part.names, part.hf_shapes(), strict=True):
+                    packed = self.form.pack(name, torch.empty(shape, device="meta"))
+                    wanted[self.form.name(name)] = tuple(packed.shape)
+        check_complete(sorted(wanted.keys() - self._files.keys()), sorted(self._files.keys() - wanted.keys()),
+                       str(self.folder))  # fmt: skip
+        wrong = []
+        for name, shape in wanted.items():
+            with safe_open(self._files[name], framework="pt") as file:
+                found = tuple(file.get_slice(name).get_shape())
+            if found != shape:
+                wrong.append(f"{name} is {list(found)}, not {list(shape)}")
+        if wrong:
+            raise ValueError(f"{self.folder}: {'; '.join(wrong[:20])}{' ...' if len(wrong) > 20 else ''}")
+
+    def tensors(self) -> Iterator[tuple[Part, torch.Tensor]]:
+        """Every Megatron tensor, one at a time. Raises ValueError for one that is not finite."""
+        for _, parts in blocks(self.form.model):
+            for part in parts:
+                read = []
+                for name in part.names:
+                    theirs = self.form.name(name)
+                    with safe_open(self._files[theirs], framework="pt") as file:
+                        read.append(self.form.unpack(name, file.get_tensor(theirs)))
+                    if not read[-1].isfinite().all():
+                        raise ValueError(f"{self._files[theirs]}: {theirs} is not finite")
+                yield part, part.join(read)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        name = next(iter(self._files))
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).dtype
+
+
+def from_hf(folder: Path, root: Path, tokenizer_flags: list[str], flags: list[str] = ()) -> int:
+    """Write the checkpoint of iteration ITERATION to `root`, which must be new; returns the number of tensors.
+
+    tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. flags: more of pretrain_hmoe.py, such as losses.
+    Raises ValueError or RunEnded before anything is written, and leaves nothing if it fails.
+    """
+    from hmoe_megatron import training
+    from hmoe_megatron.checkpoint import directory
+
+    root = Path(root)
+    if root.exists():
+        raise ValueError(f"--save {root}: exists already; give another")
+    source = HFDirectory(folder)
+    training.prepare()
+    try:
+        root.mkdir(parents=True)
+        given = tokenizer_flags or _tokenizer(source, root)
+        dtype = ["--bf16"] if source.dtype == torch.bfloat16 else []
+        described = [*megatron_flags(source.form.model), *dtype, *given, *flags]
+        argv = [*described, *_ALONE, "--save", str(root)]
+        written = _build_and_save(source, argv, described)
+        assert directory.complete_iterations(root) == [ITERATION]
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    return written
+
+
+_ALONE = [word for word in ONE_PROCESS if word not in ("--no-load-optim", "--no-load-rng",
+                                                       "--exit-on-missing-checkpoint")]
+_ALONE += ["--save-interval", "1", "--lr", "1e-4", "--no-save-optim", "--no-save-rng",
+           "--dist-ckpt-optim-fully-reshardable"]
+
+
+def _tokenizer(source: HFDirectory, root: Path) -> list[str]:
+    """Flags of the directory's tokenizer, its files copied beside the checkpoint."""
+    rows = source.form.model.vocabulary_rows
+    files = [name for name in (*COPIED, "tokenizer.model") if (source.folder / name).is_file()]
+    if not files:
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows), "--make-vocab-size-divisible-by", "1"]
+    (root / "tokenizer").mkdir()
+    for name in files:
+        shutil.copyfile(source.folder / name, root / "tokenizer" / name)
+    # One multiple: rows that only pad the vocabulary are there again.
+    padded = ["--make-vocab-size-divisible-by", str(rows)]
+    if "tokenizer.model" in files:
+        return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model",
+                str(root / "tokenizer" / "tokenizer.model"), *padded]  # fmt: skip
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(root / "tokenizer"), *padded]
+
+
+def _build_and_save(source: HFDirectory, argv: list[str], described: list[str]) -> int:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import checkpointing
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.initialize import initialize_megatron
+
+    from hmoe_megatron import training
+
+    args, layout = training.parse_arguments(argv)
+    training.open_checkpoints(args, layout)
+    set_global_variables(args)
+    initialize_megatron()
+    if args.padded_vocab_size != source.form.model.vocabulary_rows:
+        raise ValueError(f"--tokenizer-model: its vocabulary of {args.padded_vocab_size} does not fit the embedding of "
+                         f"{source.form.model.vocabulary_rows} rows; give the model's own tokenizer")  # fmt: skip
+    config = training.model_config(args, layout)
+    models = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    written = _fill(models[0], source)
+    training.write_run(layout, Path(args.save), described)
+    checkpointing.save_checkpoint(ITERATION, models, None, None, 0)
+    return written
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, source: HFDirectory) -> int:
+    """Put every tensor where the model's own checkpoint would read it from."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    held: Mapping[str, list] = {}
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor):
+            held.setdefault(shard.key, []).append(shard)
+    missing, count = [], 0
+    for part, tensor in source.tensors():
+        key = next((key for key in part.keys if key in held), None)
+        if key is None:
+            missing.append(part.keys[0])
+            continue
+        for shard in held.pop(key):
+            own = tuple(slice(at, at + size) for at, size in
+                        zip(shard.global_offset, shard.local_shape, strict=True))  # fmt: skip
+            shard.data.copy_(tensor[own])
+        count += 1
+    check_complete(missing, sorted(held), "Megatron's model")
+    return count

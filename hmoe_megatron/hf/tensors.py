@@ -1,0 +1,121 @@
+"""Which tensor of Megatron's holds which of Hugging Face's, both ways: the one table of every conversion.
+
+Legend: H hidden size, F width of an expert, E experts, D head size, G query groups, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hmoe_megatron.hf.model_settings import ModelSettings
+
+Tensors = Sequence[torch.Tensor]
+
+
+class Part(NamedTuple):
+    """One Megatron tensor. keys: what a checkpoint may call it, the first where this project writes it; shape: there;
+    names: Hugging Face's, in the order that `split` gives and `join`, its inverse, takes. Both only move values."""
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    split: Callable[[torch.Tensor], Tensors] = lambda tensor: [tensor]
+    join: Callable[[Tensors], torch.Tensor] = lambda tensors: tensors[0]
+
+    def hf_shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(tensor.shape) for tensor in self.split(torch.empty(self.shape, device="meta"))]
+
+
+def blocks(model: ModelSettings) -> Iterator[tuple[str, list[Part]]]:
+    """(name, its parts): the embedding, each layer, what comes after them. All tensors of the model, each once."""
+    rows = (model.vocabulary_rows, model.hidden)
+    yield "embedding", [Part(("embedding.word_embeddings.weight",), rows, ("model.embed_tokens.weight",))]
+    for layer in range(model.layers):
+        yield f"layer {layer}", [*_attention(model, layer), *_mlp(model, layer)]
+    last = [Part(("decoder.final_layernorm.weight",), (model.hidden,), ("model.norm.weight",))]
+    if not model.tied:
+        last.append(Part(("output_layer.weight",), rows, ("lm_head.weight",)))
+    yield "head", last
+
+
+def _attention(model: ModelSettings, layer: int) -> Iterator[Part]:
+    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    sizes = (model.groups, model.heads // model.groups, model.head_dim)
+    rows = (model.heads + 2 * model.groups) * model.head_dim
+    attention, qkv = f"{ours}.self_attention", ("q_proj", "k_proj", "v_proj")
+    # Megatron names a layer's first norm as if it were fused into the matrix after it, as Transformer Engine has it.
+    yield Part((f"{attention}.linear_qkv.layer_norm_weight", f"{ours}.input_layernorm.weight"), (model.hidden,),
+               (f"{theirs}.input_layernorm.weight",))  # fmt: skip
+    for kind, shape in (("weight", (rows, model.hidden)), ("bias", (rows,))):
+        if kind == "weight" or model.qkv_bias:
+            yield Part(
+                (f"{attention}.linear_qkv.{kind}",), shape,
+                tuple(f"{theirs}.self_attn.{name}.{kind}" for name in qkv),
+                lambda tensor: split_qkv(tensor, *sizes), lambda tensors: join_qkv(tensors, *sizes),
+            )  # fmt: skip
+    yield Part((f"{attention}.linear_proj.weight",), (model.hidden, model.heads * model.head_dim),
+               (f"{theirs}.self_attn.o_proj.weight",))  # fmt: skip
+    if model.qk_norm:
+        for name in ("q", "k"):
+            yield Part((f"{attention}.{name}_layernorm.weight",), (model.head_dim,),
+                       (f"{theirs}.self_attn.{name}_norm.weight",))  # fmt: skip
+
+
+def _mlp(model: ModelSettings, layer: int) -> Iterator[Part]:
+    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    yield Part((f"{ours}.mlp.linear_fc1.layer_norm_weight", f"{ours}.pre_mlp_layernorm.weight"), (model.hidden,),
+               (f"{theirs}.post_attention_layernorm.weight",))  # fmt: skip
+    if not model.widths[layer]:
+        width = model.dense_width
+        yield Part((f"{ours}.mlp.linear_fc1.weight",), (2 * width, model.hidden),
+                   tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up")),
+                   lambda tensor: tensor.chunk(2), torch.cat)  # fmt: skip
+        yield Part((f"{ours}.mlp.linear_fc2.weight",), (model.hidden, width), (f"{theirs}.mlp.down_proj.weight",))
+        return
+    yield Part((f"{ours}.mlp.router.weight",), (len(model.widths[layer]), model.hidden), (f"{theirs}.mlp.gate.weight",))
+    for expert, width in enumerate(model.widths[layer]):
+        key, name = f"{ours}.mlp.experts.{expert}", f"{theirs}.mlp.experts.{expert}"
+        yield Part((f"{key}.linear_fc1.weight",), (2, width, model.hidden),
+                   (f"{name}.gate_proj.weight", f"{name}.up_proj.weight"), torch.unbind, torch.stack)  # fmt: skip
+        yield Part((f"{key}.linear_fc2.weight",), (model.hidden, width), (f"{name}.down_proj.weight",))
+
+
+def split_qkv(tensor: torch.Tensor, groups: int, heads_per_group: int, head_dim: int) -> list[torch.Tensor]:
+    """Megatron's rows, a group's queries, key and value in turn, as [G (h D), ...], [G D, ...], [G D, ...]."""
+    by_group = tensor.view(groups, heads_per_group + 2, head_dim, *tensor.shape[1:])
+    parts = by_group.split((heads_per_group, 1, 1), dim=1)
+    return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
+
+
+def join_qkv(tensors: Tensors, groups: int, heads_per_group: int, head_dim: int) -> torch.Tensor:
+    """The inverse of `split_qkv`."""
+    parts = [tensor.view(groups, -1, head_dim, *tensor.shape[1:]) for tensor in tensors]
+    return torch.cat(parts, dim=1).reshape(-1, *tensors[0].shape[1:])
+
+
+def stored_parts(model: ModelSettings, stored: Sequence[str]) -> dict[str, list[tuple[str, Part]]]:
+    """{block: [(its key in this checkpoint, part)]}. stored: the keys of all model tensors that a checkpoint holds.
+
+    Raises ValueError that lists every tensor that is missing and every one that nothing would take.
+    """
+    left, missing, found = set(stored), [], {}
+    for name, parts in blocks(model):
+        found[name] = []
+        for part in parts:
+            key = next((key for key in part.keys if key in left), None)
+            if key is None:
+                missing.append(part.keys[0])
+            else:
+                left.discard(key)
+                found[name].append((key, part))
+    check_complete(missing, sorted(left), "the checkpoint")
+    return found
+
+
+def check_complete(missing: Sequence[str], unused: Sequence[str], where: str) -> None:
+    """Raises ValueError that lists what is missing and what is unused; nothing is lost in silence."""
+    if missing or unused:
+        told = [f"{len(names)} {what}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+                for what, names in (("missing", missing), ("that the model has no place for", unused)) if names]
+        raise ValueError(f"{where}: tensors {'; '.join(told)}; nothing was written")

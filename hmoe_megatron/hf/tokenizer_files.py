@@ -1,0 +1,143 @@
+"""The tokenizer of an export: the run's own, as files that transformers reads, with the ids that Megatron gives."""
+
+import argparse
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hmoe_megatron.hf.model_settings import last_value
+
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+          "merges.txt", "chat_template.jinja")  # fmt: skip
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+SPACE = "▁"  # as SentencePiece writes a space
+# On which both must agree; `--text` of the proof is a longer one.
+SAMPLE = (
+    "Once more unto the breach, dear friends, once more;\nOr close the wall up with our English dead.\n\n",
+    "  def f(x):\n\treturn {'a': x ** 2}  # 1,234.5e-6\r\n", "Zwölf Boxkämpfer; ça va?; Ελληνικά; русский; 日本語; 😀☃",
+    "a", " ", "\n", "  two  spaces  ", "e\u0301 ﬁ \u3000 \u2028 \x01",
+)  # fmt: skip
+
+
+class Tokens(NamedTuple):
+    """ids: bos_token_id, eos_token_id, pad_token_id for config.json; size: entries; None for a run without a
+    tokenizer's files."""
+
+    ids: dict[str, int | None]
+    size: int | None
+
+    def generation_config(self, rows: int) -> dict:
+        """Rows that only pad the vocabulary stand for no text and are not drawn."""
+        padding = list(range(self.size, rows)) if self.size is not None else []
+        given = {name: value for name, value in self.ids.items() if value is not None}
+        return given | ({"suppress_tokens": padding} if padding else {})
+
+
+def write(flags: Sequence[str], folder: Path) -> Tokens:
+    """The tokenizer that the run's flags name, into `folder`. Raises ValueError if transformers' ids would differ."""
+    kind, model = last_value(flags, "--tokenizer-type"), last_value(flags, "--tokenizer-model")
+    if kind in SENTENCEPIECE or kind == "HuggingFaceTokenizer":
+        if not model or not Path(model).exists():
+            raise ValueError(f"--tokenizer-model {model}: not there any more; put it back, or give another place as "
+                             "--tokenizer-model")  # fmt: skip
+        stock = megatron_tokenizer(flags)
+        if kind == "HuggingFaceTokenizer":
+            for name in COPIED:
+                if (Path(model) / name).is_file():
+                    shutil.copyfile(Path(model) / name, folder / name)
+        else:
+            _from_sentencepiece(Path(model), stock, folder)
+        symbols = _user_symbols(Path(model)) if kind in SENTENCEPIECE else []
+        return _checked(stock, folder, (*SAMPLE, *(f"a{symbol} b{symbol}{symbol}c" for symbol in symbols)))
+    if kind == "NullTokenizer":
+        return Tokens({}, None)
+    raise ValueError(f"--tokenizer-type {kind}: only HuggingFaceTokenizer and SentencePieceTokenizer become files that "
+                     "transformers reads; it can't be exported")  # fmt: skip
+
+
+def megatron_tokenizer(flags: Sequence[str]):
+    """Megatron's tokenizer of the run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+        from megatron.training.argument_utils import ArgumentGroupFactory
+        from megatron.training.config import TokenizerConfig
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+    args, _ = parser.parse_known_args(list(flags))
+    args.pad_vocab_size = False
+    return build_tokenizer(args)
+
+
+def _checked(stock, folder: Path, sample: Sequence[str]) -> Tokens:
+    from transformers import AutoTokenizer
+
+    written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for text in sample:
+        ours, theirs = list(stock.tokenize(text)), written(text)["input_ids"]
+        if ours != theirs:
+            raise ValueError(f"the tokenizer's ids for {text[:40]!r} are {ours[:12]} in Megatron and {theirs[:12]} in "
+                             "transformers: it can't be exported")  # fmt: skip
+    if written.eos_token_id != stock.eod:
+        written.eos_token = written.convert_ids_to_tokens(stock.eod)
+        written.save_pretrained(folder)
+    ids = {"bos_token_id": written.bos_token_id, "eos_token_id": stock.eod, "pad_token_id": written.pad_token_id}
+    return Tokens(ids, int(stock.vocab_size))
+
+
+def _from_sentencepiece(path: Path, stock, folder: Path) -> None:
+    """The same BPE as the tokenizers library has it, and the model file itself, for the way back."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = _sentencepiece(path)
+    if model.trainer_spec.model_type != 2:
+        raise ValueError(f"--tokenizer-model {path}: a SentencePiece model that is no BPE can't be exported")
+    pieces = [piece.piece for piece in model.pieces]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(
+        ids, _merges(model), unk_token=pieces[model.trainer_spec.unk_id], fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+    ))  # fmt: skip
+    spec = model.normalizer_spec
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        from tokenizers import Regex
+
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(undo + ([decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []))
+    control = [piece.piece for piece in model.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    backend.add_tokens([AddedToken(symbol, normalized=False) for symbol in _user_symbols(path)])
+    spec = model.trainer_spec
+    named = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
+    special = {name: pieces[number] for name, number in named.items() if 0 <= number < len(pieces)}
+    # SentencePiece takes "<s>" in a text for text.
+    PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, split_special_tokens=True,
+                            **special).save_pretrained(folder)  # fmt: skip
+    shutil.copyfile(path, folder / "tokenizer.model")
+
+
+def _sentencepiece(path: Path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+
+
+def _user_symbols(path: Path) -> list[str]:
+    """Texts that are one id wherever they stand."""
+    return [piece.piece for piece in _sentencepiece(path).pieces if piece.type == piece.USER_DEFINED]
+
+
+def _merges(model) -> list[tuple[str, str]]:
+    """SentencePiece merges to the entry of the highest score; here the pairs that make each, in that order."""
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    ranked = sorted((entry for entry in scores if len(entry) > 1), key=lambda entry: -scores[entry])
+    return [(entry[:at], entry[at:]) for entry in ranked for at in range(1, len(entry))
+            if entry[:at] in scores and entry[at:] in scores]  # fmt: skip

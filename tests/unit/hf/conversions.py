@@ -1,0 +1,46 @@
+"""Tiny runs, converted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.pretrain_run import pretrain
+from tests.distributed.ranks import run_ranks
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "tools"))
+import convert_checkpoint  # noqa: E402
+
+STEPS = "--train-iters 2 --save-interval 2"
+
+
+TIED = "tied"  # among the flags: without TINY's --untie-embeddings-and-output-weights
+
+
+def train(root: Path, ranks: int, flags: str) -> Path:
+    """A run of two steps, saved in `root`."""
+    words = [word for word in flags.split() if word != TIED]
+    without = ("--untie-embeddings-and-output-weights",) if TIED in flags.split() else ()
+    ends = run_ranks(ranks, pretrain, f"{STEPS} --save {root} {' '.join(words)}", without=without, timeout_s=240)
+    assert [end.code for end in ends] == [0] * ranks, ends[0].output
+    return root
+
+
+def to_hf(run, output, *flags) -> int:
+    return convert_checkpoint.main(["to-hf", "--load", str(run), "--output", str(output), *flags])
+
+
+def from_hf(folder: Path, root: Path) -> subprocess.CompletedProcess:
+    """In a process of its own: Megatron is set up once a process."""
+    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "from-hf", "--load", folder, "--save", root]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=240)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found

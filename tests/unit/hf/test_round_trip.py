@@ -1,0 +1,140 @@
+"""There and back: the same tensors to the bit, and stock models of transformers."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
+from tests.rows import mostly_rarely
+from tests.unit.hf.conversions import TIED, from_hf, tensors_of, to_hf, train
+
+KINDS = {
+    "cuts, unequal": (2, "--expert-model-parallel-size 2 --hmoe-widths 16,32,48,160", ("native", "padded")),
+    "top-p, a dense layer": (1, "--hmoe-router topp --hmoe-top-p 0.6 --moe-layer-freq [0,1] --ffn-hidden-size 80 "
+                                "--qk-layernorm --add-qkv-bias", ("native",)),
+    "bf16, grouped queries": (1, "--bf16 --group-query-attention --num-query-groups 2", ("native", "padded")),
+    "tied embeddings": (1, TIED, ("native", "padded")),
+    "tensor parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel", ("native",)),
+}  # fmt: skip
+IN_SUITE = ("cuts, unequal", "tied embeddings")
+
+
+@pytest.mark.parametrize("kind", mostly_rarely(KINDS, IN_SUITE))
+def test_a_checkpoint_comes_back_to_the_bit(kind, tmp_path):
+    ranks, flags, forms = KINDS[kind]
+    run = train(tmp_path / "run", ranks, flags)
+    ours = CheckpointTensors(run)
+    for form in forms:
+        padded = ("--padded", "mixtral") if form == "padded" else ()
+        assert to_hf(run, tmp_path / form, "--no-logits", *padded) == 0
+        ended = from_hf(tmp_path / form, tmp_path / f"back {form}")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        back = CheckpointTensors(tmp_path / f"back {form}")
+        assert back.shapes == ours.shapes
+        for key, tensor in ours.read(list(ours.shapes)).items():
+            assert torch.equal(tensor, back.read([key])[key]), key
+        if form == "native":  # every setting of the model too
+            assert to_hf(tmp_path / "back native", tmp_path / "again", "--no-logits") == 0
+            again, first = ((tmp_path / name / "config.json").read_text() for name in ("again", "native"))
+            assert json.loads(again) == json.loads(first)
+
+
+def test_a_run_goes_on_from_it_under_another_layout(tmp_path):
+    run = train(tmp_path / "run", 1, "")
+    assert to_hf(run, tmp_path / "out", "--no-logits") == 0
+    assert from_hf(tmp_path / "out", tmp_path / "back").returncode == 0
+    flags = f"--expert-model-parallel-size 2 --load {tmp_path / 'back'} --finetune"
+    assert CheckpointTensors(train(tmp_path / "next", 2, flags)).iteration == 2
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_stock_models_become_checkpoints_and_come_back(name, tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+             "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 16,
+             "num_experts_per_tok": 2}  # fmt: skip
+    sizes |= {"num_local_experts": 4} if name == "Mixtral" else {
+        "num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}  # fmt: skip
+    torch.manual_seed(0)
+    stock = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    ended = from_hf(tmp_path / "stock", tmp_path / "run")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    text = tmp_path / "text.txt"
+    text.write_text("any")
+    assert to_hf(tmp_path / "run", tmp_path / "out", "--text", str(text)) == 0  # Megatron's logits and ours agree
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens_T = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens_T).logits, stock(tokens_T).logits, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    run = train(folder / "run", 1, "")
+    assert to_hf(run, folder / "out", "--no-logits") == 0
+    assert to_hf(run, folder / "padded", "--no-logits", "--padded", "mixtral") == 0
+    return folder
+
+
+def test_a_padded_export_is_a_stock_mixtral(exported):
+    from transformers import AutoModelForCausalLM
+
+    padded = AutoModelForCausalLM.from_pretrained(exported / "padded").eval()
+    assert type(padded).__name__ == "MixtralForCausalLM" and not list((exported / "padded").glob("*.py"))
+    ours = AutoModelForCausalLM.from_pretrained(exported / "out", trust_remote_code=True).eval()
+    tokens_T = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(padded(tokens_T).logits, ours(tokens_T).logits, rtol=0, atol=1e-5)
+
+
+def test_top_p_is_not_padded(tmp_path, capsys):
+    run = train(tmp_path / "run", 1, "--hmoe-router topp --hmoe-top-p 0.6")
+    assert to_hf(run, tmp_path / "out", "--no-logits", "--padded", "mixtral") == 2
+    assert "Mixtral has no --hmoe-router topp" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def changed(exported, tmp_path, form, change):
+    """A copy in one file, whose tensors `change` has altered."""
+    tensors, folder = tensors_of(exported / form), tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((exported / form / "config.json").read_bytes())
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert load_file(folder / "model.safetensors").keys() == tensors.keys()
+    return folder
+
+
+EXPERT = "model.layers.1.mlp.experts.2"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda tensors: tensors.pop(f"{EXPERT}.up_proj.weight"), f"1 missing: {EXPERT}.up_proj.weight"),
+    (lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), "no place for: model.extra"),
+    (lambda tensors: tensors.update({f"{EXPERT}.up_proj.weight": torch.zeros(47, 32)}), "[47, 32], not [48, 32]"),
+    (lambda tensors: tensors[f"{EXPERT}.up_proj.weight"].fill_(torch.nan), f"{EXPERT}.up_proj.weight is not finite"),
+])  # fmt: skip
+def test_a_directory_that_is_not_whole_is_refused(exported, tmp_path, change, said):
+    ended = from_hf(changed(exported, tmp_path, "out", change), tmp_path / "run")
+    assert ended.returncode == 2 and said in ended.stderr, ended.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_padding_that_has_learnt_something_is_not_dropped(exported, tmp_path):
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    folder = changed(exported, tmp_path, "padded", lambda tensors: tensors[name][40].fill_(1))
+    ended = from_hf(folder, tmp_path / "run")
+    assert ended.returncode == 2 and "not zero beyond the width 16" in ended.stderr, ended.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_index_that_leads_elsewhere_is_refused(exported, tmp_path):
+    folder = changed(exported, tmp_path, "out", lambda tensors: None)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../out/model.safetensors"}}))
+    ended = from_hf(folder, tmp_path / "run")
+    assert ended.returncode == 2 and "names no plain files of the directory" in ended.stderr
