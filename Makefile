@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test campaign layouts lint bench-planner bench-planner-real bench-data bench-restart faults doctor lock clean
+.PHONY: help venv demo test campaign layouts lint bench-planner bench-planner-real bench-data bench-convert bench-restart faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=

@@ -138,7 +138,8 @@ def main() -> None:
           "--load", RUN, "--exit-on-missing-checkpoint")  # fmt: skip
     run(
         f"Text: {TOKENS} tokens after {PROMPT!r}",
-        tool("generate.py", RUN, "--prompt", PROMPT, "--tokens", TOKENS, "--output", DEMO / "sample.txt"),
+        tool("generate.py", "--load", RUN, "--prompt", PROMPT, "--tokens", TOKENS, "--ignore-eod",
+             "--output", DEMO / "sample.txt"),  # fmt: skip
         "generate.log",
     )
     print((DEMO / "sample.txt").read_text(), flush=True)

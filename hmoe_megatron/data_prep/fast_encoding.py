@@ -3,7 +3,7 @@
 A way is a function: list of texts -> list of id arrays. Megatron's own calls the library once a text and, for Hugging
 Face tokenizers, builds what nobody reads. A byte-level BPE of Hugging Face also goes through tiktoken, several times
 faster: it merges the pair with the lowest rank, as the merges in their order say. What it can't see (added tokens in
-the text, a normaliser) goes Megatron's way, text by text. SentencePiece's BPE encodes each word once.
+the text, a normaliser) goes Megatron's way, text by text. So does SentencePiece's BPE (sentencepiece_bpe.py).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hmoe_megatron.data_prep.sentencepiece_words import word_encoder
+from hmoe_megatron.data_prep.sentencepiece_bpe import tiktoken_encoder
 
 Way = Callable[[list[str]], list[np.ndarray]]
 # What tokenizers' ByteLevel splits by (GPT-2's pattern).
@@ -81,13 +81,15 @@ def sentencepiece_way(tokenizer, stock: Way) -> Way | None:
     return lambda texts: [np.array(ids, dtype=np.int32) for ids in processor.encode(texts, out_type=int, num_threads=1)]
 
 
-def words_way(tokenizer, stock: Way) -> Way | None:
-    """SentencePiece's BPE, each word once. Raises NotEqual where words are not independent."""
+def sentencepiece_bpe_way(tokenizer, stock: Way) -> Way | None:
+    """tiktoken with the vocabulary of SentencePiece's BPE. Raises NotEqual for what it can't hold."""
     processor = _sentencepiece(tokenizer)
     if processor is None:
         return None
     try:
-        return word_encoder(processor, stock)
+        return tiktoken_encoder(processor, stock)
+    except ImportError:
+        raise NotEqual("tiktoken is not installed") from None
     except ValueError as error:
         raise NotEqual(f"{error}") from None
 
@@ -253,7 +255,7 @@ def _needs_megatron(parts: dict) -> Callable[[str], bool]:
 WAYS: dict[str, Callable[[object, Way], Way | None]] = {
     "tiktoken with the same vocabulary": byte_level_way,
     "the tokenizers library by lists": hugging_face_way,
-    "SentencePiece, each word once": words_way,
+    "SentencePiece's merges through tiktoken": sentencepiece_bpe_way,
     "SentencePiece by lists": sentencepiece_way,
     "tiktoken to arrays": tiktoken_way,
 }

@@ -1,4 +1,4 @@
-"""Models as evaluation sees them. Legend: B rows of a batch, T tokens of a row, V vocabulary."""
+"""Models as evaluation and generation see them. Legend: B rows of a batch, T tokens of a row, V vocabulary."""
 
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +21,14 @@ class Model(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids, as the model's own tokenizer makes them; no token is added that it does not add by itself."""
 
+    def decode(self, tokens: list[int]) -> str:
+        """Their text; special tokens have none."""
+
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """float32 [B, T, V] on any device: what is said at each token of the next one."""
+
+    def next_logits(self, tokens: list[int]) -> torch.Tensor:
+        """float32 [V]: what is said of the token after these, of which the last `context` are seen."""
 
 
 class MegatronModel:
@@ -58,6 +64,12 @@ class MegatronModel:
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         return self.module(tokens_BT, positions_BT, None)[..., : self.vocabulary].float()
 
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.detokenize([token for token in tokens if token != self.end_of_document])
+
+    def next_logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.logits(torch.tensor([tokens[-self.context :]]))[0, -1]
+
 
 class HuggingFaceModel:
     """A directory that transformers loads: safetensors only, nothing from the network."""
@@ -82,6 +94,7 @@ class HuggingFaceModel:
         if self.end_of_document is None:
             raise ValueError("its tokenizer has neither an eos nor a bos token: name one in tokenizer_config.json")
         self.facts = {"model_type": module.config.model_type, **_facts(module)}
+        self._cache, self._seen = None, []
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, verbose=False)["input_ids"]
@@ -89,6 +102,20 @@ class HuggingFaceModel:
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         logits_BTV = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits_BTV[..., : self.vocabulary].float()
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def next_logits(self, tokens: list[int]) -> torch.Tensor:
+        """Keys and values are kept from one call to the next, as long as each goes on from the one before."""
+        if len(tokens) > self.context:
+            return self.logits(torch.tensor([tokens[-self.context :]]))[0, -1]
+        goes_on = self._seen and tokens[: len(self._seen)] == self._seen and len(tokens) > len(self._seen)
+        cache, at = (self._cache, len(self._seen)) if goes_on else (None, 0)
+        told = self.module(input_ids=torch.tensor([tokens[at:]], device=self.device), past_key_values=cache,
+                           use_cache=True)  # fmt: skip
+        self._cache, self._seen = told.past_key_values, list(tokens)
+        return told.logits[0, -1, : self.vocabulary].float()
 
 
 def _facts(module: torch.nn.Module) -> dict:

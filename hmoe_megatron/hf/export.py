@@ -28,7 +28,7 @@ EXPORT_FILE = "hmoe_export.json"
 
 class Exported(NamedTuple):
     """tensors, bytes: of the weights; digest: of all of them; model: what was exported; iteration: of the run;
-    cost: parameters of the experts as they are stored, over their own."""
+    cost: parameters of the experts as they are stored, over their own. doubt: about the tokenizer, or None."""
 
     tensors: int
     bytes: int
@@ -36,6 +36,7 @@ class Exported(NamedTuple):
     model: ModelSettings
     iteration: int
     cost: float
+    doubt: str | None
 
 
 def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None = None, dtype: str | None = None,
@@ -103,7 +104,7 @@ def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: 
     text = card.model_card(form, flags, checkpoint.iteration, writer.bytes, str(wanted), total)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return Exported(len(writer.digests), writer.bytes, total, model, checkpoint.iteration,
-                    getattr(form, "cost", 1.0))
+                    getattr(form, "cost", 1.0), tokens.doubt)
 
 
 def _check_shapes(checkpoint: CheckpointTensors, parts: dict[str, list[tuple[str, Part]]]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from hmoe_megatron.hf.model_settings import MODEL_TYPE, ModelSettings, from_config, to_config
 
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class Native:
@@ -95,7 +95,7 @@ class Mixtral(Native):
 
     def _dimension(self, name: str) -> int | None:
         """Along which an expert's matrix has its width; None for any other tensor."""
-        found = _EXPERT.fullmatch(name)
+        found = EXPERT.fullmatch(name)
         return None if found is None else int(found[3] == "down")
 
     def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class Mixtral(Native):
         dim = self._dimension(name)
         if dim is None:
             return tensor
-        layer, expert = map(int, _EXPERT.fullmatch(name).groups()[:2])
+        layer, expert = map(int, EXPERT.fullmatch(name).groups()[:2])
         width = self.model.widths[layer][expert]
         if tensor.narrow(dim, width, tensor.shape[dim] - width).count_nonzero():
             raise ValueError(f"{self.name(name)}: not zero beyond the width {width} of hmoe_expert_widths: it was "
@@ -135,7 +135,30 @@ class Qwen3Moe(Native):
                                qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
 
 
-FORMS = {form.model_type: form for form in (Native, Mixtral, Qwen3Moe)}
+class Llama(Native):
+    """transformers' LLaMA, dense, to read only."""
+
+    model_type = "llama"
+
+    @staticmethod
+    def settings(config: Mapping) -> ModelSettings:
+        return _stock_settings(config, [()] * config["num_hidden_layers"], pre_softmax=False)
+
+
+class Qwen3(Native):
+    """transformers' Qwen3, dense, to read only."""
+
+    model_type = "qwen3"
+
+    @staticmethod
+    def settings(config: Mapping) -> ModelSettings:
+        if config.get("use_sliding_window"):
+            raise ValueError("config.json: use_sliding_window: only models without a window")
+        return _stock_settings(config, [()] * config["num_hidden_layers"], pre_softmax=False, qk_norm=True,
+                               qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
+
+
+FORMS = {form.model_type: form for form in (Native, Mixtral, Qwen3Moe, Llama, Qwen3)}
 
 
 def form_of(config: Mapping) -> Native:
@@ -164,8 +187,9 @@ def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, q
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), qkv_bias=qkv_bias,
         qk_norm=qk_norm, tied=bool(config.get("tie_word_embeddings")), widths=tuple(map(tuple, widths)),
         dense_width=config["intermediate_size"] if not all(widths) else None, router="topk",
-        experts_per_token=config["num_experts_per_tok"], top_p=None, max_experts_per_token=None,
-        pre_softmax=pre_softmax, scaling_factor=None, router_fp32=bool(config.get("hmoe_router_fp32")),
+        experts_per_token=config["num_experts_per_tok"] if any(widths) else None, top_p=None,
+        max_experts_per_token=None, pre_softmax=pre_softmax, scaling_factor=None,
+        router_fp32=bool(config.get("hmoe_router_fp32")),
         p_penalty_coeff=float(config.get("hmoe_p_penalty_coeff", 0.0)),
         load_balance_coeff=float(config.get("router_aux_loss_coef", 0.0)), router_entropy_coeff=0.0,
         init_std=float(config.get("initializer_range", 0.02)),

@@ -3,9 +3,11 @@
 The checkpoint is by logical expert, so any layout and plan loads it: with --finetune, for it has no optimizer state.
 """
 
+import contextlib
 import json
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from hmoe_megatron.hf.tensors import Part, blocks, check_complete
 from hmoe_megatron.hf.tokenizer_files import COPIED
 
 MAX_JSON_BYTES = 64 << 20
+ARGS_FILE = "model.args"
 ITERATION = 1  # a checkpoint has a number of at least 1
 
 
@@ -87,46 +90,70 @@ class HFDirectory:
             for part in parts:
                 read = []
                 for name in part.names:
-                    theirs = self.form.name(name)
-                    with safe_open(self._files[theirs], framework="pt") as file:
-                        read.append(self.form.unpack(name, file.get_tensor(theirs)))
+                    read.append(self.read(name))
                     if not read[-1].isfinite().all():
-                        raise ValueError(f"{self._files[theirs]}: {theirs} is not finite")
+                        raise ValueError(f"{self.folder}: {self.form.name(name)} is not finite")
                 yield part, part.join(read)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor that we call so."""
+        with self.opened(self.form.name(name)) as rows:
+            return self.form.unpack(name, rows[:])
+
+    @contextlib.contextmanager
+    def opened(self, name: str):
+        """The tensor that the directory calls so; only what is sliced of it is read."""
+        with safe_open(self._files[name], framework="pt") as file:
+            yield file.get_slice(name)
 
     @property
     def dtype(self) -> torch.dtype:
-        name = next(iter(self._files))
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).dtype
+        """bfloat16 or float32, which holds every value of all tensors. Raises ValueError if neither does."""
+        held = set()
+        for path in set(self._files.values()):
+            with safe_open(path, framework="pt") as file:
+                held |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  not a dict
+        if not held <= {"F32", "F16", "BF16"}:
+            raise ValueError(f"{self.folder}: tensors of {', '.join(sorted(held))}: only F32, F16 and BF16")
+        return torch.bfloat16 if held == {"BF16"} else torch.float32
 
 
-def from_hf(folder: Path, root: Path, tokenizer_flags: list[str], flags: list[str] = ()) -> int:
+def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str], check: Callable = lambda flags: None) -> int:
     """Write the checkpoint of iteration ITERATION to `root`, which must be new; returns the number of tensors.
 
-    tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. flags: more of pretrain_hmoe.py, such as losses.
-    Raises ValueError or RunEnded before anything is written, and leaves nothing if it fails.
+    tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. check: called with the flags of the run at the
+    end; what it raises undoes all. Beside the checkpoint stands ARGS_FILE, the
+    model's flags. Raises ValueError or RunEnded, and leaves nothing if it fails.
     """
     from hmoe_megatron import training
     from hmoe_megatron.checkpoint import directory
 
     root = Path(root)
+    if not any(source.form.model.widths):
+        raise ValueError(f"{source.folder}: a dense model has no experts to bring back: use upcycle")
     if root.exists():
         raise ValueError(f"--save {root}: exists already; give another")
-    source = HFDirectory(folder)
     training.prepare()
     try:
         root.mkdir(parents=True)
         given = tokenizer_flags or _tokenizer(source, root)
         dtype = ["--bf16"] if source.dtype == torch.bfloat16 else []
-        described = [*megatron_flags(source.form.model), *dtype, *given, *flags]
+        described = [*megatron_flags(source.form.model), *dtype, *given]
         argv = [*described, *_ALONE, "--save", str(root)]
         written = _build_and_save(source, argv, described)
+        (root / ARGS_FILE).write_text(_args_text(described), encoding="utf-8")
         assert directory.complete_iterations(root) == [ITERATION]
+        check(described)
     except BaseException:
         shutil.rmtree(root, ignore_errors=True)
         raise
     return written
+
+
+def _args_text(flags: list[str]) -> str:
+    """A flag and its value a line, as examples/run.py and tools/launch.py read it."""
+    lines = "\n".join(word if word.startswith("--") else f"\t{shlex.quote(word)}" for word in flags)
+    return lines.replace("\n\t", " ") + "\n"
 
 
 _ALONE = [word for word in ONE_PROCESS if word not in ("--no-load-optim", "--no-load-rng",

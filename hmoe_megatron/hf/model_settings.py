@@ -86,14 +86,16 @@ def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flag
         from hmoe_megatron.config import PAPER_ROUTER_ENTROPY_COEFF
 
         entropy = PAPER_ROUTER_ENTROPY_COEFF if top_p else 0.0
-    positions = last_value(flags, "--max-position-embeddings") or last_value(flags, "--seq-length")
-    if positions is None:
-        raise ValueError("the run's flags have no --max-position-embeddings and no --seq-length: give --max-positions")
+    context = [last_value(flags, name) for name in ("--max-position-embeddings", "--seq-length")]
+    if not any(context):
+        raise ValueError("the run's flags have no --max-position-embeddings and no --seq-length: its "
+                         "run_arguments.json is not whole")  # fmt: skip
     return ModelSettings(
         layers=layers, hidden=settings["hidden_size"], heads=settings["num_attention_heads"],
         groups=settings["num_query_groups"] if settings["group_query_attention"] else settings["num_attention_heads"],
         head_dim=settings["kv_channels"], vocabulary_rows=shapes["embedding.word_embeddings.weight"][0],
-        max_positions=int(positions), norm_eps=settings["layernorm_epsilon"], rope_theta=float(settings["rotary_base"]),
+        max_positions=min(int(length) for length in context if length), norm_eps=settings["layernorm_epsilon"],
+        rope_theta=float(settings["rotary_base"]),
         qkv_bias=settings["add_qkv_bias"], qk_norm=settings["qk_layernorm"],
         tied=not settings["untie_embeddings_and_output_weights"], widths=widths, dense_width=dense_width,
         router=settings["hmoe_router"], experts_per_token=None if top_p else settings["moe_router_topk"],

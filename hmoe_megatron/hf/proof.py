@@ -1,15 +1,16 @@
-"""The logits of a run's checkpoint and of its export, on the same tokens, each model in a process of its own.
+"""The logits of a checkpoint and of a Hugging Face directory on the same tokens, each model in a process of its own.
 
-python -m hmoe_megatron.hf.proof megatron RUN ITERATION TOKENS.npy OUT.npy
-python -m hmoe_megatron.hf.proof hf DIRECTORY - TOKENS.npy OUT.npy
+python -m hmoe_megatron.hf.proof KIND PLACE ITERATION TOKENS.npy OUT.npy
 """
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,18 +21,26 @@ BOUND = 1e-5  # of fp32 logits: the order of sums in matrix products differs
 MAX_TOKENS = 2048
 
 
-def logits_difference(root: Path, iteration: int, exported: Path, tokens_T: np.ndarray) -> float:
+class Side(NamedTuple):
+    """Whose logits. kind: a key of KINDS; place: --save directory of a run, or a Hugging Face directory."""
+
+    kind: str
+    place: Path
+    iteration: int | None = None
+
+
+def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> float:
     """The largest |difference| of fp32 logits over T tokens. Raises OSError if a process fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "tokens.npy", tokens_T)
         found = []
-        for kind, place, step in (("megatron", root, iteration), ("hf", exported, "-")):
-            command = [sys.executable, "-m", __name__, kind, place, step, folder / "tokens.npy", folder / f"{kind}.npy"]
-            ended = subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace", check=False)
+        for number, side in enumerate(sides):
+            words = [sys.executable, "-m", __name__, *side, folder / "tokens.npy", folder / f"{number}.npy"]
+            ended = subprocess.run([*map(str, words)], capture_output=True, text=True, errors="replace", check=False)
             if ended.returncode:
-                raise OSError(f"logits of {place}: exit code {ended.returncode}\n{ended.stderr[-2000:]}")
-            found.append(np.load(folder / f"{kind}.npy"))
+                raise OSError(f"logits of {side.place}: exit code {ended.returncode}\n{ended.stderr[-2000:]}")
+            found.append(np.load(folder / f"{number}.npy"))
     # Rows that only pad the vocabulary depend on the layout that trained it; one process has fewer.
     rows = min(logits_TV.shape[1] for logits_TV in found)
     found = [logits_TV[:, :rows] for logits_TV in found]
@@ -51,36 +60,80 @@ def first_tokens(flags: Sequence[str], text: str, model: ModelSettings) -> np.nd
     return np.array(tokens)
 
 
-def check_logits(root: Path, iteration: int, exported: Path, tokens_T: np.ndarray, is_lossless: bool) -> None:
+def check_logits(megatron: Side, other: Side, tokens_T: np.ndarray, is_lossless: bool = True) -> None:
     """Print how far the two models' logits are apart. Raises ValueError if weights are the same and logits are not."""
-    largest = logits_difference(root, iteration, exported, tokens_T)
+    largest = logits_difference((megatron, other), tokens_T)
     print(f"logits of Megatron and transformers, fp32, {len(tokens_T)} tokens: at most {largest:.1e} apart", flush=True)
     if is_lossless and not largest <= BOUND:
-        raise ValueError(f"the logits of the export are {largest:.1e} apart from Megatron's, over {BOUND}; "
-                         "nothing is left")
+        raise ValueError(f"logits of Megatron and transformers are {largest:.1e} apart, over {BOUND}; nothing is left")
 
 
-def _megatron(root: Path, iteration: int, tokens_T):
+def _megatron(root: Path, iteration: str, tokens_T, flags: Sequence[str] = (), dropped: tuple[str, ...] = (),
+              prepare: Callable = lambda model: None):  # fmt: skip
     import torch
 
     from hmoe_megatron import generation, training
 
     training.prepare()
-    model = generation.load_model(root, ["--ckpt-step", str(iteration)], dropped=("--bf16", "--fp16"))
+    model = generation.load_model(root, ["--ckpt-step", iteration, *flags], dropped=("--bf16", "--fp16", *dropped))
+    prepare(model)
     positions_T = torch.arange(tokens_T.shape[1])[None]
     return model(tokens_T, positions_T, None)
 
 
-def _hf(directory: Path, tokens_T):
-    import torch
+def _all_experts_on(root: Path, iteration: str, tokens_T):
+    """What `upcycling` made, every expert with the weight that makes the layer the dense one."""
+    from hmoe_megatron.flag_files import run_arguments
+
+    flags = run_arguments(root)
+    experts = last_value(flags, "--num-experts")
+    dropped = ("--hmoe-router", "--hmoe-top-p", "--hmoe-max-experts-per-token", "--hmoe-router-entropy-coeff",
+               "--moe-router-topk", "--moe-router-pre-softmax")  # fmt: skip
+    over_weight_one = 1.0
+    if "--moe-router-pre-softmax" in flags:  # upcycling.scale over E
+        over_weight_one = int(experts) / int(last_value(flags, "--moe-router-topk"))
+
+    def prepare(model):
+        for name, weight in model.named_parameters():
+            if name.endswith("router.weight"):
+                weight.zero_()
+            elif ".experts." in name and "linear_fc2" in name:
+                weight.div_(over_weight_one)
+
+    return _megatron(root, iteration, tokens_T, ("--finetune", "--moe-router-topk", experts), dropped, prepare)
+
+
+def _exported(directory: Path, _, tokens_T):
+    """With the code in the directory, which this package has just written."""
     from transformers import AutoModelForCausalLM
 
-    # The code in the directory is this package's own, just written.
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    return _logits(AutoModelForCausalLM, directory, tokens_T, trust_remote_code=True)
+
+
+def _foreign(directory: Path, _, tokens_T):
+    """Without any code of the directory."""
+    from transformers import AutoModelForCausalLM
+
+    from hmoe_megatron.hf.model_settings import MODEL_TYPE
+
+    is_ours = json.loads((directory / "config.json").read_text())["model_type"] == MODEL_TYPE
+    if is_ours:
+        from hmoe_megatron.hf.modeling_hmoe import HMoEForCausalLM
+    return _logits(HMoEForCausalLM if is_ours else AutoModelForCausalLM, directory, tokens_T, trust_remote_code=False)
+
+
+def _logits(model_class, directory: Path, tokens_T, trust_remote_code: bool):
+    import torch
+
+    model = model_class.from_pretrained(directory, dtype=torch.float32, use_safetensors=True,
+                                        trust_remote_code=trust_remote_code)  # fmt: skip
     return model.eval()(tokens_T, use_cache=False).logits
 
 
-def main(kind: str, place: str, step: str, tokens: str, out: str) -> None:
+KINDS = {"megatron": _megatron, "all experts on": _all_experts_on, "exported": _exported, "foreign": _foreign}
+
+
+def main(kind: str, place: str, iteration: str, tokens: str, out: str) -> None:
     from hmoe_megatron import host
 
     host.prepare_environment()
@@ -88,8 +141,7 @@ def main(kind: str, place: str, step: str, tokens: str, out: str) -> None:
 
     with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
         tokens_T = torch.from_numpy(np.load(tokens)).long()[None]
-        run = _hf(Path(place), tokens_T) if kind == "hf" else _megatron(Path(place), int(step), tokens_T)
-        np.save(out, run[0].float().numpy())
+        np.save(out, KINDS[kind](Path(place), iteration, tokens_T)[0].float().numpy())
 
 
 if __name__ == "__main__":

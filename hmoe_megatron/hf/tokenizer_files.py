@@ -21,12 +21,18 @@ SAMPLE = (
 )  # fmt: skip
 
 
+# The tokenizers library normalises several characters that are seen as one by the first of them.
+NORMALIZES = ("the tokenizer normalises text, which transformers does otherwise where characters combine: a text with "
+              "combining marks may get other ids than in training")  # fmt: skip
+
+
 class Tokens(NamedTuple):
     """ids: bos_token_id, eos_token_id, pad_token_id for config.json; size: entries; None for a run without a
-    tokenizer's files."""
+    tokenizer's files. doubt: where ids may differ from Megatron's, though not on SAMPLE."""
 
     ids: dict[str, int | None]
     size: int | None
+    doubt: str | None = None
 
     def generation_config(self, rows: int) -> dict:
         """Rows that only pad the vocabulary stand for no text and are not drawn."""
@@ -50,7 +56,9 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
         else:
             _from_sentencepiece(Path(model), stock, folder)
         symbols = _user_symbols(Path(model)) if kind in SENTENCEPIECE else []
-        return _checked(stock, folder, (*SAMPLE, *(f"a{symbol} b{symbol}{symbol}c" for symbol in symbols)))
+        tokens = _checked(stock, folder, (*SAMPLE, *(f"a{symbol} b{symbol}{symbol}c" for symbol in symbols)))
+        normalizes = kind in SENTENCEPIECE and _sentencepiece(Path(model)).normalizer_spec.precompiled_charsmap
+        return tokens._replace(doubt=NORMALIZES if normalizes else None)
     if kind == "NullTokenizer":
         return Tokens({}, None)
     raise ValueError(f"--tokenizer-type {kind}: only HuggingFaceTokenizer and SentencePieceTokenizer become files that "
@@ -89,7 +97,7 @@ def _checked(stock, folder: Path, sample: Sequence[str]) -> Tokens:
 
 def _from_sentencepiece(path: Path, stock, folder: Path) -> None:
     """The same BPE as the tokenizers library has it, and the model file itself, for the way back."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     model = _sentencepiece(path)
@@ -103,10 +111,8 @@ def _from_sentencepiece(path: Path, stock, folder: Path) -> None:
     ))  # fmt: skip
     spec = model.normalizer_spec
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        from tokenizers import Regex
-
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.remove_extra_whitespaces:  # normalizers.Strip would take other white space too
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

@@ -128,7 +128,7 @@ def tensors(checkpoint):
 
 def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
     run, _ = whole_run
-    words = ("generate", run, "--prompt", "ROMEO", "--tokens", "80", "--output", tmp_path / "text")
+    words = ("generate", "--load", run, "--prompt", "ROMEO", "--tokens", "80", "--output", tmp_path / "text")
     tool(*words)
     text = (tmp_path / "text").read_text()
     assert text.startswith("ROMEO") and len(text) > 10

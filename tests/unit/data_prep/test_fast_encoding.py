@@ -46,9 +46,9 @@ def test_any_text_has_the_same_ids(byte_level, texts):
     assert_equal(byte_level, texts)
 
 
-def test_sentencepiece_goes_word_by_word(sp_model):
+def test_a_sentencepiece_bpe_goes_through_tiktoken(sp_model):
     encoder = encoder_of(sp_model)
-    assert encoder.way_name.startswith("SentencePiece, each word once")
+    assert encoder.way_name.startswith("SentencePiece's merges through tiktoken, equal on ")
     assert_equal(encoder, TEXTS)
 
 

@@ -10,7 +10,7 @@ from tests.distributed.ranks import run_ranks
 VOCABULARY, CONTEXT = 320, 64
 FLAGS = (
     f"--seq-length {CONTEXT} --max-position-embeddings {CONTEXT} --tokenizer-type HuggingFaceTokenizer "
-    "--hmoe-router topk --hmoe-widths equal --hmoe-total-width 96 --train-iters 3 --save-interval 3"
+    "--hmoe-router topk --hmoe-widths 16,16,24,40 --train-iters 3 --save-interval 3"
 )
 SENTENCES = [
     "The cat sat on the mat, and the dog lay by the door.",

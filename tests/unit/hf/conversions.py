@@ -33,10 +33,14 @@ def to_hf(run, output, *flags) -> int:
     return convert_checkpoint.main(["to-hf", "--load", str(run), "--output", str(output), *flags])
 
 
-def from_hf(folder: Path, root: Path) -> subprocess.CompletedProcess:
+def convert(*words) -> subprocess.CompletedProcess:
     """In a process of its own: Megatron is set up once a process."""
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "from-hf", "--load", folder, "--save", root]
+    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *words]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=240)
+
+
+def from_hf(folder: Path, root: Path, *words) -> subprocess.CompletedProcess:
+    return convert("from-hf", "--load", folder, "--save", root, *(words or ("--no-logits",)))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -61,10 +61,11 @@ def test_stock_models_become_checkpoints_and_come_back(name, tmp_path):
     torch.manual_seed(0)
     stock = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
     stock.save_pretrained(tmp_path / "stock")
-    ended = from_hf(tmp_path / "stock", tmp_path / "run")
-    assert ended.returncode == 0, ended.stderr[-3000:]
     text = tmp_path / "text.txt"
     text.write_text("any")
+    ended = from_hf(tmp_path / "stock", tmp_path / "run", "--text", text)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "16 tokens: at most" in ended.stdout
     assert to_hf(tmp_path / "run", tmp_path / "out", "--text", str(text)) == 0  # Megatron's logits and ours agree
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     tokens_T = torch.arange(16)[None]

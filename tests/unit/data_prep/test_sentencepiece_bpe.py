@@ -1,4 +1,4 @@
-"""SentencePiece word by word gives SentencePiece's own ids, or says why it can't."""
+"""SentencePiece's BPE through tiktoken gives SentencePiece's own ids, or says why it can't."""
 
 import io
 
@@ -8,8 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.data_prep import sentencepiece_words
-from hmoe_megatron.data_prep.sentencepiece_words import word_encoder
+from hmoe_megatron.data_prep.sentencepiece_bpe import tiktoken_encoder
 from tests.unit.data_prep.calls import make_texts
 
 OURS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False,
@@ -26,7 +25,8 @@ KINDS = {
 }
 TEXTS = [*make_texts(20), "", " ", "\n", "a", "  two  spaces\t\n\n end\n", "ﬁ\u3000x e\u0301 ünï 😀😀 ☃ ☃", "▁a▁▁b ▁",
          "\ue000 \ue001a\ue002", "a\x00b \x01", "x<sep>y <s></s>", "foo(bar), 3.14_2 ²½", "\r\n  \u2028 \u00a0 z",
-         "in new york now, new  york", "w" * 200 + " " + "w" * 200]  # fmt: skip
+         "in new york now, new  york", "w" * 200 + " " + "w" * 200, "é日本 ع\u0301 ¼ \ufffd \ue000",
+         "the" * 3000]  # fmt: skip
 
 
 def trained(**options):
@@ -51,11 +51,11 @@ def stock_of(processor, asked=None):
 
 
 def assert_equal(processor, texts):
-    found = word_encoder(processor, stock_of(processor))(texts)
+    found = tiktoken_encoder(processor, stock_of(processor))(texts)
     assert [ids.tolist() for ids in found] == [processor.encode(text) for text in texts]
 
 
-def test_words_have_the_ids_of_the_text(processor):
+def test_texts_have_the_same_ids(processor):
     assert_equal(processor, TEXTS)
 
 
@@ -65,15 +65,25 @@ def test_any_text_has_the_same_ids(processor, texts):
     assert_equal(processor, texts)
 
 
-def test_a_full_memory_changes_nothing(processor, monkeypatch):
-    monkeypatch.setattr(sentencepiece_words, "MAX_REMEMBERED", 3)
-    assert_equal(processor, TEXTS * 2)
+def test_only_texts_with_symbols_go_the_stock_way():
+    processor, asked = trained(**OURS | {"user_defined_symbols": ["<sep>", "\t"]}), []
+    tiktoken_encoder(processor, stock_of(processor, asked))(TEXTS)
+    assert asked == [text for text in TEXTS if "<sep>" in text] != []
 
 
-def test_only_texts_with_our_own_marks_go_the_stock_way():
-    processor, asked = trained(**OURS), []
-    word_encoder(processor, stock_of(processor, asked))(TEXTS)
-    assert asked == [text for text in TEXTS if "\ue000" in text]
+def test_characters_that_are_no_entry_are_bytes_beside_those_that_are():
+    """Characters that begin with the same bytes as an entry do."""
+    processor = trained(**OURS | {"required_chars": "é日😀"})
+    known = ["é", "日", "😀"]
+    assert all(len(processor.encode(char)) == 1 for char in known)
+    texts = [f"a{char}{other}é b" for char in known for other in "èêë旦昌😁😂\N{REPLACEMENT CHARACTER}"]
+    assert all(any(map(processor.is_byte, processor.encode(text))) for text in texts)
+    assert_equal(processor, texts)
+
+
+def test_every_entry_has_its_own_ids(processor):
+    pieces = [processor.id_to_piece(number).replace("▁", " ") for number in range(processor.vocab_size())]
+    assert_equal(processor, pieces + [f"x{piece}y" for piece in pieces] + [f" {piece}{piece} " for piece in pieces])
 
 
 @pytest.mark.parametrize(("options", "reason"), [
@@ -81,7 +91,7 @@ def test_only_texts_with_our_own_marks_go_the_stock_way():
     ({"split_by_whitespace": False}, "an entry holds a space after other characters"),
     ({"treat_whitespace_as_suffix": True}, "an entry holds a space after other characters"),
 ])  # fmt: skip
-def test_what_is_not_independent_is_refused(options, reason):
+def test_other_models_are_refused(options, reason):
     processor = trained(**options)
     with pytest.raises(ValueError, match=reason):
-        word_encoder(processor, stock_of(processor))
+        tiktoken_encoder(processor, stock_of(processor))

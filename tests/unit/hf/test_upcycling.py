@@ -1,0 +1,134 @@
+"""A dense model becomes an HMoE that computes the same with all experts on, and the same on average with fewer."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+
+from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
+from hmoe_megatron.hf.modeling_hmoe import top_k_routing, top_p_routing
+from hmoe_megatron.hf.upcycling import Upcycled
+from tests.rows import rarely
+from tests.unit.hf.conversions import convert, tensors_of, to_hf, train
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+         "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 16}  # fmt: skip
+WIDTHS = (8, 16, 24, 48)
+CUT = ("--num-experts", "4", "--hmoe-widths", ",".join(map(str, WIDTHS)))
+
+
+def dense(folder, name="Llama", **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, initializer_range=0.3, **settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(("name", "settings", "router"), [
+    ("Llama", {}, "--moe-router-topk 4"),
+    ("Qwen3", {"tie_word_embeddings": True}, "--moe-router-topk 3 --moe-router-pre-softmax"),
+    *rarely(("Qwen3", {}, "--moe-router-topk 2"), ("Llama", {}, "--hmoe-top-p 0.6"),
+            ("Llama", {"dtype": torch.bfloat16}, "--moe-router-topk 2")),
+])  # fmt: skip
+def test_with_all_experts_on_it_computes_what_the_dense_model_does(name, settings, router, tmp_path):
+    stock, text = dense(tmp_path / "dense", name, **settings), tmp_path / "text.txt"
+    text.write_text("any")  # no tokenizer: random ids
+    words = ("upcycle", "--load", tmp_path / "dense", "--save", tmp_path / "run", *CUT, *router.split())
+    ended = convert(*words, "--text", text)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "experts of width 8, 16, 24, 48; down_proj times" in ended.stdout
+    assert "logits of Megatron and transformers, fp32, 16 tokens: at most" in ended.stdout
+    if router == "--moe-router-topk 4":  # as it is
+        assert to_hf(tmp_path / "run", tmp_path / "out", "--text", str(text)) == 0
+        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+        tokens_T = torch.arange(16)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens_T).logits, stock(tokens_T).logits, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("upcycled")
+    dense(folder / "dense")
+    return folder
+
+
+ROUTERS = {"Top-K": {"router": "topk", "pre_softmax": False}, "before it": {"router": "topk", "pre_softmax": True}}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_the_mean_over_evenly_chosen_experts_is_the_dense_layer(folder, kind, chosen):
+    source = Upcycled(folder / "dense", WIDTHS, ROUTERS[kind] | {"experts_per_token": chosen})
+    found = {name: tensor for part, tensor in source.tensors()
+             for name, tensor in zip(part.names, part.split(tensor), strict=True)}  # fmt: skip
+    x_H, layer, outputs = torch.randn(32), "model.layers.1.mlp", []
+    experts = [[found[f"{layer}.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")]
+               for expert in range(4)]  # fmt: skip
+    out_EH = [down @ (torch.nn.functional.silu(gate @ x_H) * (up @ x_H)) for gate, up, down in experts]
+    for selected in itertools.combinations(range(4), chosen):
+        logits_TE = torch.zeros(1, 4)
+        logits_TE[0, list(selected)] = 1e-7  # chosen, by nearly nothing
+        weights_TE, _ = top_k_routing(logits_TE, chosen, ROUTERS[kind]["pre_softmax"])
+        outputs.append(sum(weights_TE[0, expert] * out_EH[expert] for expert in selected))
+    stock = tensors_of(folder / "dense")
+    gate, up, down = (stock[f"{layer}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    whole_H = down @ (torch.nn.functional.silu(gate @ x_H) * (up @ x_H))
+    torch.testing.assert_close(torch.stack(outputs).mean(0), whole_H, rtol=1e-4, atol=1e-5)
+
+
+def test_top_p_has_the_scale_of_renormalised_weights():
+    weights_TE, _ = top_p_routing(torch.zeros(1, 4), 0.6, None)
+    assert weights_TE.count_nonzero() == 3 and float(weights_TE.sum()) == pytest.approx(1)
+
+
+def test_every_neuron_goes_to_one_expert_unchanged(folder):
+    source = Upcycled(folder / "dense", WIDTHS, ROUTERS["Top-K"] | {"experts_per_token": 2}, seed=1)
+    stock = tensors_of(folder / "dense")
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp"
+        experts = {matrix: [source.read(f"{name}.experts.{expert}.{matrix}_proj.weight") for expert in range(4)]
+                   for matrix in ("gate", "up", "down")}  # fmt: skip
+        assert tuple(gate.shape[0] for gate in experts["gate"]) == WIDTHS
+        for matrix in ("gate", "up"):
+            assert torch.equal(torch.cat(experts[matrix]), stock[f"{name}.{matrix}_proj.weight"])
+        assert torch.equal(torch.cat(experts["down"], dim=1) / 4, stock[f"{name}.down_proj.weight"])
+    routers = [source.read(f"model.layers.{layer}.mlp.gate.weight") for layer in range(2)]
+    assert not torch.equal(*routers) and all(0.2 < router.std() < 0.4 for router in routers)
+    assert torch.equal(routers[0], source.read("model.layers.0.mlp.gate.weight"))
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--num-experts", "4", "--hmoe-widths", "8,16,24,40"), "add up to 88"),
+    (("--num-experts", "4", "--hmoe-widths", "arithmetic:9"), "arithmetic"),
+])  # fmt: skip
+def test_wrong_widths_are_refused(folder, tmp_path, words, said):
+    ended = convert("upcycle", "--load", folder / "dense", "--save", tmp_path / "run", *words, "--moe-router-topk", "2",
+                    "--no-logits")  # fmt: skip
+    assert ended.returncode == 2 and said in ended.stderr, ended.stderr[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (("from-hf",), "a dense model has no experts to bring back: use upcycle"),
+    (("upcycle", *CUT, "--moe-router-topk", "5"), "--moe-router-topk: 1 to --num-experts"),
+    (("upcycle", *CUT), "--moe-router-topk K or --hmoe-top-p P: give one of them"),
+])  # fmt: skip
+def test_wrong_commands_are_refused(folder, tmp_path, command, said):
+    ended = convert(*command, "--load", folder / "dense", "--save", tmp_path / "run", "--no-logits")
+    assert ended.returncode == 2 and said in ended.stderr, ended.stderr[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_from_it_by_its_args_file(folder, tmp_path):
+    from hmoe_megatron.flag_files import read_args
+
+    ended = convert("upcycle", "--load", folder / "dense", "--save", tmp_path / "run", *CUT, "--moe-router-topk", "2",
+                    "--no-logits")  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    described = " ".join(read_args(tmp_path / "run/model.args"))
+    flags = f"{described} --expert-model-parallel-size 2 --load {tmp_path / 'run'} --finetune"
+    stored = CheckpointTensors(train(tmp_path / "next", 2, flags)).shapes
+    assert stored["decoder.layers.0.mlp.experts.3.linear_fc2.weight"] == (32, 48)
