@@ -40,6 +40,9 @@ bench-planner-real: venv ## planned against contiguous placement in training, to
 bench-data: venv ## text to token files against Megatron's own way, to benchmarks/data.md (BENCH_ARGS="--datatrove DIR")
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.data $(BENCH_ARGS)
 
+bench-convert: venv ## time and peak memory of exports to Hugging Face at three sizes, to benchmarks/convert.md
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.convert $(BENCH_ARGS)
+
 bench-restart: venv ## from a killed rank to the next training step, to benchmarks/restart.md
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.restart
 

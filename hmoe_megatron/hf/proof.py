@@ -5,6 +5,7 @@ python -m hmoe_megatron.hf.proof KIND PLACE ITERATION TOKENS.npy OUT.npy
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from hmoe_megatron.hf.tokenizer_files import megatron_tokenizer
 
 BOUND = 1e-5  # of fp32 logits: the order of sums in matrix products differs
 MAX_TOKENS = 2048
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Side(NamedTuple):
@@ -34,10 +36,11 @@ def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "tokens.npy", tokens_T)
-        found = []
+        found, alone = [], {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
         for number, side in enumerate(sides):
             words = [sys.executable, "-m", __name__, *side, folder / "tokens.npy", folder / f"{number}.npy"]
-            ended = subprocess.run([*map(str, words)], capture_output=True, text=True, errors="replace", check=False)
+            ended = subprocess.run([*map(str, words)], capture_output=True, text=True, errors="replace", check=False,
+                                   env=alone)  # fmt: skip
             if ended.returncode:
                 raise OSError(f"logits of {side.place}: exit code {ended.returncode}\n{ended.stderr[-2000:]}")
             found.append(np.load(folder / f"{number}.npy"))
