@@ -25,7 +25,7 @@ ONE_STEP = (
     "--tokenizer-type NullTokenizer --vocab-size 32000 --num-workers 0 --no-save-optim --eval-iters 0 "
     "--eval-interval 1000 --lr-decay-iters 10 --lr-warmup-iters 0"
 ).split()
-TINY = "--num-layers 1 --hidden-size 64 --hmoe-total-width 1024".split()
+TINY = "--num-layers 1 --hidden-size 64 --num-attention-heads 4 --hmoe-total-width 1024".split()
 KINDS = {"native": (), "native, bf16": ("--dtype", "bf16"), "padded Mixtral": ("--padded", "mixtral")}
 
 
