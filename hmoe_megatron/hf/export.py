@@ -125,9 +125,9 @@ def _write_block(checkpoint: CheckpointTensors, name: str, keyed: list[tuple[str
     for key, part in keyed:
         for theirs, tensor in zip(part.names, part.split(source[key]), strict=True):
             tensors[form.name(theirs)] = form.pack(theirs, tensor.to(dtype))
-    on_disk = writer.write(tensors)
+    writer.write(tensors)
     for key, part in keyed:  # the way back from the disk must give what was read
-        joined = part.join([form.unpack(theirs, on_disk[form.name(theirs)]) for theirs in part.names])
+        joined = part.join([form.unpack(theirs, writer.read_back(form.name(theirs))) for theirs in part.names])
         if not torch.equal(joined, source[key].to(dtype)):
             raise OSError(f"{name}: {key} on the disk is not what was written; nothing is left")
 

@@ -22,20 +22,25 @@ class ShardWriter:
         self.digests: dict[str, str] = {}
         self.bytes = 0
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Write the next file. Returns its tensors as the disk has them."""
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the next file; `tensors` is empty afterwards. Every one of them is to be read back."""
         number = len(set(self.weight_map.values())) + 1
         name = f"model-{number:05d}-of-{self.shards:05d}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name, {"format": "pt"})
         os.chmod(self.folder / name, 0o666 & ~_umask())  # it makes them readable by the user alone
-        read = read_tensors(self.folder / name)
-        for key, tensor in read.items():
-            self.weight_map[key] = name
-            self.digests[key] = digest(tensor)
-            self.bytes += tensor.nbytes
-        return read
+        self.weight_map |= dict.fromkeys(tensors, name)
+        tensors.clear()
+
+    def read_back(self, name: str) -> torch.Tensor:
+        """As the disk has it; it is counted and hashed."""
+        with safe_open(self.folder / self.weight_map[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        self.digests[name] = digest(tensor)
+        self.bytes += tensor.nbytes
+        return tensor
 
     def finish(self) -> None:
+        assert self.digests.keys() == self.weight_map.keys()
         index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self.weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -44,11 +49,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
 
 
 def digest(tensor: torch.Tensor) -> str:
