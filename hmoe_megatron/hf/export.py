@@ -3,6 +3,8 @@
 Whatever layout and plan saved it: tensors are read by logical expert, each put together from its pieces.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -93,6 +95,7 @@ def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: 
     writer = ShardWriter(folder, len(parts))
     for name, keyed in parts.items():
         _write_block(checkpoint, name, keyed, writer, form, wanted)
+        _give_memory_back()
     writer.finish()
     write_json(folder / "config.json", form.config(str(wanted).removeprefix("torch."), tokens.ids))
     write_json(folder / "generation_config.json", tokens.generation_config(model.vocabulary_rows))
@@ -130,6 +133,12 @@ def _write_block(checkpoint: CheckpointTensors, name: str, keyed: list[tuple[str
         joined = part.join([form.unpack(theirs, writer.read_back(form.name(theirs))) for theirs in part.names])
         if not torch.equal(joined, source[key].to(dtype)):
             raise OSError(f"{name}: {key} on the disk is not what was written; nothing is left")
+
+
+def _give_memory_back() -> None:
+    """glibc keeps what was freed between what was not: a layer's worth after some layers."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_json(path: Path, value) -> None:
