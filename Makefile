@@ -22,8 +22,9 @@ demo: venv ## trains, resumes and samples a small HMoE on Shakespeare, and draws
 test: venv ## the whole test suite, on two processes (PYTEST_ARGS="-k plan -x -n 0" narrows it)
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-campaign: venv ## what is too long for `make test`: more seeds, rows and whole commands; two hours
-	@$(PY) -m pytest -m campaign $(PYTEST_ARGS)
+campaign: venv ## what is too long for `make test`: more seeds, rows, whole commands and random examples; two hours
+	@HYPOTHESIS_PROFILE=explore $(PY) -m pytest -m campaign $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=explore $(PY) -m pytest tests/unit $(PYTEST_ARGS)
 
 layouts: venv ## every row of docs/parallelism.md, up to 8 ranks
 	@$(PY) -m pytest -m "" tests/distributed/test_layouts.py $(PYTEST_ARGS)

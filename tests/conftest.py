@@ -1,15 +1,22 @@
-"""Two cores are shared by all tests and by the ranks they start: one thread each. Rows of docs/faults.md."""
+"""Two cores are shared by all tests and by the ranks they start: one thread each. Rows of docs/faults.md.
+
+Hypothesis tries the same examples every time; HYPOTHESIS_PROFILE=explore, of `make campaign`, tries others.
+"""
 
 import json
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (reads OMP_NUM_THREADS when it is imported)
 
 torch.set_num_threads(1)
+settings.register_profile("suite", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 def _add_row(test, fault, cases, outcome):

@@ -83,9 +83,10 @@ def export(args: argparse.Namespace) -> None:
     text = text_of(args)
 
     def check(folder, model, iteration, flags):
-        if text is not None:
-            sides = Side("megatron", args.load, iteration), Side("exported", folder)
-            check_logits(*sides, first_tokens(flags, text, model), is_lossless=args.dtype is None)
+        if text is None:
+            return None
+        sides = Side("megatron", args.load, iteration), Side("exported", folder)
+        return check_logits(*sides, first_tokens(flags, text, model), is_lossless=args.dtype is None)
 
     done = to_hf(args.load, args.output, form=args.padded or "hmoe", iteration=args.ckpt_step, dtype=args.dtype,
                  skip_integrity=args.skip_integrity, check=check)  # fmt: skip

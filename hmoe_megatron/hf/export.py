@@ -46,7 +46,7 @@ def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None
     """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole. form:
     "hmoe", our own, or "mixtral", padded. dtype:
     fp32 or bf16; None keeps the checkpoint's. check: called with (directory, model, iteration, flags of the run) before
-    it gets its name; what it raises ends the export.
+    it gets its name; what it raises ends the export, what it returns, if anything, stands in EXPORT_FILE.
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """
@@ -54,8 +54,10 @@ def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None
     try:
         flags = run_arguments(root)
         exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
-        if check:
-            check(folder, exported.model, exported.iteration, flags)
+        proof = check(folder, exported.model, exported.iteration, flags) if check else None
+        if proof is not None:
+            told = json.loads((folder / EXPORT_FILE).read_text())
+            write_json(folder / EXPORT_FILE, told | {"logits": proof._asdict()})
         publish(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,8 @@ import numpy as np
 from hmoe_megatron.hf.model_settings import ModelSettings, last_value
 from hmoe_megatron.hf.tokenizer_files import megatron_tokenizer
 
-BOUND = 1e-5  # of fp32 logits: the order of sums in matrix products differs
+# Of fp32 logits up to 1, and of larger ones as they are: the order of sums in matrix products differs.
+BOUND = 1e-5
 MAX_TOKENS = 2048
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -31,8 +32,16 @@ class Side(NamedTuple):
     iteration: int | None = None
 
 
-def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> float:
-    """The largest |difference| of fp32 logits over T tokens. Raises OSError if a process fails."""
+class Difference(NamedTuple):
+    """Of two models' fp32 logits over some tokens."""
+
+    tokens: int
+    largest_difference: float
+    largest_logit: float
+
+
+def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> Difference:
+    """Raises OSError if a process fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "tokens.npy", tokens_T)
@@ -47,7 +56,7 @@ def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> float:
     # Rows that only pad the vocabulary depend on the layout that trained it; one process has fewer.
     rows = min(logits_TV.shape[1] for logits_TV in found)
     found = [logits_TV[:, :rows] for logits_TV in found]
-    return float(np.abs(found[0] - found[1]).max())
+    return Difference(len(tokens_T), float(np.abs(found[0] - found[1]).max()), float(np.abs(found[0]).max()))
 
 
 def first_tokens(flags: Sequence[str], text: str, model: ModelSettings) -> np.ndarray:
@@ -63,12 +72,16 @@ def first_tokens(flags: Sequence[str], text: str, model: ModelSettings) -> np.nd
     return np.array(tokens)
 
 
-def check_logits(megatron: Side, other: Side, tokens_T: np.ndarray, is_lossless: bool = True) -> None:
+def check_logits(megatron: Side, other: Side, tokens_T: np.ndarray, is_lossless: bool = True) -> Difference:
     """Print how far the two models' logits are apart. Raises ValueError if weights are the same and logits are not."""
-    largest = logits_difference((megatron, other), tokens_T)
-    print(f"logits of Megatron and transformers, fp32, {len(tokens_T)} tokens: at most {largest:.1e} apart", flush=True)
-    if is_lossless and not largest <= BOUND:
-        raise ValueError(f"logits of Megatron and transformers are {largest:.1e} apart, over {BOUND}; nothing is left")
+    found = logits_difference((megatron, other), tokens_T)
+    print(f"logits of Megatron and transformers, fp32, {found.tokens} tokens: at most {found.largest_difference:.1e} "
+          f"apart, of up to {found.largest_logit:.1f}", flush=True)  # fmt: skip
+    bound = BOUND * max(1, found.largest_logit)
+    if is_lossless and not found.largest_difference <= bound:
+        raise ValueError(f"logits of Megatron and transformers are {found.largest_difference:.1e} apart, over "
+                         f"{bound:.1e}; nothing is left")  # fmt: skip
+    return found
 
 
 def _megatron(root: Path, iteration: str, tokens_T, flags: Sequence[str] = (), dropped: tuple[str, ...] = (),

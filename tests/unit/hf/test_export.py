@@ -44,10 +44,13 @@ def test_the_export_computes_what_megatron_computes(run, tmp_path, capsys):
     assert to_hf(run, tmp_path / "out", "--text", str(text)) == 0
     said = capsys.readouterr().out
     assert "logits of Megatron and transformers, fp32, 16 tokens: at most" in said
+    told = json.loads((tmp_path / "out/hmoe_export.json").read_text())
+    assert told["logits"]["largest_difference"] <= 1e-5 < told["logits"]["largest_logit"]
     found, index = tensors_of(tmp_path / "out"), json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert found.keys() == index["weight_map"].keys()
     assert sum(tensor.nbytes for tensor in found.values()) == index["metadata"]["total_size"]
     stored = CheckpointTensors(run)
+    assert told["tensors"].keys() == found.keys()
     sizes = sum(torch.Size(shape).numel() for shape in stored.shapes.values())
     assert sum(tensor.numel() for tensor in found.values()) == sizes  # every value once, none lost
 
@@ -188,7 +191,7 @@ def test_logits_that_differ_leave_nothing(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "text").mkdir()
     text = tmp_path / "text" / "text.txt"
     text.write_text("any")
-    monkeypatch.setattr(proof, "logits_difference", lambda *given: 1e-3)
+    monkeypatch.setattr(proof, "logits_difference", lambda *given: proof.Difference(16, 1e-3, 2.0))
     assert to_hf(small, tmp_path / "out", "--text", str(text)) == 2
-    assert "1.0e-03 apart from Megatron's, over 1e-05" in capsys.readouterr().err
+    assert "1.0e-03 apart, over 2.0e-05" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
