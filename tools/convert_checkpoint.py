@@ -41,6 +41,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights (default: the checkpoint's)")
     to_hf.add_argument("--padded", choices=["mixtral"], help="a stock model of transformers, without our code: "
                        "each expert padded with zeros to the widest; Top-K only")  # fmt: skip
+    to_hf.add_argument("--tokenizer-model", help="where the run's tokenizer is now (default: where it was)")
     to_hf.add_argument("--skip-integrity", action="store_true", help="do not hash the checkpoint's files first")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face directory to a checkpoint", allow_abbrev=False)
     upcycle = commands.add_parser("upcycle", help="a dense directory to a checkpoint with experts", allow_abbrev=False)
@@ -85,11 +86,14 @@ def export(args: argparse.Namespace) -> None:
     def check(folder, model, iteration, flags):
         if text is None:
             return None
-        sides = Side("megatron", args.load, iteration), Side("exported", folder)
+        chosen = ["--ckpt-step", str(iteration)]
+        if args.tokenizer_model:
+            chosen += ["--tokenizer-model", args.tokenizer_model]
+        sides = Side("megatron", args.load, tuple(chosen)), Side("exported", folder)
         return check_logits(*sides, first_tokens(flags, text, model), is_lossless=args.dtype is None)
 
     done = to_hf(args.load, args.output, form=args.padded or "hmoe", iteration=args.ckpt_step, dtype=args.dtype,
-                 skip_integrity=args.skip_integrity, check=check)  # fmt: skip
+                 tokenizer_model=args.tokenizer_model, skip_integrity=args.skip_integrity, check=check)  # fmt: skip
     if done.doubt:
         print(f"convert_checkpoint: note: {done.doubt}", file=sys.stderr)
     if args.padded:
@@ -108,7 +112,7 @@ def bring_back(args: argparse.Namespace) -> None:
 
     def check(flags):
         if text is not None:
-            ours = Side("all experts on" if is_upcycled else "megatron", args.save, ITERATION)
+            ours = Side("all experts on" if is_upcycled else "megatron", args.save)
             is_lossless = not is_upcycled or source.is_lossless
             check_logits(ours, Side("foreign", args.load), first_tokens(flags, text, source.form.model), is_lossless)
 

@@ -42,17 +42,19 @@ class Exported(NamedTuple):
 
 
 def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None = None, dtype: str | None = None,
-          skip_integrity: bool = False, check: Callable | None = None) -> Exported:  # fmt: skip
-    """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole. form:
-    "hmoe", our own, or "mixtral", padded. dtype:
-    fp32 or bf16; None keeps the checkpoint's. check: called with (directory, model, iteration, flags of the run) before
-    it gets its name; what it raises ends the export, what it returns, if anything, stands in EXPORT_FILE.
+          tokenizer_model: str | None = None, skip_integrity: bool = False,
+          check: Callable | None = None) -> Exported:  # fmt: skip
+    """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole.
+
+    form: "hmoe", our own, or "mixtral", padded. dtype: fp32 or bf16; None keeps the checkpoint's. tokenizer_model:
+    where the run's tokenizer is now. check: called with (directory, model, iteration, flags of the run) before it gets
+    its name; what it raises ends the export, what it returns, if anything, stands in EXPORT_FILE.
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """
     folder = begin(output)
     try:
-        flags = run_arguments(root)
+        flags = run_arguments(root) + (["--tokenizer-model", tokenizer_model] if tokenizer_model else [])
         exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
         proof = check(folder, exported.model, exported.iteration, flags) if check else None
         if proof is not None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hmoe_megatron.hf.model_settings import MODEL_TYPE, ModelSettings, from_config, to_config
+from hmoe_megatron.hf.model_settings import MAX_LAYERS, MODEL_TYPE, ModelSettings, from_config, to_config
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -165,12 +165,17 @@ def form_of(config: Mapping) -> Native:
     """The form of a directory by its config.json, untrusted. Raises ValueError for one that is not known or lacks a
     field."""
     kind = config.get("model_type")
-    if kind not in FORMS:
+    if type(kind) is not str or kind not in FORMS:
         raise ValueError(f"config.json: model_type {kind!r:.60}: only {', '.join(FORMS)} become HMoE checkpoints")
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+        raise ValueError(f"config.json: num_hidden_layers {layers!r:.40}: 1 to {MAX_LAYERS}")
     try:
-        return FORMS[kind](FORMS[kind].settings(config))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json of a {kind}: {error} is missing or of the wrong type") from None
+        model = FORMS[kind].settings(config)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"config.json of a {kind}: {error}: missing or of the wrong type") from None
+    model.check()
+    return FORMS[kind](model)
 
 
 def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False) -> ModelSettings:

@@ -38,12 +38,15 @@ class HFDirectory:
         self._files = self._where()
         self._check()
 
-    def _json(self, name: str):
+    def _json(self, name: str) -> dict:
         path = self.folder / name
         try:
-            return json.loads(read_text(path, MAX_JSON_BYTES))
-        except ValueError as error:
+            value = json.loads(read_text(path, MAX_JSON_BYTES))
+            if not isinstance(value, dict):
+                raise ValueError("no JSON object")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}; give a directory with safetensors of transformers") from None
+        return value
 
     def _where(self) -> dict[str, Path]:
         """Tensor -> file."""

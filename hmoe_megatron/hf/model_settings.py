@@ -1,9 +1,11 @@
 """What a converted model is: the same settings as a checkpoint's manifest, a config.json and flags tell them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 MODEL_TYPE = "hmoe"
+MAX_LAYERS = 1 << 16
 AUTO_MAP = {"AutoConfig": "configuration_hmoe.HMoEConfig", "AutoModel": "modeling_hmoe.HMoEModel",
             "AutoModelForCausalLM": "modeling_hmoe.HMoEForCausalLM"}  # fmt: skip
 
@@ -54,6 +56,29 @@ class ModelSettings:
     @property
     def experts(self) -> int:
         return max(map(len, self.widths))
+
+    def check(self) -> None:
+        """Raises ValueError that names a size that is none; of a config.json, which is untrusted."""
+        sizes = {name: getattr(self, name) for name in ("layers", "hidden", "heads", "groups", "head_dim",
+                                                        "vocabulary_rows", "max_positions")}  # fmt: skip
+        sizes |= {name: getattr(self, name) for name in ("dense_width", "experts_per_token", "max_experts_per_token")
+                  if getattr(self, name) is not None}  # fmt: skip
+        sizes |= {f"width of layer {layer}": width for layer, widths_E in enumerate(self.widths) for width in widths_E}
+        numbers = {name: getattr(self, name) for name in ("norm_eps", "rope_theta", "top_p", "scaling_factor",
+                                                          "p_penalty_coeff", "load_balance_coeff", "init_std",
+                                                          "router_entropy_coeff")}  # fmt: skip
+        wrong = [f"{name} {value!r:.40}" for name, value in sizes.items()
+                 if type(value) is not int or not 0 < value < 1 << 24]  # fmt: skip
+        wrong += [f"{name} {value!r:.40}" for name, value in numbers.items()
+                  if value is not None and (type(value) not in (int, float) or not math.isfinite(value))]  # fmt: skip
+        if not wrong and self.heads % self.groups:
+            wrong = [f"{self.heads} heads in {self.groups} groups"]
+        if not wrong and (len(self.widths) != self.layers or {0, self.experts} < {0, *map(len, self.widths)}):
+            wrong = [f"experts of {len(self.widths)} layers, {sorted({*map(len, self.widths)})[:9]} each"]
+        if not wrong and not all(self.widths) and self.dense_width is None:
+            wrong = ["no width of the dense layers"]
+        if wrong:
+            raise ValueError(f"not the sizes of a model: {'; '.join(wrong[:9])}")
 
 
 def last_value(flags: Sequence[str], name: str, default=None):

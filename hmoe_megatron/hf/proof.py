@@ -1,6 +1,6 @@
 """The logits of a checkpoint and of a Hugging Face directory on the same tokens, each model in a process of its own.
 
-python -m hmoe_megatron.hf.proof KIND PLACE ITERATION TOKENS.npy OUT.npy
+python -m hmoe_megatron.hf.proof KIND PLACE TOKENS.npy OUT.npy [FLAG ...]
 """
 
 import contextlib
@@ -25,11 +25,12 @@ _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 
 class Side(NamedTuple):
-    """Whose logits. kind: a key of KINDS; place: --save directory of a run, or a Hugging Face directory."""
+    """Whose logits. kind: a key of KINDS; place: --save directory of a run, or a Hugging Face directory; flags: of
+    pretrain_hmoe.py, over those of the run."""
 
     kind: str
     place: Path
-    iteration: int | None = None
+    flags: tuple[str, ...] = ()
 
 
 class Difference(NamedTuple):
@@ -45,13 +46,16 @@ def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> Difference
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "tokens.npy", tokens_T)
-        found, alone = [], {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
-        for number, side in enumerate(sides):
-            words = [sys.executable, "-m", __name__, *side, folder / "tokens.npy", folder / f"{number}.npy"]
+        alone = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+        alone["CUDA_VISIBLE_DEVICES"] = ""  # a GPU sums in an order of its own
+        found = []
+        for number, (kind, place, flags) in enumerate(sides):
+            words = [sys.executable, "-m", __name__, kind, place, folder / "tokens.npy", folder / f"{number}.npy",
+                     *flags]  # fmt: skip
             ended = subprocess.run([*map(str, words)], capture_output=True, text=True, errors="replace", check=False,
                                    env=alone)  # fmt: skip
             if ended.returncode:
-                raise OSError(f"logits of {side.place}: exit code {ended.returncode}\n{ended.stderr[-2000:]}")
+                raise OSError(f"logits of {place}: exit code {ended.returncode}\n{ended.stderr[-2000:]}")
             found.append(np.load(folder / f"{number}.npy"))
     # Rows that only pad the vocabulary depend on the layout that trained it; one process has fewer.
     rows = min(logits_TV.shape[1] for logits_TV in found)
@@ -84,30 +88,30 @@ def check_logits(megatron: Side, other: Side, tokens_T: np.ndarray, is_lossless:
     return found
 
 
-def _megatron(root: Path, iteration: str, tokens_T, flags: Sequence[str] = (), dropped: tuple[str, ...] = (),
+def _megatron(root: Path, tokens_T, flags: Sequence[str], dropped: tuple[str, ...] = (),
               prepare: Callable = lambda model: None):  # fmt: skip
     import torch
 
     from hmoe_megatron import generation, training
 
     training.prepare()
-    model = generation.load_model(root, ["--ckpt-step", iteration, *flags], dropped=("--bf16", "--fp16", *dropped))
+    model = generation.load_model(root, list(flags), dropped=("--bf16", "--fp16", *dropped))
     prepare(model)
     positions_T = torch.arange(tokens_T.shape[1])[None]
     return model(tokens_T, positions_T, None)
 
 
-def _all_experts_on(root: Path, iteration: str, tokens_T):
+def _all_experts_on(root: Path, tokens_T, flags: Sequence[str]):
     """What `upcycling` made, every expert with the weight that makes the layer the dense one."""
     from hmoe_megatron.flag_files import run_arguments
 
-    flags = run_arguments(root)
-    experts = last_value(flags, "--num-experts")
+    trained = run_arguments(root)
+    experts = last_value(trained, "--num-experts")
     dropped = ("--hmoe-router", "--hmoe-top-p", "--hmoe-max-experts-per-token", "--hmoe-router-entropy-coeff",
                "--moe-router-topk", "--moe-router-pre-softmax")  # fmt: skip
     over_weight_one = 1.0
-    if "--moe-router-pre-softmax" in flags:  # upcycling.scale over E
-        over_weight_one = int(experts) / int(last_value(flags, "--moe-router-topk"))
+    if "--moe-router-pre-softmax" in trained:  # upcycling.scale over E
+        over_weight_one = int(experts) / int(last_value(trained, "--moe-router-topk"))
 
     def prepare(model):
         for name, weight in model.named_parameters():
@@ -116,17 +120,17 @@ def _all_experts_on(root: Path, iteration: str, tokens_T):
             elif ".experts." in name and "linear_fc2" in name:
                 weight.div_(over_weight_one)
 
-    return _megatron(root, iteration, tokens_T, ("--finetune", "--moe-router-topk", experts), dropped, prepare)
+    return _megatron(root, tokens_T, (*flags, "--finetune", "--moe-router-topk", experts), dropped, prepare)
 
 
-def _exported(directory: Path, _, tokens_T):
+def _exported(directory: Path, tokens_T, _):
     """With the code in the directory, which this package has just written."""
     from transformers import AutoModelForCausalLM
 
     return _logits(AutoModelForCausalLM, directory, tokens_T, trust_remote_code=True)
 
 
-def _foreign(directory: Path, _, tokens_T):
+def _foreign(directory: Path, tokens_T, _):
     """Without any code of the directory."""
     from transformers import AutoModelForCausalLM
 
@@ -149,7 +153,7 @@ def _logits(model_class, directory: Path, tokens_T, trust_remote_code: bool):
 KINDS = {"megatron": _megatron, "all experts on": _all_experts_on, "exported": _exported, "foreign": _foreign}
 
 
-def main(kind: str, place: str, iteration: str, tokens: str, out: str) -> None:
+def main(kind: str, place: str, tokens: str, out: str, *flags: str) -> None:
     from hmoe_megatron import host
 
     host.prepare_environment()
@@ -157,7 +161,7 @@ def main(kind: str, place: str, iteration: str, tokens: str, out: str) -> None:
 
     with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
         tokens_T = torch.from_numpy(np.load(tokens)).long()[None]
-        np.save(out, KINDS[kind](Path(place), iteration, tokens_T)[0].float().numpy())
+        np.save(out, KINDS[kind](Path(place), tokens_T, flags)[0].float().numpy())
 
 
 if __name__ == "__main__":

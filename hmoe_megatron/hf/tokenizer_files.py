@@ -46,8 +46,8 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
     kind, model = last_value(flags, "--tokenizer-type"), last_value(flags, "--tokenizer-model")
     if kind in SENTENCEPIECE or kind == "HuggingFaceTokenizer":
         if not model or not Path(model).exists():
-            raise ValueError(f"--tokenizer-model {model}: not there any more; put it back, or give another place as "
-                             "--tokenizer-model")  # fmt: skip
+            raise ValueError(f"--tokenizer-model {model}: no file or directory here; give the place where it is "
+                             "as --tokenizer-model")  # fmt: skip
         stock = megatron_tokenizer(flags)
         if kind == "HuggingFaceTokenizer":
             for name in COPIED:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
+from hmoe_megatron.hf.importing import HFDirectory
 from tests.rows import mostly_rarely
 from tests.unit.hf.conversions import TIED, from_hf, tensors_of, to_hf, train
 
@@ -139,3 +140,28 @@ def test_an_index_that_leads_elsewhere_is_refused(exported, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../out/model.safetensors"}}))
     ended = from_hf(folder, tmp_path / "run")
     assert ended.returncode == 2 and "names no plain files of the directory" in ended.stderr
+
+
+WRONG = [None, -1, 0, "x", 1e30, float("nan"), [], {}, [[]], [[-1]], [["x"] * 4] * 2, 2**40, True, [[2**70] * 4] * 2]
+
+
+@pytest.mark.parametrize("form", ["out", "padded"])
+def test_a_config_of_any_content_is_refused_or_fits(exported, tmp_path, form):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in (exported / form).glob("model*"):
+        (folder / path.name).symlink_to(path)  # as the hub's cache has it
+    config = json.loads((exported / form / "config.json").read_text())
+    refused = 0
+    for name in config:
+        for value in WRONG:
+            (folder / "config.json").write_text(json.dumps(config | {name: value}))
+            try:
+                HFDirectory(folder)
+            except ValueError:
+                refused += 1
+    assert refused > 100
+    for text in ("[]", "null", "", "{}", '{"model_type": ["hmoe"]}', "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            HFDirectory(folder)
