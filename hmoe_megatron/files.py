@@ -1,8 +1,12 @@
 """Names of a run's files; files that are either whole or not there, their hashes, and files of others read back."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,6 +46,43 @@ def write_whole(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_directory(path: str | Path, flag: str) -> Iterator[Path]:
+    """An empty directory beside ``path``, which gets that name, on the disk, if the block ends well, and is removed if
+    not. What a killed one left is cleared.
+
+    flag: that names `path`. Raises ValueError if `path` exists, can't be made, or another process is making it.
+    """
+    path = Path(path).absolute()
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{flag} {path}: exists already; give another, or remove it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: its parent directory does not exist")
+    folder = path.with_name(f".{path.name}.writing")
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours:
+            raise ValueError(f"{flag} {path}: another process is writing it; wait for it, or give another")
+        try:
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield folder
+            for written in (*folder.rglob("*"), folder):
+                sync(written)
+            os.rename(folder, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: str | Path) -> None:

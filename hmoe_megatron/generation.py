@@ -85,7 +85,7 @@ def draw(logits_V: torch.Tensor, temperature: float, top_k: int | None, top_p: f
     logits_N, token_N = logits_V.float().cpu().sort(descending=True, stable=True)
     if temperature == 0:
         return int(token_N[0])
-    probs_N = torch.softmax(logits_N[:top_k] / temperature, dim=-1)
+    probs_N = torch.softmax((logits_N[:top_k] - logits_N[0]).double() / temperature, dim=-1)
     probs_N[probs_N.cumsum(0) - probs_N >= top_p] = 0  # never the first
     return int(token_N[torch.multinomial(probs_N, 1, generator=generator)])
 

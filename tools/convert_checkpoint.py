@@ -71,6 +71,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             parser.error("--moe-router-topk K or --hmoe-top-p P: give one of them")
         if args.moe_router_topk is not None and not 1 <= args.moe_router_topk <= args.num_experts:
             parser.error("--moe-router-topk: 1 to --num-experts")
+        if not 0 <= args.seed < 1 << 31:
+            parser.error("--seed: 0 to 2147483647")
         if args.hmoe_top_p is not None and (args.moe_router_pre_softmax or not 0 < args.hmoe_top_p <= 1):
             parser.error("--hmoe-top-p: over 0, at most 1, and without --moe-router-pre-softmax, which is Top-K's")
     return args
@@ -105,14 +107,17 @@ def export(args: argparse.Namespace) -> None:
 def bring_back(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError or RunEnded; then --save is not there."""
     from hmoe_megatron.hf.importing import ARGS_FILE, ITERATION, HFDirectory, from_hf
+    from hmoe_megatron.hf.model_settings import last_value
     from hmoe_megatron.hf.proof import Side, check_logits, first_tokens
 
     is_upcycled, text = args.command == "upcycle", text_of(args)
     source = upcycled(args) if is_upcycled else HFDirectory(args.load)
 
-    def check(flags):
+    def check(folder, flags):
         if text is not None:
-            ours = Side("all experts on" if is_upcycled else "megatron", args.save)
+            moved = last_value(flags, "--tokenizer-model")
+            here = ("--tokenizer-model", moved) if moved else ()
+            ours = Side("all experts on" if is_upcycled else "megatron", folder, here)
             is_lossless = not is_upcycled or source.is_lossless
             check_logits(ours, Side("foreign", args.load), first_tokens(flags, text, source.form.model), is_lossless)
 

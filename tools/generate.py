@@ -9,6 +9,7 @@ takes the CPU. The text goes to standard output, everything else to standard err
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -36,10 +37,12 @@ def parse_flags(argv) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the text there too")
     parser.add_argument("flags", nargs="*", help="after --: flags of pretrain_hmoe.py that override those of the run")
     given = parser.parse_args(argv)
-    if given.tokens < 1 or given.temperature < 0 or not 0 < given.top_p <= 1:
+    if given.tokens < 1 or not 0 <= given.temperature < math.inf or not 0 < given.top_p <= 1:
         parser.error("--tokens must be at least 1, --temperature at least 0, --top-p over 0 and at most 1")
     if given.top_k is not None and given.top_k < 1:
         parser.error("--top-k must be at least 1")
+    if given.output and not given.output.absolute().parent.is_dir():
+        parser.error(f"--output {given.output}: its directory does not exist")
     if given.hf and given.flags:
         parser.error("flags after -- are for --load")
     return given

@@ -31,8 +31,8 @@ def tiktoken_encoder(processor, stock: Callable) -> Callable[[Iterable[str]], li
     # Never allowed, so it is text; without a special token tiktoken's search for one matches before every character.
     encoding = tiktoken.Encoding("sentencepiece", pat_str=_pattern(entries), mergeable_ranks=ranks,
                                  special_tokens={"<|unused|>": nothing})  # fmt: skip
-    buffer, id_R3, size_R, symbols = encoding._core_bpe.encode_to_tiktoken_buffer, *vocabulary[1:], entries.symbols
-    is_plain, first_R, is_one = _is_plain(processor), np.ascontiguousarray(id_R3[:, 0]), (size_R == 1)
+    buffer, id_R4, size_R, symbols = encoding._core_bpe.encode_to_tiktoken_buffer, *vocabulary[1:], entries.symbols
+    is_plain, first_R, is_one = _is_plain(processor), np.ascontiguousarray(id_R4[:, 0]), (size_R == 1)
 
     def encode(texts: Iterable[str]) -> list[np.ndarray]:
         found = []
@@ -42,7 +42,7 @@ def tiktoken_encoder(processor, stock: Callable) -> Callable[[Iterable[str]], li
                 found += stock([text])
                 continue
             rank_N = np.frombuffer(buffer(spaced, set()), dtype=np.uint32)
-            id_N = first_R[rank_N] if is_one[rank_N].all() else _bytes_too(rank_N, id_R3, size_R)
+            id_N = first_R[rank_N] if is_one[rank_N].all() else _bytes_too(rank_N, id_R4, size_R)
             found += stock([text]) if len(id_N) and id_N.min() < 0 else [id_N]
         return found
 
@@ -66,6 +66,8 @@ def _entries(processor) -> _Entries:
     scores, ids, byte_ids, symbols = {}, {}, {}, []
     for number, piece in enumerate(model.pieces):
         text = piece.piece.replace(SPACE, " ")
+        if text in ids or (piece.type == piece.NORMAL and " " in piece.piece):
+            raise ValueError("entries differ only in how a space is written")
         if piece.type == piece.NORMAL:
             scores[text], ids[text] = piece.score, number
         elif piece.type == piece.BYTE:
@@ -90,15 +92,15 @@ def _entries(processor) -> _Entries:
 
 
 class _Vocabulary(NamedTuple):
-    """ranks: tiktoken's; id_R3 int32: the ids of each rank R, -1 where there is none; size_R: how many of the three."""
+    """ranks: tiktoken's; id_R4 int32: the ids of each rank R, -1 where there is none; size_R: how many of the four."""
 
     ranks: dict[bytes, int]
-    id_R3: np.ndarray
+    id_R4: np.ndarray
     size_R: np.ndarray
 
 
 def _vocabulary(entries: _Entries) -> _Vocabulary:
-    chars = [text for text in entries.ids if len(text) == 1]
+    chars = dict.fromkeys("".join(entries.ids))
     starts = {char.encode()[:size]: None for char in chars for size in range(2, len(char.encode()) + 1)}
     merged = sorted((text for text in entries.scores if len(text) > 1), key=lambda text: -entries.scores[text])
     order = {text: at for at, text in enumerate(merged)}
@@ -106,15 +108,16 @@ def _vocabulary(entries: _Entries) -> _Vocabulary:
     made = [text.encode() for text in merged if _merges_to_itself(text, order)]
     tokens = [*(bytes([byte]) for byte in range(256)), *starts, *made]
     id_of = {text.encode(): number for text, number in entries.ids.items()}
-    id_R3, size_R = np.full((len(tokens), 3), -1, dtype=np.int32), np.ones(len(tokens), dtype=np.int64)
+    id_R4, size_R = np.full((len(tokens), 4), -1, dtype=np.int32), np.ones(len(tokens), dtype=np.int64)
     for rank, token in enumerate(tokens):
         number = id_of.get(token)
         if number is not None:
-            id_R3[rank, 0] = number
+            id_R4[rank, 0] = number
         else:  # part of a character, or one that is no entry
-            size_R[rank] = len(token)
-            id_R3[rank, : len(token)] = [entries.bytes.get(byte, -1) for byte in token]
-    return _Vocabulary({token: rank for rank, token in enumerate(tokens)}, id_R3, size_R)
+            written = SPACE.encode() if token == b" " else token
+            size_R[rank] = len(written)
+            id_R4[rank, : len(written)] = [entries.bytes.get(byte, -1) for byte in written]
+    return _Vocabulary({token: rank for rank, token in enumerate(tokens)}, id_R4, size_R)
 
 
 def _merges_to_itself(text: str, order: Mapping[str, int]) -> bool:
@@ -127,12 +130,12 @@ def _merges_to_itself(text: str, order: Mapping[str, int]) -> bool:
     return True
 
 
-def _bytes_too(rank_N: np.ndarray, id_R3: np.ndarray, size_R: np.ndarray) -> np.ndarray:
-    """The ids, where a rank may have up to three."""
+def _bytes_too(rank_N: np.ndarray, id_R4: np.ndarray, size_R: np.ndarray) -> np.ndarray:
+    """The ids, where a rank may have up to four."""
     size_N = size_R[rank_N]
     of_M = np.repeat(rank_N, size_N)
     nth_M = np.arange(len(of_M)) - np.repeat(size_N.cumsum() - size_N, size_N)
-    return id_R3[of_M, nth_M]
+    return id_R4[of_M, nth_M]
 
 
 def _pattern(entries: _Entries) -> str:

@@ -42,6 +42,8 @@ class Source:
             settings = json.loads((path / "config.json").read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"--hf {path}: config.json can't be read ({error}): give a model's directory") from None
+        if not isinstance(settings, dict):
+            raise ValueError(f"--hf {path}: config.json is no JSON object: give a model's directory")
         if "auto_map" in settings and not self.trust_remote_code:
             raise ValueError(f"--hf {path}: its model is code in that directory, which would be run: read its "
                              "*.py files and give --trust-remote-code")  # fmt: skip

@@ -83,8 +83,8 @@ class HuggingFaceModel:
         try:
             module = AutoModelForCausalLM.from_pretrained(source.path, dtype="auto", use_safetensors=True, **ours)
             self.tokenizer = AutoTokenizer.from_pretrained(source.path, **ours)
-        except (OSError, KeyError) as error:
-            raise ValueError(str(error)) from error
+        except Exception as error:  # of a directory that anybody may have written
+            raise ValueError(f"{source.path}: {type(error).__name__}: {error}") from error
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module = module.eval().to(self.device)
         # A model may be wider than its tokenizer (padding), hardly the other way round.
@@ -110,11 +110,11 @@ class HuggingFaceModel:
         """Keys and values are kept from one call to the next, as long as each goes on from the one before."""
         if len(tokens) > self.context:
             return self.logits(torch.tensor([tokens[-self.context :]]))[0, -1]
-        goes_on = self._seen and tokens[: len(self._seen)] == self._seen and len(tokens) > len(self._seen)
+        goes_on = self._cache is not None and tokens[: len(self._seen)] == self._seen and len(tokens) > len(self._seen)
         cache, at = (self._cache, len(self._seen)) if goes_on else (None, 0)
         told = self.module(input_ids=torch.tensor([tokens[at:]], device=self.device), past_key_values=cache,
                            use_cache=True)  # fmt: skip
-        self._cache, self._seen = told.past_key_values, list(tokens)
+        self._cache, self._seen = getattr(told, "past_key_values", None), list(tokens)
         return told.logits[0, -1, : self.vocabulary].float()
 
 

@@ -1,13 +1,15 @@
 """The model card of an export: what it is, how it was trained, how it is used."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from hmoe_megatron.hf.forms import Native
 
 # Of the run's flags those that say where files are on the machine that trained it; they stay there.
 _PATHS = ("--save", "--load", "--data-path", "--train-data-path", "--valid-data-path", "--test-data-path",
           "--data-cache-path", "--tokenizer-model", "--vocab-file", "--merge-file", "--tensorboard-dir",
-          "--hmoe-run-dir", "--data-args-path", "--per-split-data-args-path", "--pretrained-checkpoint")  # fmt: skip
+          "--wandb-save-dir", "--hmoe-run-dir",
+          "--data-args-path", "--per-split-data-args-path", "--pretrained-checkpoint")  # fmt: skip
 
 
 def model_card(form: Native, flags: Sequence[str], iteration: int, size_bytes: int, dtype: str,
@@ -52,10 +54,15 @@ Flags of the run, without paths:
 
 
 def _public(flags: Sequence[str]) -> list[str]:
-    kept, hidden = [], False
-    for word in flags:
+    kept = []
+    for at, word in enumerate(flags):
         if word.startswith("--"):
-            hidden = word.partition("=")[0] in _PATHS
+            hidden = word.partition("=")[0] in _PATHS or any("/" in value for value in _values(flags, at))
         if not hidden:
             kept.append(word)
     return kept
+
+
+def _values(flags: Sequence[str], at: int) -> list[str]:
+    """Of the flag at `at`, in its own word too."""
+    return [flags[at], *takewhile(lambda word: not word.startswith("--"), flags[at + 1 :])]

@@ -6,8 +6,6 @@ Whatever layout and plan saved it: tensors are read by logical expert, each put 
 import contextlib
 import ctypes
 import json
-import os
-import shutil
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hmoe_megatron.files import sync
+from hmoe_megatron.files import whole_directory
 from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.hf import card, tokenizer_files
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
@@ -52,38 +50,14 @@ def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """
-    folder = begin(output)
-    try:
+    with whole_directory(output, "--output") as folder:
         flags = run_arguments(root) + (["--tokenizer-model", tokenizer_model] if tokenizer_model else [])
         exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
         proof = check(folder, exported.model, exported.iteration, flags) if check else None
         if proof is not None:
             told = json.loads((folder / EXPORT_FILE).read_text())
             write_json(folder / EXPORT_FILE, told | {"logits": proof._asdict()})
-        publish(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return exported
-
-
-def begin(output: Path) -> Path:
-    """An empty directory beside `output` to write to. Raises ValueError if `output` can't become a directory."""
-    output = Path(output)
-    if output.exists():
-        raise ValueError(f"--output {output}: exists already; give another, or remove it")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"--output {output}: its parent directory does not exist")
-    folder = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed export
-    folder.mkdir()
-    return folder
-
-
-def publish(folder: Path, output: Path) -> None:
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
-    os.rename(folder, output)
 
 
 def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: str, dtype: str | None) -> Exported:

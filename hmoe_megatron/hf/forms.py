@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from hmoe_megatron.hf.model_settings import MAX_LAYERS, MODEL_TYPE, ModelSettings, from_config, to_config
+from hmoe_megatron.hf.model_settings import MODEL_TYPE, ModelSettings, from_config, to_config
+from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -85,7 +86,7 @@ class Mixtral(Native):
                              "trained here with it; only models without a window")  # fmt: skip
         experts, layers = config["num_local_experts"], config["num_hidden_layers"]
         widths = config.get("hmoe_expert_widths") or [[config["intermediate_size"]] * experts] * layers
-        return _stock_settings(config, widths, pre_softmax=False)
+        return _stock_settings(config, widths, pre_softmax=False, theta=1e6)  # what transformers has without one
 
     def name(self, name: str) -> str:
         name = name.replace(".mlp.", ".block_sparse_moe.")
@@ -158,6 +159,7 @@ class Qwen3(Native):
                                qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
 
 
+_MOST = {"num_hidden_layers": MAX_LAYERS, "num_local_experts": MAX_EXPERTS, "num_experts": MAX_EXPERTS}
 FORMS = {form.model_type: form for form in (Native, Mixtral, Qwen3Moe, Llama, Qwen3)}
 
 
@@ -167,29 +169,34 @@ def form_of(config: Mapping) -> Native:
     kind = config.get("model_type")
     if type(kind) is not str or kind not in FORMS:
         raise ValueError(f"config.json: model_type {kind!r:.60}: only {', '.join(FORMS)} become HMoE checkpoints")
-    layers = config.get("num_hidden_layers")
-    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        raise ValueError(f"config.json: num_hidden_layers {layers!r:.40}: 1 to {MAX_LAYERS}")
+    for name, most in _MOST.items():  # before lists of that length are made
+        value = config.get(name, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise ValueError(f"config.json: {name} {value!r:.40}: 1 to {most}")
     try:
         model = FORMS[kind].settings(config)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"config.json of a {kind}: {error}: missing or of the wrong type") from None
     model.check()
     return FORMS[kind](model)
 
 
-def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False) -> ModelSettings:
+def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False,
+                    theta: float = 10000.0) -> ModelSettings:  # fmt: skip
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: rope_type {rope.get('rope_type')}, hidden_act {config.get('hidden_act')}: only "
-                         "default and silu")  # fmt: skip
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    told = {"rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),  # `type` in older files
+            "partial_rotary_factor": (partial, (None, 1.0)), "hidden_act": (config.get("hidden_act"), (None, "silu"))}
+    wrong = [f"{name} {value!r:.40}" for name, (value, allowed) in told.items() if value not in allowed]
+    if wrong:
+        raise ValueError(f"config.json: {', '.join(wrong)}: a model with it can't be trained here")
     heads = config["num_attention_heads"]
     return ModelSettings(
         layers=config["num_hidden_layers"], hidden=config["hidden_size"], heads=heads,
         groups=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads, vocabulary_rows=config["vocab_size"],
         max_positions=config["max_position_embeddings"], norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), qkv_bias=qkv_bias,
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or theta), qkv_bias=qkv_bias,
         qk_norm=qk_norm, tied=bool(config.get("tie_word_embeddings")), widths=tuple(map(tuple, widths)),
         dense_width=config["intermediate_size"] if not all(widths) else None, router="topk",
         experts_per_token=config["num_experts_per_tok"] if any(widths) else None, top_p=None,

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hmoe_megatron.files import open_regular, read_text
+from hmoe_megatron.files import open_regular, read_text, whole_directory
 from hmoe_megatron.generation import ONE_PROCESS
 from hmoe_megatron.hf.forms import Native, form_of
 from hmoe_megatron.hf.model_settings import megatron_flags
 from hmoe_megatron.hf.shards import INDEX_FILE
 from hmoe_megatron.hf.tensors import Part, blocks, check_complete
-from hmoe_megatron.hf.tokenizer_files import COPIED
+from hmoe_megatron.hf.tokenizer_files import COPIED, has_the_ids_of, megatron_tokenizer
 
 MAX_JSON_BYTES = 64 << 20
 ARGS_FILE = "model.args"
@@ -50,24 +50,23 @@ class HFDirectory:
 
     def _where(self) -> dict[str, Path]:
         """Tensor -> file."""
+        named = None
         if (self.folder / INDEX_FILE).exists():
             named = self._json(INDEX_FILE).get("weight_map")
             if not isinstance(named, dict) or not all(type(n) is str and n == Path(n).name for n in named.values()):
                 raise ValueError(f"{self.folder / INDEX_FILE}: its weight_map names no plain files of the directory")
-            files = sorted(set(named.values()))
-        else:
-            named, files = None, ["model.safetensors"]
-        found = {}
-        for name in files:
+        held = set()
+        for name in sorted(set(named.values())) if named is not None else ["model.safetensors"]:
             try:
                 open_regular(self.folder / name).close()
                 with safe_open(self.folder / name, framework="pt") as file:
-                    found |= dict.fromkeys(file.keys(), self.folder / name)
+                    held |= {(key, name) for key in file.keys()}  # noqa: SIM118  not a dict
             except (ValueError, SafetensorError) as error:
                 raise ValueError(f"{self.folder / name}: {error}") from None
         if named is not None:
-            check_complete(sorted(named.keys() - found.keys()), sorted(found.keys() - named.keys()), INDEX_FILE)
-        return found
+            missing, unused = named.items() - held, held - named.items()
+            check_complete(sorted(key for key, _ in missing), sorted(key for key, _ in unused), INDEX_FILE)
+        return {key: self.folder / name for key, name in held}
 
     def _check(self) -> None:
         wanted = {}
@@ -76,6 +75,7 @@ class HFDirectory:
                 for name, shape in zip(part.names, part.hf_shapes(), strict=True):
                     packed = self.form.pack(name, torch.empty(shape, device="meta"))
                     wanted[self.form.name(name)] = tuple(packed.shape)
+        self._drop_the_tied_head()
         check_complete(sorted(wanted.keys() - self._files.keys()), sorted(self._files.keys() - wanted.keys()),
                        str(self.folder))  # fmt: skip
         wrong = []
@@ -86,6 +86,15 @@ class HFDirectory:
                 wrong.append(f"{name} is {list(found)}, not {list(shape)}")
         if wrong:
             raise ValueError(f"{self.folder}: {'; '.join(wrong[:20])}{' ...' if len(wrong) > 20 else ''}")
+
+    def _drop_the_tied_head(self) -> None:
+        """Some write the one matrix twice. Raises ValueError if the two differ."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if self.form.model.tied and {head, embedding} <= self._files.keys():
+            with self.opened(head) as ours, self.opened(embedding) as theirs:
+                if not torch.equal(ours[:], theirs[:]):
+                    raise ValueError(f"{self.folder}: tie_word_embeddings, but {head} is not {embedding}")
+            del self._files[head]
 
     def tensors(self) -> Iterator[tuple[Part, torch.Tensor]]:
         """Every Megatron tensor, one at a time. Raises ValueError for one that is not finite."""
@@ -121,35 +130,33 @@ class HFDirectory:
         return torch.bfloat16 if held == {"BF16"} else torch.float32
 
 
-def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str], check: Callable = lambda flags: None) -> int:
+def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str],
+            check: Callable = lambda folder, flags: None) -> int:  # fmt: skip
     """Write the checkpoint of iteration ITERATION to `root`, which must be new; returns the number of tensors.
 
-    tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. check: called with the flags of the run at the
-    end; what it raises undoes all. Beside the checkpoint stands ARGS_FILE, the
-    model's flags. Raises ValueError or RunEnded, and leaves nothing if it fails.
+    tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. check: called at the end with the directory,
+    which then gets its name, and flags of the run for it; what it raises undoes all. Beside the checkpoint stands
+    ARGS_FILE, the model's flags. Raises ValueError or RunEnded, and leaves nothing if it fails.
     """
     from hmoe_megatron import training
     from hmoe_megatron.checkpoint import directory
 
-    root = Path(root)
     if not any(source.form.model.widths):
         raise ValueError(f"{source.folder}: a dense model has no experts to bring back: use upcycle")
-    if root.exists():
-        raise ValueError(f"--save {root}: exists already; give another")
-    training.prepare()
-    try:
-        root.mkdir(parents=True)
-        given = tokenizer_flags or _tokenizer(source, root)
+    root = Path(root).absolute()
+    with whole_directory(root, "--save") as folder:
+        training.prepare()
+        here = tokenizer_flags or _tokenizer(source, folder)
+        if "NullTokenizer" not in here:
+            megatron_tokenizer(here)
         dtype = ["--bf16"] if source.dtype == torch.bfloat16 else []
-        described = [*megatron_flags(source.form.model), *dtype, *given]
-        argv = [*described, *_ALONE, "--save", str(root)]
+        described = [*megatron_flags(source.form.model), *dtype, *here]
+        argv = [*described, *_ALONE, "--save", str(folder)]
+        described = [word.replace(str(folder), str(root)) for word in described]
         written = _build_and_save(source, argv, described)
-        (root / ARGS_FILE).write_text(_args_text(described), encoding="utf-8")
-        assert directory.complete_iterations(root) == [ITERATION]
-        check(described)
-    except BaseException:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
+        (folder / ARGS_FILE).write_text(_args_text(described), encoding="utf-8")
+        assert directory.complete_iterations(folder) == [ITERATION]
+        check(folder, [*described, *here])
     return written
 
 
@@ -171,15 +178,16 @@ def _tokenizer(source: HFDirectory, root: Path) -> list[str]:
     files = [name for name in (*COPIED, "tokenizer.model") if (source.folder / name).is_file()]
     if not files:
         return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows), "--make-vocab-size-divisible-by", "1"]
-    (root / "tokenizer").mkdir()
+    copies = root / "tokenizer"
+    copies.mkdir()
     for name in files:
-        shutil.copyfile(source.folder / name, root / "tokenizer" / name)
+        shutil.copyfile(source.folder / name, copies / name)
     # One multiple: rows that only pad the vocabulary are there again.
     padded = ["--make-vocab-size-divisible-by", str(rows)]
-    if "tokenizer.model" in files:
-        return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model",
-                str(root / "tokenizer" / "tokenizer.model"), *padded]  # fmt: skip
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(root / "tokenizer"), *padded]
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(copies / "tokenizer.model")]
+    if "tokenizer.model" in files and ("tokenizer.json" not in files or has_the_ids_of(copies, flags)):
+        return flags + padded
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(copies), *padded]
 
 
 def _build_and_save(source: HFDirectory, argv: list[str], described: list[str]) -> int:

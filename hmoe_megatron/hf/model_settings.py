@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 MODEL_TYPE = "hmoe"
-MAX_LAYERS = 1 << 16
 AUTO_MAP = {"AutoConfig": "configuration_hmoe.HMoEConfig", "AutoModel": "modeling_hmoe.HMoEModel",
             "AutoModelForCausalLM": "modeling_hmoe.HMoEForCausalLM"}  # fmt: skip
 
@@ -77,8 +76,15 @@ class ModelSettings:
             wrong = [f"experts of {len(self.widths)} layers, {sorted({*map(len, self.widths)})[:9]} each"]
         if not wrong and not all(self.widths) and self.dense_width is None:
             wrong = ["no width of the dense layers"]
+        positive = ("norm_eps", "rope_theta", "init_std") + (("top_p",) if self.router == "topp" else ())
+        if not wrong:
+            wrong += [f"{name} {getattr(self, name)!r}" for name in positive if not (getattr(self, name) or 0) > 0]
+        if not wrong and int(self.rope_theta) != self.rope_theta:
+            wrong = [f"rope_theta {self.rope_theta}: Megatron takes whole numbers only"]
+        if self.router not in ("topk", "topp"):
+            wrong.append(f"router {self.router!r:.40}")
         if wrong:
-            raise ValueError(f"not the sizes of a model: {'; '.join(wrong[:9])}")
+            raise ValueError(f"config.json: not the sizes of a model: {'; '.join(wrong[:9])}")
 
 
 def last_value(flags: Sequence[str], name: str, default=None):

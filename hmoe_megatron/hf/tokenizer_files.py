@@ -66,7 +66,7 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
 
 
 def megatron_tokenizer(flags: Sequence[str]):
-    """Megatron's tokenizer of the run."""
+    """Megatron's tokenizer of the run. Raises ValueError for files that are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -76,7 +76,23 @@ def megatron_tokenizer(flags: Sequence[str]):
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
     args, _ = parser.parse_known_args(list(flags))
     args.pad_vocab_size = False
-    return build_tokenizer(args)
+    try:
+        return build_tokenizer(args)
+    except Exception as error:  # each library behind it raises its own
+        raise ValueError(f"--tokenizer-model {args.tokenizer_model}: can't be read as {args.tokenizer_type} "
+                         f"({type(error).__name__}: {str(error)[:200]}); give the model's own") from error  # fmt: skip
+
+
+def has_the_ids_of(folder: Path, flags: Sequence[str]) -> bool:
+    """Whether transformers' tokenizer of a directory has the size and, on SAMPLE and its added tokens, the ids of
+    Megatron's by these flags."""
+    from transformers import AutoTokenizer
+
+    stock, theirs = megatron_tokenizer(flags), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    texts = (*SAMPLE, *(f"a{token} b{token}{token}c" for token in theirs.get_added_vocab()))
+    return len(theirs) == stock.vocab_size and all(
+        theirs(text)["input_ids"] == list(stock.tokenize(text)) for text in texts
+    )
 
 
 def _checked(stock, folder: Path, sample: Sequence[str]) -> Tokens:

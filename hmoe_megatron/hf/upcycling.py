@@ -56,7 +56,7 @@ class Upcycled(HFDirectory):
         widths_E = self.form.model.widths[layer]
         own = slice(sum(widths_E[:expert]), sum(widths_E[: expert + 1]))
         with self.opened(f"model.layers.{layer}.mlp.{matrix}_proj.weight") as rows:
-            return rows[:, own] * self.scale if matrix == "down" else rows[own]
+            return rows[:, own].to(self.dtype) * self.scale if matrix == "down" else rows[own]
 
     def _router(self, layer: int) -> torch.Tensor:
         """Zeros with all experts on, else drawn with the model's deviation: even scores would choose the same experts

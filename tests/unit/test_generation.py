@@ -1,9 +1,13 @@
 """What is drawn, and when its text is known."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hmoe_megatron.evaluation.models import HuggingFaceModel
 from hmoe_megatron.generation import draw, generate, pieces
 
 LOGITS_V = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]))
@@ -41,6 +45,24 @@ def test_the_likeliest_of_equals_is_the_lower_id():
     generator = torch.Generator()
     for temperature, top_k, top_p in ((0, None, 1.0), (1.0, 1, 1.0), (1.0, None, 1e-9)):
         assert draw(torch.tensor([0.0, 2.0, 2.0]), temperature, top_k, top_p, generator) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e6])
+def test_any_temperature_draws(temperature):
+    token = draw(LOGITS_V, temperature, None, 1.0, torch.Generator().manual_seed(0))
+    assert token == 1 or temperature > 1
+
+
+def test_a_model_without_a_cache_is_given_all_tokens():
+    class NoCache:
+        def __call__(self, input_ids, past_key_values, use_cache):
+            logits = torch.nn.functional.one_hot(input_ids.cumsum(1), 20).float()
+            return SimpleNamespace(logits=logits, past_key_values=None)
+
+    model = HuggingFaceModel.__new__(HuggingFaceModel)
+    model.__dict__ |= {"module": NoCache(), "device": "cpu", "context": 9, "vocabulary": 20, "_cache": None,
+                       "_seen": []}  # fmt: skip
+    assert [int(model.next_logits(tokens).argmax()) for tokens in ([1, 2, 3], [1, 2, 3, 4])] == [6, 10]
 
 
 class Counting:

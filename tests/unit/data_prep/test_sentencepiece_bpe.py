@@ -81,6 +81,38 @@ def test_characters_that_are_no_entry_are_bytes_beside_those_that_are():
     assert_equal(processor, texts)
 
 
+def edited(processor, change):
+    """The processor whose model's pieces `change` has altered."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    change(model)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+@pytest.mark.parametrize("dropped", ["é", "e", "▁"])
+def test_entries_of_characters_that_are_none(dropped):
+    """A character may be in an entry and be none itself."""
+
+    def drop(model):
+        (number,) = [number for number, piece in enumerate(model.pieces) if piece.piece == dropped]
+        del model.pieces[number]
+
+    texts = ["é", "ér", "the réré é e ee", "rérér  ▁ é é", *TEXTS]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the réré éré there"] * 50), model_writer=model, model_type="bpe", vocab_size=290,
+        hard_vocab_limit=False, minloglevel=2, **OURS)  # fmt: skip
+    processor = edited(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), drop)
+    assert_equal(processor, texts)
+
+
+def test_entries_that_differ_in_how_a_space_is_written_are_refused():
+    processor = trained(**OURS | {"user_defined_symbols": ["▁b", " b"]})
+    with pytest.raises(ValueError, match="differ only in how a space is written"):
+        tiktoken_encoder(processor, stock_of(processor))
+
+
 def test_every_entry_has_its_own_ids(processor):
     pieces = [processor.id_to_piece(number).replace("▁", " ") for number in range(processor.vocab_size())]
     assert_equal(processor, pieces + [f"x{piece}y" for piece in pieces] + [f" {piece}{piece} " for piece in pieces])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hmoe_megatron.evaluation.benchmarks import BENCHMARKS, read_rows
 from tests.unit.evaluation.tiny import SENTENCES, train, write_benchmarks, write_tokenizer
@@ -86,14 +87,19 @@ def test_every_question_is_answered_alike(evaluated):
 
 @WITH_LM_EVAL
 def test_lm_evals_own_model_of_the_directory_agrees(folder, evaluated):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from hmoe_megatron.evaluation.harness import load_tasks
 
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval's hf extra is not installed")
     import lm_eval
 
     _, results = evaluated
+    model = AutoModelForCausalLM.from_pretrained(folder / "padded", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "padded")
+    model.resize_token_embeddings(len(tokenizer))  # it counts rows that pad the vocabulary; here they have no part
     tasks = load_tasks({name: read_rows(folder, name) for name in BENCHMARKS})
-    stock = huggingface.HFLM(pretrained=str(folder / "padded"), device="cpu", dtype="float32", batch_size=4)
+    stock = huggingface.HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=4)
     found = lm_eval.evaluate(stock, tasks, limit=QUESTIONS)
     for name, benchmark in BENCHMARKS.items():
         ours = results["models"][1]["tasks"][name]

@@ -174,6 +174,14 @@ def test_what_the_exported_model_lacks_is_listed(small, tmp_path, capsys, monkey
     assert "no --window-size [8, 0], no --moe-router-score-function sigmoid" in capsys.readouterr().err
 
 
+def test_the_card_shows_the_flags_and_no_place(tmp_path):
+    from hmoe_megatron.hf.card import _public
+
+    flags = ["--lr", "1e-3", "--save", "a b", "--hmoe-placement", "/home/me/plan.json", "--data-path", "0.5", "x/y",
+             "--wandb-save-dir=/tmp/w", "--bf16", "--hmoe-placement=auto"]  # fmt: skip
+    assert _public(flags) == ["--lr", "1e-3", "--bf16", "--hmoe-placement=auto"]
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (("--output", "there", "--no-logits"), "exists already"),
     (("--output", "no/such/place", "--no-logits"), "its parent directory does not exist"),

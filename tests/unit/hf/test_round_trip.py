@@ -1,6 +1,10 @@
 """There and back: the same tensors to the bit, and stock models of transformers."""
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
 from hmoe_megatron.hf.importing import HFDirectory
 from tests.rows import mostly_rarely
-from tests.unit.hf.conversions import TIED, from_hf, tensors_of, to_hf, train
+from tests.unit.hf.conversions import ROOT, TIED, from_hf, tensors_of, to_hf, train
 
 KINDS = {
     "cuts, unequal": (2, "--expert-model-parallel-size 2 --hmoe-widths 16,32,48,160", ("native", "padded")),
@@ -133,6 +137,43 @@ def test_padding_that_has_learnt_something_is_not_dropped(exported, tmp_path):
     ended = from_hf(folder, tmp_path / "run")
     assert ended.returncode == 2 and "not zero beyond the width 16" in ended.stderr, ended.stderr[-3000:]
     assert not (tmp_path / "run").exists()
+
+
+def test_killed_while_it_is_proven_it_leaves_nothing_under_the_name(exported, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("any")
+    words = [sys.executable, ROOT / "tools/convert_checkpoint.py", "from-hf", "--load", exported / "out", "--save",
+             tmp_path / "back", "--text", text]  # fmt: skip
+    process = subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline_s = time.monotonic() + 120
+    while not (tmp_path / ".back.writing/latest_checkpointed_iteration.txt").exists():
+        assert process.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "back").exists()
+    again = from_hf(exported / "out", tmp_path / "back")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "text.txt"]
+
+
+def test_two_tensors_of_one_name_are_refused(exported, tmp_path):
+    folder = changed(exported, tmp_path, "out", lambda tensors: None)
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    names = dict.fromkeys(tensors_of(exported / "out"), "model.safetensors")
+    names["lm_head.weight"] = "other.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="no place for: lm_head.weight"):
+        HFDirectory(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_damaged_tokenizer_is_refused(exported, tmp_path, name):
+    folder = changed(exported, tmp_path, "out", lambda tensors: None)
+    (folder / name).write_text("garbage")
+    ended = from_hf(folder, tmp_path / "run")
+    assert ended.returncode == 2 and "can't be read as" in ended.stderr, ended.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_an_index_that_leads_elsewhere_is_refused(exported, tmp_path):

@@ -112,6 +112,21 @@ def test_the_doubt_about_characters_that_combine_is_told(pair):
     assert bool(written.doubt) == differs
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_whether_a_directory_has_the_ids_of_its_sentencepiece_model(tmp_path, added):
+    """Tokens that were added to tokenizer.json alone are not lost."""
+    from transformers import AutoTokenizer
+
+    flags = sentencepiece_model(tmp_path, SENTENCEPIECE["ours"])
+    (tmp_path / "out").mkdir()
+    tokenizer_files.write(flags, tmp_path / "out")
+    if added:
+        written = AutoTokenizer.from_pretrained(tmp_path / "out")
+        written.add_tokens(["<|user|>"])
+        written.save_pretrained(tmp_path / "out")
+    assert tokenizer_files.has_the_ids_of(tmp_path / "out", flags) == (not added)
+
+
 def test_a_unigram_model_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=map(made_up_text, range(200)), model_prefix=str(tmp_path / "uni"), vocab_size=100,

@@ -1,6 +1,7 @@
 """A dense model becomes an HMoE that computes the same with all experts on, and the same on average with fewer."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -98,6 +99,42 @@ def test_every_neuron_goes_to_one_expert_unchanged(folder):
     routers = [source.read(f"model.layers.{layer}.mlp.gate.weight") for layer in range(2)]
     assert not torch.equal(*routers) and all(0.2 < router.std() < 0.4 for router in routers)
     assert torch.equal(routers[0], source.read("model.layers.0.mlp.gate.weight"))
+
+
+def test_halves_are_scaled_in_fp32(tmp_path):
+    """E = 6 is no power of two: in fp16 the product would be rounded."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "dense")
+    source = Upcycled(tmp_path / "dense", (16,) * 6, ROUTERS["Top-K"] | {"experts_per_token": 2})
+    name, stock = "model.layers.0.mlp", tensors_of(tmp_path / "dense")
+    down = torch.cat([source.read(f"{name}.experts.{expert}.down_proj.weight") for expert in range(6)], dim=1)
+    assert source.dtype == torch.float32
+    assert torch.equal(down, stock[f"{name}.down_proj.weight"].float() * 6)
+
+
+@pytest.mark.parametrize("changed", [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, {"partial_rotary_factor": 0.5},
+    {"num_attention_heads": 0, "head_dim": None}, {"initializer_range": -1}, {"num_hidden_layers": 2**40},
+    {"rope_parameters": {"rope_theta": -5.0}}, {"rope_parameters": {"rope_theta": 10000.5}}, {"hidden_act": "gelu"},
+    {"model_type": "mixtral", "num_local_experts": 2**31}, {"model_type": "qwen3_moe", "decoder_sparse_step": 0},
+    {"model_type": "mixtral", "num_local_experts": True}, {"model_type": "qwen3_moe", "num_experts": 10**13},
+])  # fmt: skip
+def test_what_a_config_asks_in_vain_is_refused(folder, changed):
+    from hmoe_megatron.hf.forms import form_of
+
+    config = json.loads((folder / "dense/config.json").read_text())
+    more = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+    form_of(config), form_of(config | more | {"model_type": "mixtral"})
+    with pytest.raises(ValueError, match=r"config\.json"):
+        form_of(config | more | changed)
+
+
+def test_a_mixtral_without_a_base_has_that_of_transformers():
+    from hmoe_megatron.hf.forms import Mixtral
+
+    config = transformers.MixtralConfig(**SIZES).to_dict()
+    assert Mixtral.settings(config | {"rope_parameters": None}).rope_theta == config["rope_parameters"]["rope_theta"]
 
 
 @pytest.mark.parametrize(("words", "said"), [
