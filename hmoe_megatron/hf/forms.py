@@ -81,9 +81,6 @@ class Mixtral(Native):
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
-        if config.get("sliding_window"):
-            raise ValueError(f"config.json: sliding_window {config['sliding_window']}: experts of that model can't be "
-                             "trained here with it; only models without a window")  # fmt: skip
         experts, layers = config["num_local_experts"], config["num_hidden_layers"]
         widths = config.get("hmoe_expert_widths") or [[config["intermediate_size"]] * experts] * layers
         return _stock_settings(config, widths, pre_softmax=False, theta=1e6)  # what transformers has without one
@@ -125,8 +122,6 @@ class Qwen3Moe(Native):
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
-        if config.get("use_sliding_window"):
-            raise ValueError("config.json: use_sliding_window: only models without a window")
         step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
         count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 5.5
         experts = [config["moe_intermediate_size"]] * count
@@ -153,8 +148,6 @@ class Qwen3(Native):
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
-        if config.get("use_sliding_window"):
-            raise ValueError("config.json: use_sliding_window: only models without a window")
         return _stock_settings(config, [()] * config["num_hidden_layers"], pre_softmax=False, qk_norm=True,
                                qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
 
@@ -185,8 +178,11 @@ def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, q
                     theta: float = 10000.0) -> ModelSettings:  # fmt: skip
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    # Qwen's has a size whether it is used or not.
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     told = {"rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),  # `type` in older files
-            "partial_rotary_factor": (partial, (None, 1.0)), "hidden_act": (config.get("hidden_act"), (None, "silu"))}
+            "sliding_window": (window, (None,)), "partial_rotary_factor": (partial, (None, 1.0)),
+            "hidden_act": (config.get("hidden_act"), (None, "silu"))}
     wrong = [f"{name} {value!r:.40}" for name, (value, allowed) in told.items() if value not in allowed]
     if wrong:
         raise ValueError(f"config.json: {', '.join(wrong)}: a model with it can't be trained here")
