@@ -1,5 +1,6 @@
 """Single tensors of a Megatron checkpoint, without Megatron's model and whatever layout and plan saved it."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,7 +46,9 @@ class CheckpointTensors:
         tensors = {key: torch.empty(self._kinds[key].size, dtype=self._kinds[key].properties.dtype) for key in keys}
         for key in keys:
             _check_covered(self.path, key, self._kinds[key])
-        load(tensors, storage_reader=CheckpointReader(str(self.path)), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+            load(tensors, storage_reader=CheckpointReader(str(self.path)), no_dist=True)
         return tensors
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str],
         described = [*megatron_flags(source.form.model), *dtype, *here]
         argv = [*described, *_ALONE, "--save", str(folder)]
         described = [word.replace(str(folder), str(root)) for word in described]
-        written = _build_and_save(source, argv, described)
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks
+            written = _build_and_save(source, argv, described)
         (folder / ARGS_FILE).write_text(_args_text(described), encoding="utf-8")
         assert directory.complete_iterations(folder) == [ITERATION]
         check(folder, [*described, *here])
