@@ -121,8 +121,12 @@ def bring_back(args: argparse.Namespace) -> None:
             is_lossless = not is_upcycled or source.is_lossless
             check_logits(ours, Side("foreign", args.load), first_tokens(flags, text, source.form.model), is_lossless)
 
-    tokenizer = ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", args.tokenizer_model]
-    tensors = from_hf(source, args.save, tokenizer if args.tokenizer_type else [], check)
+    tokenizer = []
+    if args.tokenizer_type:  # a path from anywhere: it stands in the flags of the checkpoint
+        model = Path(args.tokenizer_model)
+        tokenizer = ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model",
+                     str(model.absolute()) if model.exists() else args.tokenizer_model]  # fmt: skip
+    tensors = from_hf(source, args.save, tokenizer, check)
     if is_upcycled:
         print(f"experts of width {', '.join(map(str, source.form.model.widths[0]))}; down_proj times {source.scale:g}")
     print(f"{args.save}: checkpoint {ITERATION} of {tensors} tensors; go on with examples/run.py "

@@ -146,15 +146,17 @@ def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str],
         raise ValueError(f"{source.folder}: a dense model has no experts to bring back: use upcycle")
     root = Path(root).absolute()
     with whole_directory(root, "--save") as folder:
-        training.prepare()
-        here = tokenizer_flags or _tokenizer(source, folder)
-        if "NullTokenizer" not in here:
-            megatron_tokenizer(here)
-        dtype = ["--bf16"] if source.dtype == torch.bfloat16 else []
-        described = [*megatron_flags(source.form.model), *dtype, *here]
-        argv = [*described, *_ALONE, "--save", str(folder)]
-        described = [word.replace(str(folder), str(root)) for word in described]
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks
+            training.prepare()
+            here = tokenizer_flags or _tokenizer(source, folder)
+            if "NullTokenizer" not in here:
+                megatron_tokenizer(here)
+            # One multiple: rows that only pad the vocabulary are there again.
+            here += ["--make-vocab-size-divisible-by", str(source.form.model.vocabulary_rows)]
+            dtype = ["--bf16"] if source.dtype == torch.bfloat16 else []
+            described = [*megatron_flags(source.form.model), *dtype, *here]
+            argv = [*described, *_ALONE, "--save", str(folder)]
+            described = [word.replace(str(folder), str(root)) for word in described]
             written = _build_and_save(source, argv, described)
         (folder / ARGS_FILE).write_text(_args_text(described), encoding="utf-8")
         assert directory.complete_iterations(folder) == [ITERATION]
@@ -176,20 +178,17 @@ _ALONE += ["--save-interval", "1", "--lr", "1e-4", "--no-save-optim", "--no-save
 
 def _tokenizer(source: HFDirectory, root: Path) -> list[str]:
     """Flags of the directory's tokenizer, its files copied beside the checkpoint."""
-    rows = source.form.model.vocabulary_rows
     files = [name for name in (*COPIED, "tokenizer.model") if (source.folder / name).is_file()]
     if not files:
-        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows), "--make-vocab-size-divisible-by", "1"]
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(source.form.model.vocabulary_rows)]
     copies = root / "tokenizer"
     copies.mkdir()
     for name in files:
         shutil.copyfile(source.folder / name, copies / name)
-    # One multiple: rows that only pad the vocabulary are there again.
-    padded = ["--make-vocab-size-divisible-by", str(rows)]
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(copies / "tokenizer.model")]
     if "tokenizer.model" in files and ("tokenizer.json" not in files or has_the_ids_of(copies, flags)):
-        return flags + padded
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(copies), *padded]
+        return flags
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(copies)]
 
 
 def _build_and_save(source: HFDirectory, argv: list[str], described: list[str]) -> int:

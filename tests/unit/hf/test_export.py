@@ -118,7 +118,11 @@ def test_with_its_tokenizer_it_writes_text_and_comes_back(tmp_path, capsys):
     ids = model.generate(**tokenizer("the", return_tensors="pt"), max_new_tokens=8, do_sample=True)
     assert ids.max() < len(tokenizer) < model.config.vocab_size  # rows that pad the vocabulary are not drawn
     assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
-    (prefix.parent / "tok.model").unlink()  # the directory needs nothing of the run
+    (tmp_path / "tok.model").rename(tmp_path / "moved.model")  # the directory needs nothing of the run
+    assert to_hf(run, tmp_path / "lost", "--no-logits") == 2
+    assert "give the place where it is as --tokenizer-model" in capsys.readouterr().err
+    moved = ("--tokenizer-model", str(tmp_path / "moved.model"), "--text", str(text))
+    assert to_hf(run, tmp_path / "found", *moved) == 0, capsys.readouterr().err
     back = from_hf(tmp_path / "out", tmp_path / "back")
     assert back.returncode == 0, back.stderr[-3000:]
     assert to_hf(tmp_path / "back", tmp_path / "again", "--text", str(text)) == 0, capsys.readouterr().err
