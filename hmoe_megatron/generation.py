@@ -30,22 +30,29 @@ DROPPED = (
 def load_model(run_dir: Path, flags: list[str] = (), dropped: tuple[str, ...] = ()) -> torch.nn.Module:
     """The model of the last checkpoint in ``run_dir``, in evaluation mode; ``flags`` override those of the run, of
     which ``dropped`` are left out."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import checkpointing
+
+    argv = [*without(run_arguments(run_dir), *DROPPED, *dropped), *ONE_PROCESS, "--load", str(run_dir), *flags]
+    _, _, model = build_model(argv)
+    checkpointing.load_checkpoint([model], None, None)
+    return model.eval()
+
+
+def build_model(argv: list[str]) -> tuple:
+    """(Megatron's arguments, layout, the model with the weights it starts with) of flags for one process."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
-    argv = [*without(run_arguments(run_dir), *DROPPED, *dropped), *ONE_PROCESS, "--load", str(run_dir), *flags]
     args, layout = parse_arguments(argv)
     open_checkpoints(args, layout)
     set_global_variables(args)
     initialize_megatron()
     config = model_config(args, layout)
-    models = config.get_builder_cls()(config).build_distributed_models(
+    (model,) = config.get_builder_cls()(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    checkpointing.load_checkpoint(models, None, None)
-    return models[0].eval()
+    return args, layout, model
 
 
 def without(argv: list[str], *flags: str) -> list[str]:

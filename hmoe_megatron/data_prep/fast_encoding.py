@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hmoe_megatron.data_prep.sentencepiece_bpe import tiktoken_encoder
+from hmoe_megatron.data_prep.tiktoken_ranks import rank_encoder
 
 Way = Callable[[list[str]], list[np.ndarray]]
 # What tokenizers' ByteLevel splits by (GPT-2's pattern).
@@ -134,17 +135,13 @@ def byte_level_way(tokenizer, stock: Way) -> Way | None:
     backend = getattr(_library(tokenizer), "backend_tokenizer", None)
     if backend is None:
         return None
-    try:
-        import tiktoken
-    except ImportError:
-        raise NotEqual("tiktoken is not installed") from None
     parts = json.loads(backend.to_str())
     pattern = _pattern(parts)
     ranks, ids = _ranks(parts["model"], {token["content"] for token in parts["added_tokens"]})
-    # Without a special token tiktoken's search for one matches before every character: half of its time. This one is
-    # never allowed, so where the text has it, it is text.
-    unused = {"<|unused|>": max(ranks.values()) + 1}
-    encoding = tiktoken.Encoding("byte-level", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
+    try:
+        to_ranks = rank_encoder(pattern, ranks)
+    except ImportError:
+        raise NotEqual("tiktoken is not installed") from None
     sizes = np.zeros(max(ranks.values()) + 1, dtype=np.int64)
     sizes[list(ranks.values())] = [len(token) for token in ranks]
     _check_reachable(parts["model"])
@@ -157,8 +154,7 @@ def byte_level_way(tokenizer, stock: Way) -> Way | None:
             if needs_megatron(text):
                 found += stock([text])
                 continue
-            made = encoding._core_bpe.encode_to_tiktoken_buffer(text, set())
-            made = np.frombuffer(made, dtype=np.uint32)
+            made = to_ranks(text)
             if sizes[made].sum() != len(text.encode()):  # tiktoken drops what its pattern does not match
                 found += stock([text])
                 continue

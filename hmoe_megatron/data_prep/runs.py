@@ -3,7 +3,6 @@
 import argparse
 import os
 import time
-import warnings
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from hmoe_megatron.data_prep.pipeline import fill, listing, sample_texts
 from hmoe_megatron.data_prep.publish import data_set_name, is_published, publish, quarantine_path
 from hmoe_megatron.data_prep.shard import Shard, folder_of
 from hmoe_megatron.data_prep.sources import Source, spans
+from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.files import file_hashes, sha256_file
 
 
@@ -40,18 +40,10 @@ def published_request(request: dict, args: argparse.Namespace) -> dict:
 
 def megatron_tokenizer_args(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
     """What Megatron's build_tokenizer reads, from its own parser and defaults."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.training.argument_utils import ArgumentGroupFactory
-        from megatron.training.config import TokenizerConfig
-    parser = argparse.ArgumentParser(prog="preprocess_data.py", allow_abbrev=False, add_help=False)
-    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
     own = {"--tokenizer-type": args.tokenizer_type, "--tokenizer-model": args.tokenizer_model,
            "--vocab-file": args.vocab_file, "--merge-file": args.merge_file}  # fmt: skip
     given = [word for flag, value in own.items() if value is not None for word in (flag, value)]
-    tokenizer_args = parser.parse_args(given + flags)
-    tokenizer_args.pad_vocab_size = False  # padding is the model's affair
-    return tokenizer_args
+    return tokenizer_parser("preprocess_data.py").parse_args(given + flags)
 
 
 class Run:

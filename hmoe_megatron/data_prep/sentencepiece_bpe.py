@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hmoe_megatron.data_prep.tiktoken_ranks import rank_encoder
+
 SPACE = "▁"  # U+2581, as SentencePiece writes a space
 BPE = 2  # ModelType in SentencePiece's own format
 # ASCII alone decides: what else a letter is differs between libraries. Others go with the letters.
@@ -23,16 +25,11 @@ FINE = rf" *[{_LETTER}]+| *[^{_LETTER} \n]+|\n| +"
 def tiktoken_encoder(processor, stock: Callable) -> Callable[[Iterable[str]], list[np.ndarray]]:
     """A way (see fast_encoding.py) that is equal to ``processor``'s own encoding of each text; a text that holds what
     tiktoken can't know goes by `stock`. Raises ValueError with the reason if the model is not of that kind."""
-    import tiktoken
-
-    entries = _entries(processor)
-    vocabulary = _vocabulary(entries)
-    ranks, nothing = vocabulary.ranks, len(vocabulary.ranks)
-    # Never allowed, so it is text; without a special token tiktoken's search for one matches before every character.
-    encoding = tiktoken.Encoding("sentencepiece", pat_str=_pattern(entries), mergeable_ranks=ranks,
-                                 special_tokens={"<|unused|>": nothing})  # fmt: skip
-    buffer, id_R4, size_R, symbols = encoding._core_bpe.encode_to_tiktoken_buffer, *vocabulary[1:], entries.symbols
-    is_plain, first_R, is_one = _is_plain(processor), np.ascontiguousarray(id_R4[:, 0]), (size_R == 1)
+    model = parsed_model(processor.serialized_model_proto())
+    entries = _entries(model)
+    ranks, id_R4, size_R = _vocabulary(entries)
+    to_ranks, symbols, is_plain = rank_encoder(_pattern(entries), ranks), entries.symbols, _is_plain(model)
+    first_R, is_one = np.ascontiguousarray(id_R4[:, 0]), (size_R == 1)
 
     def encode(texts: Iterable[str]) -> list[np.ndarray]:
         found = []
@@ -41,7 +38,7 @@ def tiktoken_encoder(processor, stock: Callable) -> Callable[[Iterable[str]], li
             if any(symbol in spaced for symbol in symbols):
                 found += stock([text])
                 continue
-            rank_N = np.frombuffer(buffer(spaced, set()), dtype=np.uint32)
+            rank_N = to_ranks(spaced)
             id_N = first_R[rank_N] if is_one[rank_N].all() else _bytes_too(rank_N, id_R4, size_R)
             found += stock([text]) if len(id_N) and id_N.min() < 0 else [id_N]
         return found
@@ -59,8 +56,7 @@ class _Entries(NamedTuple):
     symbols: list[str]
 
 
-def _entries(processor) -> _Entries:
-    model = _model(processor)
+def _entries(model) -> _Entries:
     if model.trainer_spec.model_type != BPE:
         raise ValueError("it is no BPE")
     scores, ids, byte_ids, symbols = {}, {}, {}, []
@@ -147,15 +143,16 @@ def _pattern(entries: _Entries) -> str:
     return LINES if is_mixed else FINE
 
 
-def _is_plain(processor) -> bool:
+def _is_plain(model) -> bool:
     """Whether normalising only writes spaces as SPACE."""
-    spec = _model(processor).normalizer_spec
+    spec = model.normalizer_spec
     return not (spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
 
 
-def _model(processor):
+def parsed_model(data: bytes):
+    """A SentencePiece model's own description. Raises ValueError without protobuf."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
         raise ValueError("protobuf is not installed") from None
-    return sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    return sentencepiece_model_pb2.ModelProto.FromString(data)

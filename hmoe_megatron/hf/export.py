@@ -20,7 +20,7 @@ from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
 from hmoe_megatron.hf.forms import FORMS, Native
 from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint
 from hmoe_megatron.hf.shards import ShardWriter, digest_of_all
-from hmoe_megatron.hf.tensors import Part, stored_parts
+from hmoe_megatron.hf.tensors import Part, listed, stored_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORT_FILE = "hmoe_export.json"
@@ -85,15 +85,14 @@ def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: 
     text = card.model_card(form, flags, checkpoint.iteration, writer.bytes, str(wanted), total)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return Exported(len(writer.digests), writer.bytes, total, model, checkpoint.iteration,
-                    getattr(form, "cost", 1.0), tokens.doubt)
+                    form.cost, tokens.doubt)
 
 
 def _check_shapes(checkpoint: CheckpointTensors, parts: dict[str, list[tuple[str, Part]]]) -> None:
     wrong = [f"{key} is {list(checkpoint.shapes[key])}, not {list(part.shape)}"
              for keyed in parts.values() for key, part in keyed if checkpoint.shapes[key] != part.shape]  # fmt: skip
     if wrong:
-        more = " ..." if len(wrong) > 20 else ""
-        raise ValueError(f"{checkpoint.path}: {'; '.join(wrong[:20])}{more}; nothing was written")
+        raise ValueError(f"{checkpoint.path}: {listed(wrong, '; ')}; nothing was written")
 
 
 def _write_block(checkpoint: CheckpointTensors, name: str, keyed: list[tuple[str, Part]], writer: ShardWriter,

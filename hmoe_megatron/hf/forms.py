@@ -16,6 +16,7 @@ class Native:
 
     model_type = MODEL_TYPE
     code = ("configuration_hmoe.py", "modeling_hmoe.py")
+    cost = 1.0  # parameters of the experts as they are stored, over their own
 
     def __init__(self, model: ModelSettings):
         self.model = model
@@ -58,11 +59,7 @@ class Mixtral(Native):
             raise ValueError(f"--padded mixtral: Mixtral has no {', no '.join(found)}; leave --padded out")
         super().__init__(model)
         self.width = max(max(widths_E) for widths_E in model.widths)
-
-    @property
-    def cost(self) -> float:
-        """Parameters of the padded experts over those of the experts."""
-        return self.width * self.model.experts * self.model.layers / sum(map(sum, self.model.widths))
+        self.cost = self.width * model.experts * model.layers / sum(map(sum, model.widths))
 
     def config(self, dtype: str, token_ids: Mapping) -> dict:
         model = self.model

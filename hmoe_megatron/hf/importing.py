@@ -10,21 +10,30 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from hmoe_megatron.files import open_regular, read_text, whole_directory
-from hmoe_megatron.generation import ONE_PROCESS
+from hmoe_megatron.generation import ONE_PROCESS, build_model
 from hmoe_megatron.hf.forms import Native, form_of
 from hmoe_megatron.hf.model_settings import megatron_flags
 from hmoe_megatron.hf.shards import INDEX_FILE
-from hmoe_megatron.hf.tensors import Part, blocks, check_complete
+from hmoe_megatron.hf.tensors import Part, blocks, check_complete, listed
 from hmoe_megatron.hf.tokenizer_files import COPIED, has_the_ids_of, megatron_tokenizer
 
 MAX_JSON_BYTES = 64 << 20
 ARGS_FILE = "model.args"
 ITERATION = 1  # a checkpoint has a number of at least 1
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor. dtype: as safetensors names it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class HFDirectory:
@@ -36,7 +45,7 @@ class HFDirectory:
         self.folder = Path(folder)
         self.config = self._json("config.json")
         self.form: Native = form_of(self.config)
-        self._files = self._where()
+        self._headers = self._read_headers()
         self._check()
 
     def _json(self, name: str) -> dict:
@@ -49,25 +58,27 @@ class HFDirectory:
             raise ValueError(f"{path}: {error}; give a directory with safetensors of transformers") from None
         return value
 
-    def _where(self) -> dict[str, Path]:
-        """Tensor -> file."""
+    def _read_headers(self) -> dict[str, Header]:
+        """Of every tensor, each file opened once."""
         named = None
         if (self.folder / INDEX_FILE).exists():
             named = self._json(INDEX_FILE).get("weight_map")
             if not isinstance(named, dict) or not all(type(n) is str and n == Path(n).name for n in named.values()):
                 raise ValueError(f"{self.folder / INDEX_FILE}: its weight_map names no plain files of the directory")
-        held = set()
+        held = {}
         for name in sorted(set(named.values())) if named is not None else ["model.safetensors"]:
             try:
                 open_regular(self.folder / name).close()
                 with safe_open(self.folder / name, framework="pt") as file:
-                    held |= {(key, name) for key in file.keys()}  # noqa: SIM118  not a dict
+                    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
+                    held |= {(key, name): Header(self.folder / name, tuple(part.get_shape()), part.get_dtype())
+                             for key, part in slices.items()}  # fmt: skip
             except (ValueError, SafetensorError) as error:
                 raise ValueError(f"{self.folder / name}: {error}") from None
         if named is not None:
-            missing, unused = named.items() - held, held - named.items()
+            missing, unused = named.items() - held.keys(), held.keys() - named.items()
             check_complete(sorted(key for key, _ in missing), sorted(key for key, _ in unused), INDEX_FILE)
-        return {key: self.folder / name for key, name in held}
+        return {key: header for (key, _), header in held.items()}
 
     def _check(self) -> None:
         wanted = {}
@@ -77,25 +88,21 @@ class HFDirectory:
                     packed = self.form.pack(name, torch.empty(shape, device="meta"))
                     wanted[self.form.name(name)] = tuple(packed.shape)
         self._drop_the_tied_head()
-        check_complete(sorted(wanted.keys() - self._files.keys()), sorted(self._files.keys() - wanted.keys()),
+        check_complete(sorted(wanted.keys() - self._headers.keys()), sorted(self._headers.keys() - wanted.keys()),
                        str(self.folder))  # fmt: skip
-        wrong = []
-        for name, shape in wanted.items():
-            with safe_open(self._files[name], framework="pt") as file:
-                found = tuple(file.get_slice(name).get_shape())
-            if found != shape:
-                wrong.append(f"{name} is {list(found)}, not {list(shape)}")
+        wrong = [f"{name} is {list(self._headers[name].shape)}, not {list(shape)}"
+                 for name, shape in wanted.items() if self._headers[name].shape != shape]  # fmt: skip
         if wrong:
-            raise ValueError(f"{self.folder}: {'; '.join(wrong[:20])}{' ...' if len(wrong) > 20 else ''}")
+            raise ValueError(f"{self.folder}: {listed(wrong, '; ')}")
 
     def _drop_the_tied_head(self) -> None:
         """Some write the one matrix twice. Raises ValueError if the two differ."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if self.form.model.tied and {head, embedding} <= self._files.keys():
+        if self.form.model.tied and {head, embedding} <= self._headers.keys():
             with self.opened(head) as ours, self.opened(embedding) as theirs:
                 if not torch.equal(ours[:], theirs[:]):
                     raise ValueError(f"{self.folder}: tie_word_embeddings, but {head} is not {embedding}")
-            del self._files[head]
+            del self._headers[head]
 
     def tensors(self) -> Iterator[tuple[Part, torch.Tensor]]:
         """Every Megatron tensor, one at a time. Raises ValueError for one that is not finite."""
@@ -116,16 +123,13 @@ class HFDirectory:
     @contextlib.contextmanager
     def opened(self, name: str):
         """The tensor that the directory calls so; only what is sliced of it is read."""
-        with safe_open(self._files[name], framework="pt") as file:
+        with safe_open(self._headers[name].path, framework="pt") as file:
             yield file.get_slice(name)
 
     @property
     def dtype(self) -> torch.dtype:
         """bfloat16 or float32, which holds every value of all tensors. Raises ValueError if neither does."""
-        held = set()
-        for path in set(self._files.values()):
-            with safe_open(path, framework="pt") as file:
-                held |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  not a dict
+        held = {header.dtype for header in self._headers.values()}
         if not held <= {"F32", "F16", "BF16"}:
             raise ValueError(f"{self.folder}: tensors of {', '.join(sorted(held))}: only F32, F16 and BF16")
         return torch.bfloat16 if held == {"BF16"} else torch.float32
@@ -192,27 +196,17 @@ def _tokenizer(source: HFDirectory, root: Path) -> list[str]:
 
 
 def _build_and_save(source: HFDirectory, argv: list[str], described: list[str]) -> int:
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import checkpointing
-    from megatron.training.global_vars import set_global_variables
-    from megatron.training.initialize import initialize_megatron
 
     from hmoe_megatron import training
 
-    args, layout = training.parse_arguments(argv)
-    training.open_checkpoints(args, layout)
-    set_global_variables(args)
-    initialize_megatron()
+    args, layout, model = build_model(argv)
     if args.padded_vocab_size != source.form.model.vocabulary_rows:
         raise ValueError(f"--tokenizer-model: its vocabulary of {args.padded_vocab_size} does not fit the embedding of "
                          f"{source.form.model.vocabulary_rows} rows; give the model's own tokenizer")  # fmt: skip
-    config = training.model_config(args, layout)
-    models = config.get_builder_cls()(config).build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
-    written = _fill(models[0], source)
+    written = _fill(model, source)
     training.write_run(layout, Path(args.save), described)
-    checkpointing.save_checkpoint(ITERATION, models, None, None, 0)
+    checkpointing.save_checkpoint(ITERATION, [model], None, None, 0)
     return written
 
 

@@ -104,14 +104,14 @@ def _megatron(root: Path, tokens_T, flags: Sequence[str], dropped: tuple[str, ..
 def _all_experts_on(root: Path, tokens_T, flags: Sequence[str]):
     """What `upcycling` made, every expert with the weight that makes the layer the dense one."""
     from hmoe_megatron.flag_files import run_arguments
+    from hmoe_megatron.hf.upcycling import scale
 
     trained = run_arguments(root)
     experts = last_value(trained, "--num-experts")
     dropped = ("--hmoe-router", "--hmoe-top-p", "--hmoe-max-experts-per-token", "--hmoe-router-entropy-coeff",
                "--moe-router-topk", "--moe-router-pre-softmax")  # fmt: skip
-    over_weight_one = 1.0
-    if "--moe-router-pre-softmax" in trained:  # upcycling.scale over E
-        over_weight_one = int(experts) / int(last_value(trained, "--moe-router-topk"))
+    chosen = int(last_value(trained, "--moe-router-topk", 0))
+    over_weight_one = scale(int(experts), chosen, "--moe-router-pre-softmax" in trained) / int(experts)
 
     def prepare(model):
         for name, weight in model.named_parameters():

@@ -1,18 +1,17 @@
 """The tokenizer of an export: the run's own, as files that transformers reads, with the ids that Megatron gives."""
 
-import argparse
 import shutil
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hmoe_megatron.data_prep.sentencepiece_bpe import BPE, SPACE, parsed_model
+from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.hf.model_settings import last_value
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "chat_template.jinja")  # fmt: skip
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-SPACE = "▁"  # as SentencePiece writes a space
 # On which both must agree; `--text` of the proof is a longer one.
 SAMPLE = (
     "Once more unto the breach, dear friends, once more;\nOr close the wall up with our English dead.\n\n",
@@ -53,12 +52,11 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
             for name in COPIED:
                 if (Path(model) / name).is_file():
                     shutil.copyfile(Path(model) / name, folder / name)
-        else:
-            _from_sentencepiece(Path(model), stock, folder)
-        symbols = _user_symbols(Path(model)) if kind in SENTENCEPIECE else []
-        tokens = _checked(stock, folder, (*SAMPLE, *(f"a{symbol} b{symbol}{symbol}c" for symbol in symbols)))
-        normalizes = kind in SENTENCEPIECE and _sentencepiece(Path(model)).normalizer_spec.precompiled_charsmap
-        return tokens._replace(doubt=NORMALIZES if normalizes else None)
+            return _checked(stock, folder, SAMPLE)
+        described = parsed_model(Path(model).read_bytes())
+        _from_sentencepiece(described, Path(model), folder)
+        tokens = _checked(stock, folder, _with(_user_symbols(described)))
+        return tokens._replace(doubt=NORMALIZES if described.normalizer_spec.precompiled_charsmap else None)
     if kind == "NullTokenizer":
         return Tokens({}, None)
     raise ValueError(f"--tokenizer-type {kind}: only HuggingFaceTokenizer and SentencePieceTokenizer become files that "
@@ -67,15 +65,9 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
 
 def megatron_tokenizer(flags: Sequence[str]):
     """Megatron's tokenizer of the run. Raises ValueError for files that are none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-        from megatron.training.argument_utils import ArgumentGroupFactory
-        from megatron.training.config import TokenizerConfig
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
-    args, _ = parser.parse_known_args(list(flags))
-    args.pad_vocab_size = False
+    args, _ = tokenizer_parser().parse_known_args(list(flags))
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
     try:
         return build_tokenizer(args)
     except Exception as error:  # each library behind it raises its own
@@ -89,21 +81,28 @@ def has_the_ids_of(folder: Path, flags: Sequence[str]) -> bool:
     from transformers import AutoTokenizer
 
     stock, theirs = megatron_tokenizer(flags), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    texts = (*SAMPLE, *(f"a{token} b{token}{token}c" for token in theirs.get_added_vocab()))
-    return len(theirs) == stock.vocab_size and all(
-        theirs(text)["input_ids"] == list(stock.tokenize(text)) for text in texts
-    )
+    return len(theirs) == stock.vocab_size and _difference(stock, theirs, _with(theirs.get_added_vocab())) is None
+
+
+def _with(tokens: Iterable[str]) -> tuple[str, ...]:
+    """SAMPLE, and texts with these tokens in them."""
+    return (*SAMPLE, *(f"a{token} b{token}{token}c" for token in tokens))
+
+
+def _difference(stock, theirs, sample: Sequence[str]) -> tuple[str, list[int], list[int]] | None:
+    """(text, Megatron's ids, transformers' ids) of the first text on which they differ."""
+    pairs = ((text, list(stock.tokenize(text)), theirs(text)["input_ids"]) for text in sample)
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def _checked(stock, folder: Path, sample: Sequence[str]) -> Tokens:
     from transformers import AutoTokenizer
 
     written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for text in sample:
-        ours, theirs = list(stock.tokenize(text)), written(text)["input_ids"]
-        if ours != theirs:
-            raise ValueError(f"the tokenizer's ids for {text[:40]!r} are {ours[:12]} in Megatron and {theirs[:12]} in "
-                             "transformers: it can't be exported")  # fmt: skip
+    if difference := _difference(stock, written, sample):
+        text, ours, theirs = difference
+        raise ValueError(f"the tokenizer's ids for {text[:40]!r} are {ours[:12]} in Megatron and {theirs[:12]} in "
+                         "transformers: it can't be exported")  # fmt: skip
     if written.eos_token_id != stock.eod:
         written.eos_token = written.convert_ids_to_tokens(stock.eod)
         written.save_pretrained(folder)
@@ -111,13 +110,12 @@ def _checked(stock, folder: Path, sample: Sequence[str]) -> Tokens:
     return Tokens(ids, int(stock.vocab_size))
 
 
-def _from_sentencepiece(path: Path, stock, folder: Path) -> None:
+def _from_sentencepiece(model, path: Path, folder: Path) -> None:
     """The same BPE as the tokenizers library has it, and the model file itself, for the way back."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    model = _sentencepiece(path)
-    if model.trainer_spec.model_type != 2:
+    if model.trainer_spec.model_type != BPE:
         raise ValueError(f"--tokenizer-model {path}: a SentencePiece model that is no BPE can't be exported")
     pieces = [piece.piece for piece in model.pieces]
     ids = {piece: number for number, piece in enumerate(pieces)}
@@ -136,7 +134,7 @@ def _from_sentencepiece(path: Path, stock, folder: Path) -> None:
     backend.decoder = decoders.Sequence(undo + ([decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []))
     control = [piece.piece for piece in model.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    backend.add_tokens([AddedToken(symbol, normalized=False) for symbol in _user_symbols(path)])
+    backend.add_tokens([AddedToken(symbol, normalized=False) for symbol in _user_symbols(model)])
     spec = model.trainer_spec
     named = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
     special = {name: pieces[number] for name, number in named.items() if 0 <= number < len(pieces)}
@@ -146,15 +144,9 @@ def _from_sentencepiece(path: Path, stock, folder: Path) -> None:
     shutil.copyfile(path, folder / "tokenizer.model")
 
 
-def _sentencepiece(path: Path):
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-
-
-def _user_symbols(path: Path) -> list[str]:
+def _user_symbols(model) -> list[str]:
     """Texts that are one id wherever they stand."""
-    return [piece.piece for piece in _sentencepiece(path).pieces if piece.type == piece.USER_DEFINED]
+    return [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
 
 
 def _merges(model) -> list[tuple[str, str]]:

@@ -13,15 +13,12 @@ import torch
 
 from hmoe_megatron.hf.forms import EXPERT, Native
 from hmoe_megatron.hf.importing import HFDirectory
-from hmoe_megatron.hf.model_settings import ModelSettings
 
 
-def scale(model: ModelSettings) -> float:
+def scale(experts: int, chosen: int | None, pre_softmax: bool) -> float:
     """What down_proj is multiplied with. E experts, K chosen: weights renormalised over the chosen, Top-P's too, give
     E; --moe-router-pre-softmax, weights of the softmax over all, E^2/K."""
-    if model.router == "topk" and model.pre_softmax:
-        return model.experts**2 / model.experts_per_token
-    return float(model.experts)
+    return experts**2 / chosen if pre_softmax else float(experts)
 
 
 class Upcycled(HFDirectory):
@@ -40,7 +37,8 @@ class Upcycled(HFDirectory):
                              "each goes to one expert: give widths of that sum")  # fmt: skip
         self.seed = seed
         self.form = Native(replace(dense, widths=(widths_E,) * dense.layers, dense_width=None, **router))
-        self.scale = scale(self.form.model)
+        model = self.form.model
+        self.scale = scale(model.experts, model.experts_per_token, model.router == "topk" and model.pre_softmax)
 
     @property
     def is_lossless(self) -> bool:

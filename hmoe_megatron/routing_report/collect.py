@@ -3,18 +3,16 @@
 Legend: B windows of a batch, S positions, T tokens, L MoE layers, E logical experts.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.training.argument_utils import ArgumentGroupFactory
-from megatron.training.config import TokenizerConfig
 from tqdm import tqdm
 
 from hmoe_megatron.data_prep.encoding import Encoder
+from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.router import HMoERouter
 from hmoe_megatron.routing_report.statistics import Model, Routing
@@ -28,11 +26,9 @@ def run_tokenizer(run_dir: Path, flags: Sequence[str] = ()) -> tuple[object, int
 
     Raises ValueError if Megatron can't build the tokenizer.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+    parser = tokenizer_parser()
     parser.add_argument("--seq-length", type=int)
     args, _ = parser.parse_known_args([*run_arguments(run_dir), *flags])
-    args.pad_vocab_size = False  # padding is the model's affair
     return Encoder(args, ["text"], False, 1, None).tokenizer, args.seq_length
 
 

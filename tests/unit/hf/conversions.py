@@ -43,6 +43,13 @@ def from_hf(folder: Path, root: Path, *words) -> subprocess.CompletedProcess:
     return convert("from-hf", "--load", folder, "--save", root, *(words or ("--no-logits",)))
 
 
+def assert_same_logits(one, other) -> None:
+    """Of two models of transformers, on 16 tokens."""
+    tokens_T = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(one(tokens_T).logits, other(tokens_T).logits, rtol=0, atol=1e-5)
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in sorted(folder.glob("*.safetensors")):

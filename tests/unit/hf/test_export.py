@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import weakref
 
 import pytest
 import sentencepiece
@@ -67,6 +68,22 @@ def test_experts_keep_their_numbers_and_halves(small, tmp_path):
         assert torch.equal(found[f"{name}.down_proj.weight"], source[f"{key}.linear_fc2.weight"])
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["expert_widths"] == [[16, 32, 48, 64]] * 2 and config["num_experts_per_tok"] == 2
+
+
+def test_a_block_is_let_go_before_the_next_is_read(small, tmp_path, monkeypatch):
+    """So that memory does not grow with the number of layers."""
+    stock, held, blocks = CheckpointTensors.read, [], []
+
+    def read(self, keys):
+        assert [tensor for tensor in held if tensor() is not None] == []
+        tensors = stock(self, keys)
+        held.extend(map(weakref.ref, tensors.values()))
+        blocks.append(keys)
+        return tensors
+
+    monkeypatch.setattr(CheckpointTensors, "read", read)
+    assert to_hf(small, tmp_path / "out", "--no-logits") == 0
+    assert len(blocks) == 4  # the embedding, two layers, the head
 
 
 def test_two_exports_are_the_same_to_the_byte(small, tmp_path):

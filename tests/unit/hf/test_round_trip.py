@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
 from hmoe_megatron.hf.importing import HFDirectory
 from tests.rows import mostly_rarely
-from tests.unit.hf.conversions import ROOT, TIED, from_hf, tensors_of, to_hf, train
+from tests.unit.hf.conversions import ROOT, TIED, assert_same_logits, from_hf, tensors_of, to_hf, train
 
 KINDS = {
     "cuts, unequal": (2, "--expert-model-parallel-size 2 --hmoe-widths 16,32,48,160", ("native", "padded")),
@@ -73,9 +73,7 @@ def test_stock_models_become_checkpoints_and_come_back(name, tmp_path):
     assert "16 tokens: at most" in ended.stdout
     assert to_hf(tmp_path / "run", tmp_path / "out", "--text", str(text)) == 0  # Megatron's logits and ours agree
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    tokens_T = torch.arange(16)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens_T).logits, stock(tokens_T).logits, rtol=0, atol=1e-5)
+    assert_same_logits(model, stock)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +91,7 @@ def test_a_padded_export_is_a_stock_mixtral(exported):
     padded = AutoModelForCausalLM.from_pretrained(exported / "padded").eval()
     assert type(padded).__name__ == "MixtralForCausalLM" and not list((exported / "padded").glob("*.py"))
     ours = AutoModelForCausalLM.from_pretrained(exported / "out", trust_remote_code=True).eval()
-    tokens_T = torch.arange(16)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(padded(tokens_T).logits, ours(tokens_T).logits, rtol=0, atol=1e-5)
+    assert_same_logits(padded, ours)
 
 
 def test_top_p_is_not_padded(tmp_path, capsys):

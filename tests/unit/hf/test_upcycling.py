@@ -11,7 +11,7 @@ from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
 from hmoe_megatron.hf.modeling_hmoe import top_k_routing, top_p_routing
 from hmoe_megatron.hf.upcycling import Upcycled
 from tests.rows import rarely
-from tests.unit.hf.conversions import convert, tensors_of, to_hf, train
+from tests.unit.hf.conversions import assert_same_logits, convert, tensors_of, to_hf, train
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
          "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 16}  # fmt: skip
@@ -44,9 +44,7 @@ def test_with_all_experts_on_it_computes_what_the_dense_model_does(name, setting
     if router == "--moe-router-topk 4":  # as it is
         assert to_hf(tmp_path / "run", tmp_path / "out", "--text", str(text)) == 0
         ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-        tokens_T = torch.arange(16)[None]
-        with torch.no_grad():
-            torch.testing.assert_close(ours(tokens_T).logits, stock(tokens_T).logits, rtol=0, atol=1e-5)
+        assert_same_logits(ours, stock)
 
 
 @pytest.fixture(scope="module")
