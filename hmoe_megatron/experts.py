@@ -1,9 +1,12 @@
 """The experts of one layer on one rank: parameters by logical expert and piece, forward, sharded state.
 
-Legend: R routed rows of this rank, H hidden size, L slots of this rank, F full width of a logical expert.
+Legend: R routed rows of this rank, H hidden size, L slots of this rank, F full width of a logical expert, W width of
+all pieces of this rank.
 """
 
 import hashlib
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core import utils
@@ -12,34 +15,22 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
+from hmoe_megatron.gemm.flat import MATRICES, fc1_pieces, fc2_pieces
 
-class ExpertPiece(torch.nn.Module):
-    """Weights of the width range [lo, hi) of one logical expert, or this expert-tensor-parallel rank's share of it.
 
-    linear_fc1_weight: [2 (hi - lo), H], gate above up. linear_fc2_weight: [H, hi - lo]. In ``config.params_dtype``.
-    """
+class ExpertPiece(NamedTuple):
+    """The width range [lo, hi) of one logical expert, or this expert-tensor-parallel rank's share of it."""
 
-    def __init__(self, config, expert: int, lo: int, hi: int):
-        super().__init__()
-        self.expert, self.lo, self.hi = expert, lo, hi
-        width, hidden = hi - lo, config.hidden_size
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
-        self.linear_fc1_weight = torch.nn.Parameter(
-            torch.empty(2 * width, hidden, device=device, dtype=config.params_dtype)
-        )
-        self.linear_fc2_weight = torch.nn.Parameter(
-            torch.empty(hidden, width, device=device, dtype=config.params_dtype)
-        )
-        for weight, dim, stride in ((self.linear_fc1_weight, 0, 2), (self.linear_fc2_weight, 1, 1)):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
-            # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can
-            # load the other's checkpoint.
-            weight.allreduce = False
+    expert: int
+    lo: int
+    hi: int
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(fc1, fc2) weights. Called, not read, so that Megatron's forward hooks run: they wait for the parameters that
-        ``--overlap-param-gather`` is still gathering."""
-        return self.linear_fc1_weight, self.linear_fc2_weight
+    @property
+    def width(self) -> int:
+        return self.hi - self.lo
+
+    def __str__(self):
+        return f"expert {self.expert} [{self.lo}:{self.hi})"
 
 
 def expert_seed(seed: int, layer: int, expert: int) -> int:
@@ -49,22 +40,31 @@ def expert_seed(seed: int, layer: int, expert: int) -> int:
 
 
 @torch.no_grad()
-def initialize_piece(piece: ExpertPiece, config, seed: int, layer: int, full_width: int) -> None:
-    """Draw the whole expert by Megatron's init methods on the CPU, keep this piece: the same weights under any plan."""
-    fc1 = torch.empty(2 * full_width, config.hidden_size)
-    fc2 = torch.empty(config.hidden_size, full_width)
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPUs too and so differ from rank to rank afterwards.
-        torch.default_generator.manual_seed(expert_seed(seed, layer, piece.expert))
+def initial_weights(config, seed: int, layer: int, expert: int, width: int, device):
+    """(fc1 [2, F, H], fc2 [H, F]) of a whole expert in fp32, drawn by Megatron's init methods on ``device``: whoever
+    needs a piece takes it from the same weights, under any plan. A GPU and a CPU draw different ones."""
+    fc1 = torch.empty(2 * width, config.hidden_size, device=device)
+    fc2 = torch.empty(config.hidden_size, width, device=device)
+    # The generator of this device only, which init methods draw from: torch.manual_seed would seed all of them, and the
+    # ranks' streams would differ by what each has drawn here.
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    before = generator.get_state()
+    try:
+        generator.manual_seed(expert_seed(seed, layer, expert))
         config.init_method(fc1)
         config.output_layer_init_method(fc2)
-    range_ = slice(piece.lo, piece.hi)
-    piece.linear_fc1_weight.copy_(fc1.view(2, full_width, -1)[:, range_].reshape_as(piece.linear_fc1_weight))
-    piece.linear_fc2_weight.copy_(fc2[:, range_])
+    finally:
+        generator.set_state(before)
+    return fc1.view(2, width, -1), fc2
 
 
 class HMoEExperts(MegatronModule):
-    """The pieces of one rank. ``config`` is the logical one; the plan says which pieces this rank holds."""
+    """The pieces of one rank. ``config`` is the logical one; the plan says which pieces this rank holds.
+
+    All pieces are in two parameters, so that autograd, Megatron's buffers and the optimizer see two tensors a layer
+    however many there are: linear_fc1_weight [2 W, H] and linear_fc2_weight [W, H] (see gemm/flat.py), in
+    ``config.params_dtype``; None on a rank without pieces.
+    """
 
     def __init__(self, num_slots: int, config, *, layer: int, pg_collection, name: str | None = None):
         super().__init__(config=config)
@@ -75,16 +75,47 @@ class HMoEExperts(MegatronModule):
         self.stats = layout.stats
         self.tp_group, self.dp_group, self.ep_group = pg_collection.expt_tp, pg_collection.expt_dp, pg_collection.ep
         planned = layout.pieces(layer)[utils.get_pg_rank(self.ep_group)]
-        self.pieces = torch.nn.ModuleList(self._build(piece) for piece in planned)
+        self.pieces = tuple(self._share(piece) for piece in planned)
+        self.piece_widths = tuple(piece.width for piece in self.pieces)
+        for matrix, dim, stride, rows in (("linear_fc1_weight", 0, 2, 2), ("linear_fc2_weight", 1, 1, 1)):
+            self.register_parameter(matrix, self._weight(rows * sum(self.piece_widths), dim, stride))
+        if config.perform_initialization:
+            self._initialize()
 
-    def _build(self, planned) -> ExpertPiece:
+    def _share(self, planned) -> ExpertPiece:
         size, rank = utils.get_pg_size(self.tp_group), utils.get_pg_rank(self.tp_group)
         share = planned.width // size
         lo = planned.lo + rank * share
-        piece = ExpertPiece(self.config, planned.expert, lo, lo + share)
-        if self.config.perform_initialization:
-            initialize_piece(piece, self.config, self.config.hmoe.seed, self.layer, self.widths[planned.expert])
-        return piece
+        return ExpertPiece(planned.expert, lo, lo + share)
+
+    def _weight(self, rows: int, dim: int, stride: int):
+        if not rows:
+            return None
+        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.nn.Parameter(
+            torch.empty(rows, self.config.hidden_size, device=device, dtype=self.config.params_dtype)
+        )
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
+        # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can load the
+        # other's checkpoint.
+        weight.allreduce = False
+        return weight
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        for (piece, fc1), (_, fc2) in zip(*map(self.by_piece, MATRICES), strict=True):
+            whole1, whole2 = initial_weights(
+                self.config, self.config.hmoe.seed, self.layer, piece.expert, self.widths[piece.expert], fc1.device
+            )
+            fc1.copy_(whole1[:, piece.lo : piece.hi].flatten(0, 1))
+            fc2.copy_(whole2[:, piece.lo : piece.hi])
+
+    def by_piece(self, matrix: str, tensor: torch.Tensor | None = None) -> list[tuple[ExpertPiece, torch.Tensor]]:
+        """(piece, its part) of the parameter ``matrix``, or of a ``tensor`` of its shape."""
+        if not self.pieces:
+            return []
+        tensor = getattr(self, matrix) if tensor is None else tensor
+        return list(zip(self.pieces, MATRICES[matrix](tensor, self.piece_widths), strict=True))
 
     def forward(self, x_RH, tokens_per_slot_L, probs_R):
         """(y_RH, None): y = W2 (p * silu(Wg x) * (Wu x)) of each row by its piece; rows come sorted by slot."""
@@ -96,8 +127,9 @@ class HMoEExperts(MegatronModule):
             # Both inputs stay in the graph, or this rank would skip a backward all-to-all that the others wait in.
             return x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype), None
         with self.stats.expert_time(x_RH, self.training) as timed:
-            fc1_weights, fc2_weights = zip(*(piece() for piece in self.pieces), strict=True)
-            y_RH = self.compute(x_RH, probs_R, rows[:used], fc1_weights, fc2_weights, self.config, self.tp_group)
+            y_RH = self.compute(
+                x_RH, probs_R, rows[:used], self.linear_fc1_weight, self.linear_fc2_weight, self.piece_widths
+            )
             timed.output = y_RH
         return y_RH, None
 
@@ -110,33 +142,55 @@ class HMoEExperts(MegatronModule):
         Keys: ``{prefix}{expert}.linear_fc1.weight`` of global shape [2, F, H] and ``...linear_fc2.weight`` [H, F].
         """
         assert not sharded_offsets, "layers of different widths can't be stacked: hetereogenous_dist_checkpoint is on"
-        hidden, replica_id = self.config.hidden_size, (0, 0, utils.get_pg_rank(self.dp_group))
-        state = {}
-        for index, piece in enumerate(self.pieces):
-            full = self.widths[piece.expert]
-            key, name = f"{prefix}{piece.expert}", f"{prefix}pieces.{index}"
-            state[f"{name}.linear_fc1_weight"] = _gate_up_factory(
-                f"{key}.linear_fc1.weight", piece.linear_fc1_weight, piece.lo, full, replica_id
+        if not self.pieces:
+            return {}
+        replica_id = (0, 0, utils.get_pg_rank(self.dp_group))
+        return {
+            f"{prefix}{matrix}": ShardedTensorFactory(
+                f"{prefix}{matrix.removesuffix('_weight')}.weight", getattr(self, matrix),
+                partial(build, self.pieces, self.widths), merge, replica_id,
             )
-            fc2 = piece.linear_fc2_weight
-            state[f"{name}.linear_fc2_weight"] = ShardedTensor(
-                f"{key}.linear_fc2.weight", fc2, fc2.dtype, tuple(fc2.shape), (hidden, full), (0, piece.lo), None,
-                replica_id,
-            )  # fmt: skip
-        return state
+            for matrix, build, merge in (
+                ("linear_fc1_weight", _fc1_shards, _merge_fc1), ("linear_fc2_weight", _fc2_shards, _merge_fc2)
+            )
+        }  # fmt: skip
 
 
-def _gate_up_factory(key: str, weight: torch.Tensor, lo: int, full_width: int, replica_id) -> ShardedTensorFactory:
-    """[2 w, H] seen as [2, w, H], a block of [2, F, H] at width ``lo``; optimizer states go the same way."""
+def _fc1_shards(pieces, widths, key, fc1, replica_id, flattened_range):
+    """Of each piece [2 w, H] seen as [2, w, H], a block of [2, F, H] at width ``lo``; optimizer states go the same
+    way."""
+    hidden = fc1.shape[1]
+    parts = [part.view(2, -1, hidden) for part in fc1_pieces(fc1.detach(), [piece.width for piece in pieces])]
+    return _shards(pieces, key, parts, lambda piece: ((2, widths[piece.expert], hidden), (0, piece.lo, 0)),
+                   replica_id, flattened_range)  # fmt: skip
 
-    def build(key, tensor, replica_id, flattened_range):
-        assert flattened_range is None, "optimizer state must be resharded whole: --dist-ckpt-optim-fully-reshardable"
-        block = tensor.view(2, -1, tensor.shape[-1])
-        global_shape = (2, full_width, tensor.shape[-1])
+
+def _fc2_shards(pieces, widths, key, fc2, replica_id, flattened_range):
+    """Of each piece [H, w], columns of [H, F] from ``lo`` on."""
+    parts, hidden = fc2_pieces(fc2.detach(), [piece.width for piece in pieces]), fc2.shape[1]
+    return _shards(pieces, key, parts, lambda piece: ((hidden, widths[piece.expert]), (0, piece.lo)), replica_id,
+                   flattened_range)  # fmt: skip
+
+
+def _shards(pieces, key, parts, place, replica_id, flattened_range) -> dict[str, ShardedTensor]:
+    """``key``: "...experts.linear_fc1.weight", with what the optimizer puts before it. place: (global shape, offset) of
+    a piece."""
+    assert flattened_range is None, "optimizer state must be resharded whole: --dist-ckpt-optim-fully-reshardable"
+    prefix, matrix, weight = key.rsplit(".", 2)
+    shards = {}
+    for index, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+        global_shape, offset = place(piece)
         # axis_fragmentations None: pieces may start anywhere and differ in length.
-        return ShardedTensor(key, block, block.dtype, tuple(block.shape), global_shape, (0, lo, 0), None, replica_id)
+        shards[str(index)] = ShardedTensor(
+            f"{prefix}.{piece.expert}.{matrix}.{weight}", part, part.dtype, tuple(part.shape), global_shape, offset,
+            None, replica_id,
+        )  # fmt: skip
+    return shards
 
-    def merge(block):
-        return block.reshape(-1, block.shape[-1])
 
-    return ShardedTensorFactory(key, weight, build, merge, replica_id)
+def _merge_fc1(shards):
+    return torch.cat([part.flatten(0, 1) for part in shards.values()])
+
+
+def _merge_fc2(shards):
+    return torch.cat([part.reshape(-1, part.shape[0]) for part in shards.values()])

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from hmoe_megatron.experts import HMoEExperts
-from hmoe_megatron.slots import slot2expert
+from hmoe_megatron.gemm.flat import MATRICES
 
 
 def use_logical_norm() -> None:
@@ -43,65 +43,102 @@ def attach(optimizer, modules) -> None:
         part for part in optimizer.chained_optimizers
         if any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
     )  # fmt: skip
-    distributed = isinstance(experts, DistributedOptimizer)
-    if experts.config.use_precision_aware_optimizer or (distributed and all(map(_as_megatron_lays, layers))):
-        # Transformer Engine's optimizer keeps gradients elsewhere. The distributed optimizer cuts matrices by their
-        # place in a buffer: Megatron's norm of that is Megatron's only with Megatron's cuts.
+    if experts.config.use_precision_aware_optimizer:  # Transformer Engine's keeps gradients elsewhere
         return
+    distributed = isinstance(experts, DistributedOptimizer)
+    shared_by = experts.data_parallel_group if distributed and experts.data_parallel_group.size() > 1 else None
     stock = experts.get_grads_for_grad_norm
 
     def get_grads_for_grad_norm(grad_norm_group=None):
         if grad_norm_group is not None:
             return stock(grad_norm_group)
-        return logical_norms(layers, _sharded_grads(experts) if distributed else None, experts)
+        return logical_norms(layers, _shards(experts) if distributed else _whole, shared_by)
 
     experts.get_grads_for_grad_norm = get_grads_for_grad_norm
 
 
-def _as_megatron_lays(layer: HMoEExperts) -> bool:
-    experts, layout = layer.config.num_moe_experts, layer.config.hmoe
-    slots = slot2expert(layout.pieces(layer.layer), experts)
-    return slots == list(range(experts)) and len(set(layer.widths)) == 1
+def _whole(weight):
+    """(place of its first element in the weight, flat gradient), or None."""
+    grad = getattr(weight, "main_param", weight).grad
+    return None if grad is None else (0, grad.view(-1))
 
 
-def _sharded_grads(optimizer) -> dict:
-    """Weight -> gradient of the part that this rank's distributed optimizer holds."""
+def _shards(optimizer):
+    """The same of the part that this rank's distributed optimizer holds, as a function of the weight."""
     weights = optimizer.model_float16_groups + optimizer.model_fp32_groups
-    shards = optimizer.shard_fp32_from_float16_groups + optimizer.shard_fp32_groups
-    return {
-        weight: shard.grad
-        for group, shard_group in zip(weights, shards, strict=True)
-        for weight, shard in zip(group, shard_group, strict=True)
-    }
+    parts = optimizer.shard_fp32_from_float16_groups + optimizer.shard_fp32_groups
+    shards = {
+        weight: part for group, part_group in zip(weights, parts, strict=True)
+        for weight, part in zip(group, part_group, strict=True)
+    }  # fmt: skip
+
+    def find(weight):
+        shard = shards.get(weight)
+        if shard is None or shard.grad is None:
+            return None
+        return optimizer._get_model_param_range_map(weight)["param"].start, shard.grad.view(-1)
+
+    return find
 
 
 @torch.no_grad()
-def logical_norms(layers: list[HMoEExperts], shards: dict | None, optimizer) -> list[torch.Tensor]:
-    """Norms, one scalar a matrix, that this rank adds to the gradient norm; their squares over all ranks are the whole.
+def logical_norms(layers: list[HMoEExperts], find, shared_by=None) -> list[torch.Tensor]:
+    """Norms, by logical expert and matrix, that this rank adds to the gradient norm; their squares over all ranks are
+    the whole.
 
-    ``shards``: gradients by weight where an optimizer of several ranks shares a matrix, None where each has all of its
-    own. A matrix that one rank has whole counts with its fp32 norm as in Megatron; parts are added up in fp64, in which
-    the square of an fp32 number is exact, and rounded once.
+    find: see ``_whole``. shared_by: group of the ranks that share a matrix, None where each has all of its own. A
+    matrix that one rank has whole counts with its fp32 norm as in Megatron; parts are added up in fp64, in which the
+    square of an fp32 number is exact, and rounded once.
     """
-    ep_group = layers[0].ep_group
-    squares = torch.zeros(
-        len(layers), layers[0].config.num_moe_experts, 2, dtype=torch.float64, device=torch.cuda.current_device()
-    )
-    places, grads = [], []
+    ep_group, experts = layers[0].ep_group, layers[0].config.num_moe_experts
+    device = torch.cuda.current_device()
+    squares = torch.zeros(len(layers), experts, 2, dtype=torch.float64, device=device)
+    places, parts = [], []
     for index, layer in enumerate(layers):
-        for piece in layer.pieces:
-            for matrix, weight in enumerate((piece.linear_fc1_weight, piece.linear_fc2_weight)):
-                grad = getattr(weight, "main_param", weight).grad if shards is None else shards.get(weight)
-                if grad is not None:
-                    places.append((index, piece.expert, matrix))
-                    grads.append(grad)
-    if grads:
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=None if shards is None else torch.float64))
-        squares.index_put_(tuple(torch.tensor(places, device=squares.device).t()), norms.double().square(), True)
-    groups = [ep_group] if shards is None else [optimizer.data_parallel_group, ep_group]
-    for group in groups:
+        for matrix, name in enumerate(MATRICES):
+            weight = getattr(layer, name)
+            found = None if weight is None else find(weight)
+            if found is not None:
+                there, grads = _by_piece(layer, *found, weight.numel())
+                places += [(index * experts + expert) * 2 + matrix for expert in there]
+                parts += grads
+    if parts:
+        norms = torch.stack(torch._foreach_norm(parts, 2, dtype=None if shared_by is None else torch.float64))
+        at = _on_device(tuple(places), device)
+        squares.view(-1).index_put_((at,), norms.double().square(), accumulate=True)
+    for group in (shared_by, ep_group) if shared_by else (ep_group,):
         torch.distributed.all_reduce(squares, group=group)
-    if shards is not None and optimizer.data_parallel_group.rank() > 0:
+    if shared_by and shared_by.rank() > 0:
         return []
-    experts = torch.arange(squares.shape[1]).tensor_split(ep_group.size())[ep_group.rank()]
-    return list(squares[:, experts.to(squares.device)].sqrt().float().flatten().unbind())
+    first, last = _as_megatron_lays(experts, ep_group)
+    norms = squares[:, first:last].sqrt().float().flatten()
+    # Megatron's norm, without Transformer Engine and Apex, waits for the device at every tensor. On a CPU one tensor a
+    # matrix, as it would have without us: the same bits.
+    return [norms] if norms.is_cuda else list(norms.unbind())
+
+
+def _by_piece(layer, start: int, grad: torch.Tensor, elements: int):
+    """(logical experts, their parts) of a weight's flat gradient from element ``start`` on; those that have any."""
+    end, total, first = start + grad.numel(), sum(layer.piece_widths), 0
+    experts, sizes = [], []
+    for piece in layer.pieces:
+        last = first + elements // total * piece.width
+        if (size := min(last, end) - max(first, start)) > 0:
+            experts.append(piece.expert)
+            sizes.append(size)
+        first = last
+    return experts, list(grad.split(sizes)) if sizes else []
+
+
+def _as_megatron_lays(experts: int, ep_group) -> tuple[int, int]:
+    """First logical expert of this rank in Megatron's contiguous layout, and the one after its last."""
+    share, more = divmod(experts, ep_group.size())
+    rank = ep_group.rank()
+    first = rank * share + min(rank, more)
+    return first, first + share + (rank < more)
+
+
+@functools.cache
+def _on_device(values: tuple[int, ...], device) -> torch.Tensor:
+    """Copied once: a copy in every step would wait for the device."""
+    return torch.tensor(values, device=device)

@@ -32,10 +32,9 @@ def findings_of(chunks, probe, stats, failed: bool) -> list[Finding]:
     found = list(probe.findings) if probe else []
     found += [Finding((LOGITS, layer), f"the router's logits in decoder layer {layer} hold NaN or infinity")
               for layer in stats.layers_not_finite()]  # fmt: skip
-    for layer, label, parameter in named_parameters(chunks):
-        if kind := kind_of(parameter.detach()):
+    for layer, label, weight, gradient in named_weights(chunks):
+        if kind := kind_of(weight):
             found.append(Finding((WEIGHTS, layer), f"{label} holds {kind}"))
-        gradient = getattr(parameter, "main_grad", None)
         if gradient is not None and (kind := kind_of(gradient)):
             # Backward runs from the last layer to the first; data-parallel sums spread it to ranks that did not fail.
             found.append(Finding((GRADIENTS, not failed, -layer), f"the gradient of {label} holds {kind}"))
@@ -45,8 +44,8 @@ def findings_of(chunks, probe, stats, failed: bool) -> list[Finding]:
 def finding_of_norm(norm: float, chunks) -> Finding:
     """A gradient norm that is not finite although no check failed: sums over ranks overflowed."""
     largest, label = max(
-        (gradient.abs().max().item(), label) for _, label, parameter in named_parameters(chunks)
-        if (gradient := getattr(parameter, "main_grad", None)) is not None and gradient.numel()
+        (gradient.abs().max().item(), label) for _, label, _, gradient in named_weights(chunks)
+        if gradient is not None and gradient.numel()
     )  # fmt: skip
     text = f"the gradient norm is {norm}; the largest gradient, {largest:.3g}, is of {label}"
     return Finding((CHECK, -largest), text)
@@ -67,20 +66,26 @@ def labelled(model, name: str) -> tuple[int, str]:
     parts = name.split(".")
     if parts[:2] != ["decoder", "layers"] or len(parts) < 3:
         return (-1 if parts[0] == "embedding" else 1 << 30), name or "the model"
-    block = model.decoder.layers[int(parts[2])]
-    layer, rest = block.layer_number - 1, parts[3:]
-    if rest[:3] == ["mlp", "experts", "pieces"] and len(rest) > 3:
-        piece, rest = block.mlp.experts.pieces[int(rest[3])], rest[4:]
-        return layer, f"{' '.join(rest)} of expert {piece.expert} [{piece.lo}:{piece.hi}) in decoder layer {layer}"
-    return layer, f"{'.'.join(rest) or 'the whole'} in decoder layer {layer}"
+    layer = model.decoder.layers[int(parts[2])].layer_number - 1
+    return layer, f"{'.'.join(parts[3:]) or 'the whole'} in decoder layer {layer}"
 
 
-def named_parameters(chunks):
-    """(decoder layer, label, parameter) of this rank's model chunks."""
-    for chunk in chunks:
-        model = unwrap_model(chunk)
+def named_weights(chunks):
+    """(decoder layer, label, weight, its main_grad or None) of this rank's model chunks, experts piece by piece."""
+    for model in map(unwrap_model, chunks):
         for name, parameter in model.named_parameters():
-            yield *labelled(model, name), parameter
+            layer, label = labelled(model, name)
+            weight, gradient = parameter.detach(), getattr(parameter, "main_grad", None)
+            owner, _, matrix = name.rpartition(".")
+            experts = model.get_submodule(owner)
+            if not hasattr(experts, "pieces"):
+                yield layer, label, weight, gradient
+                continue
+            gradients = [None] * len(experts.pieces)
+            if gradient is not None:
+                gradients = [part for _, part in experts.by_piece(matrix, gradient)]
+            for (piece, part), part_gradient in zip(experts.by_piece(matrix, weight), gradients, strict=True):
+                yield layer, f"{matrix} of {piece} in decoder layer {layer}", part, part_gradient
 
 
 class ModuleProbe:

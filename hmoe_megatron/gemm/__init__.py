@@ -1,10 +1,12 @@
 """Compute of one rank's expert pieces: one signature, several backends.
 
-Legend: R routed rows of this rank, sorted by piece; H hidden size; F width of one piece (its tensor-parallel share).
+Legend: R routed rows of this rank, sorted by piece; H hidden size; F width of one piece (its tensor-parallel share),
+W of all.
 Every backend computes, for each piece, y = W2 (p * silu(Wg x) * (Wu x)), forward and backward, with any number of rows,
 none included, and gives exactly zero weight gradient to a piece without rows.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -21,16 +23,15 @@ class ExpertCompute(Protocol):
         x_RH: torch.Tensor,
         probs_R: torch.Tensor,
         rows: list[int],
-        fc1_weights: list[torch.Tensor],
-        fc2_weights: list[torch.Tensor],
-        config,
-        tp_group,
+        fc1: torch.Tensor,
+        fc2: torch.Tensor,
+        widths: Sequence[int],
     ) -> torch.Tensor:
         """Outputs of all rows, [R, H] in the dtype of x_RH.
 
         probs_R: router probability of each row, float32 or the dtype of x. rows: rows of each piece, summing to R.
-        fc1_weights: [2 F, H] a piece, gate above up. fc2_weights: [H, F] a piece. config: Megatron's TransformerConfig.
-        tp_group: expert-tensor-parallel group; the result is this rank's partial sum, reduced by the dispatcher.
+        fc1 [2 W, H], fc2 [W, H]: all pieces (see flat.py). widths: F of each. Under expert tensor parallelism the
+        result is this rank's partial sum, reduced by the dispatcher.
         """
         ...
 

@@ -6,10 +6,12 @@ fp32. Against the reference it saves the concatenation, the graph of small nodes
 
 import torch
 
+from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
 
-def cpu_experts(x_RH, probs_R, rows, fc1_weights, fc2_weights, config, tp_group):
+
+def cpu_experts(x_RH, probs_R, rows, fc1, fc2, widths):
     """See ExpertCompute. In fp32 bitwise equal to the reference: same products in the same order."""
-    return _CpuExperts.apply(x_RH, probs_R, rows, *fc1_weights, *fc2_weights)
+    return _CpuExperts.apply(x_RH, probs_R, rows, fc1, fc2, widths)
 
 
 def _compute_dtype(x):
@@ -23,41 +25,47 @@ def _swiglu(gate_up_RF):
 
 class _CpuExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RH, probs_R, rows, *weights):
+    def forward(ctx, x_RH, probs_R, rows, fc1, fc2, widths):
         dtype = _compute_dtype(x_RH)
-        pieces = len(rows)
-        y_RH = x_RH.new_empty(x_RH.shape)
+        y_RH = torch.empty_like(x_RH)
         gate_ups = []
-        for x, probs, y, fc1, fc2 in zip(
-            x_RH.split(rows), probs_R.split(rows), y_RH.split(rows), weights[:pieces], weights[pieces:], strict=True
-        ):
-            gate_up = x.to(dtype) @ fc1.to(dtype).t()
+        by_rows = (t.split(rows) for t in (x_RH, probs_R, y_RH))
+        for x, probs, y, w1, w2 in zip(*by_rows, fc1_pieces(fc1, widths), fc2_pieces(fc2, widths), strict=True):
+            gate_up = x.to(dtype) @ w1.to(dtype).t()
             gate_ups.append(gate_up)
-            y.copy_((_swiglu(gate_up) * probs.to(dtype).unsqueeze(-1)) @ fc2.to(dtype).t())
-        ctx.rows = rows
-        ctx.save_for_backward(x_RH, probs_R, *weights, *gate_ups)
+            hidden = _swiglu(gate_up).mul_(probs.to(dtype).unsqueeze(-1))
+            _product(hidden, w2.to(dtype).t(), y)
+        ctx.rows, ctx.widths = rows, widths
+        ctx.save_for_backward(x_RH, probs_R, fc1, fc2, *gate_ups)
         return y_RH
 
     @staticmethod
     def backward(ctx, dy_RH):
-        x_RH, probs_R, *saved = ctx.saved_tensors
-        rows, pieces = ctx.rows, len(ctx.rows)
-        fc1s, fc2s, gate_ups = saved[:pieces], saved[pieces : 2 * pieces], saved[2 * pieces :]
-        dtype = _compute_dtype(x_RH)
+        x_RH, probs_R, fc1, fc2, *gate_ups = ctx.saved_tensors
+        rows, widths, dtype = ctx.rows, ctx.widths, _compute_dtype(x_RH)
         dx_RH, dprobs_R = torch.empty_like(x_RH), torch.empty_like(probs_R)
-        dfc1s, dfc2s = [], []
-        parts = (t.split(rows) for t in (x_RH, probs_R, dy_RH, dx_RH, dprobs_R))
-        for x, probs, dy, dx, dprobs, fc1, fc2, gate_up in zip(*parts, fc1s, fc2s, gate_ups, strict=True):
+        dfc1, dfc2 = torch.empty_like(fc1), torch.empty_like(fc2)
+        by_rows = (t.split(rows) for t in (x_RH, probs_R, dy_RH, dx_RH, dprobs_R))
+        by_widths = (*(fc1_pieces(t, widths) for t in (fc1, dfc1)), *(fc2_pieces(t, widths) for t in (fc2, dfc2)))
+        for x, probs, dy, dx, dprobs, w1, dw1, w2, dw2, gate_up in zip(*by_rows, *by_widths, gate_ups, strict=True):
             dy, scale = dy.to(dtype), probs.to(dtype).unsqueeze(-1)
             gate, up = gate_up.chunk(2, dim=-1)
             silu_gate = torch.nn.functional.silu(gate)
             swiglu = silu_gate * up
-            dfc2s.append((dy.t() @ (swiglu * scale)).to(fc2.dtype))
-            dhidden = dy @ fc2.to(dtype)
+            _product(dy.t(), swiglu * scale, dw2)
+            dhidden = dy @ w2.to(dtype)
             dprobs.copy_((dhidden * swiglu).sum(dim=-1))
             dswiglu = dhidden * scale
             dgate = torch.ops.aten.silu_backward(dswiglu * up, gate)
             dgate_up = torch.cat((dgate, dswiglu * silu_gate), dim=-1)
-            dfc1s.append((dgate_up.t() @ x.to(dtype)).to(fc1.dtype))
-            dx.copy_(dgate_up @ fc1.to(dtype))
-        return dx_RH, dprobs_R, None, *dfc1s, *dfc2s
+            _product(dgate_up.t(), x.to(dtype), dw1)
+            _product(dgate_up, w1.to(dtype), dx)
+        return dx_RH, dprobs_R, None, dfc1, dfc2, None
+
+
+def _product(a, b, out):
+    """out = a @ b, straight into it where the dtypes agree."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)

@@ -1,36 +1,23 @@
-"""Reference backend: Megatron's own linear function, one piece after the other; what every other backend is held to."""
+"""Reference backend: one linear layer after the other; what every other backend is held to."""
 
 import torch
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from torch.nn.functional import linear, silu
+
+from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
 
 
-def reference_experts(x_RH, probs_R, rows, fc1_weights, fc2_weights, config, tp_group):
-    """See ExpertCompute. Bitwise equal to Megatron's SequentialMLP where the widths are equal."""
-    if len(rows) == 1:
-        return _expert(x_RH, probs_R, fc1_weights[0], fc2_weights[0], config, tp_group)
+def reference_experts(x_RH, probs_R, rows, fc1, fc2, widths):
+    """See ExpertCompute. Without fused SwiGLU bitwise equal to Megatron's SequentialMLP where the widths are equal."""
+    weights = zip(fc1_pieces(fc1, widths), fc2_pieces(fc2, widths), strict=True)
     outputs = [
-        _expert(x, probs, fc1, fc2, config, tp_group)
-        for x, probs, fc1, fc2 in zip(x_RH.split(rows), probs_R.split(rows), fc1_weights, fc2_weights, strict=True)
+        _expert(x, probs, w1, w2)
+        for x, probs, (w1, w2) in zip(x_RH.split(rows), probs_R.split(rows), weights, strict=True)
     ]
-    return torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _expert(x, probs, fc1, fc2, config, tp_group):
-    gate_up = _linear(x, fc1, config, tp_group)
-    if config.bias_activation_fusion:
-        hidden = weighted_bias_swiglu_impl(gate_up, None, probs.unsqueeze(-1), config.activation_func_fp8_input_store)
-    else:
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
-    return _linear(hidden, fc2, config, tp_group)
-
-
-def _linear(x, weight, config, tp_group):
-    # Megatron's function rather than F.linear: it accumulates into main_grad when gradient-accumulation fusion is on.
-    if not weight.requires_grad:
-        return torch.nn.functional.linear(x, weight)
-    return linear_with_grad_accumulation_and_async_allreduce(
-        x, weight, None, config.gradient_accumulation_fusion, allreduce_dgrad=False, sequence_parallel=False,
-        tp_group=tp_group,
-    )
+def _expert(x, probs, w1, w2):
+    gate, up = linear(x, w1).chunk(2, dim=-1)
+    # Not Megatron's fused SwiGLU: torch.compile would compile it anew for another number of rows, and at 64 experts its
+    # guards take longer than it saves (docs/gpu.md).
+    return linear((silu(gate) * up * probs.unsqueeze(-1)).to(x.dtype), w2)

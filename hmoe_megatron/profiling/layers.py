@@ -6,7 +6,6 @@ Letters: H hidden size, m rows of an expert, w its width.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
 import torch
 
@@ -53,15 +52,11 @@ def experts_run(layer: Layer, compute: Callable, device: torch.device, dtype: to
 
     H, R = layer.hidden_size, sum(layer.rows)
     x_RH, probs_R, dy_RH = draw(R, H), draw(R), draw(R, H)
-    fc1 = [draw(2 * w, H) for w in layer.widths]
-    fc2 = [draw(H, w) for w in layer.widths]
-    leaves = [tensor.requires_grad_() for tensor in (x_RH, probs_R, *fc1, *fc2)]
-    on_gpu = device.type == "cuda"
-    config = SimpleNamespace(bias_activation_fusion=on_gpu, gradient_accumulation_fusion=False,
-                             activation_func_fp8_input_store=False)
+    fc1, fc2 = draw(2 * sum(layer.widths), H), draw(sum(layer.widths), H)
+    leaves = [tensor.requires_grad_() for tensor in (x_RH, probs_R, fc1, fc2)]
 
     def run():
-        compute(x_RH, probs_R, list(layer.rows), fc1, fc2, config, None).backward(dy_RH)
+        compute(x_RH, probs_R, list(layer.rows), fc1, fc2, layer.widths).backward(dy_RH)
         for leaf in leaves:
             leaf.grad = None
 

@@ -50,11 +50,11 @@ class BadExpert:
 
         def forward(experts, x_RH, tokens_per_slot_L, probs_R):
             if experts.layer in self.layers and now() == self.step:
-                for piece in (piece for piece in experts.pieces if piece.expert == self.expert):
-                    if self.what == "weight":
-                        piece.linear_fc1_weight.data[0, 0] = self.value
-                    else:
-                        piece.linear_fc1_weight.main_grad[0, 0] = self.value
+                weight = experts.linear_fc1_weight
+                spoilt = weight.data if self.what == "weight" else weight.main_grad
+                for piece, part in experts.by_piece("linear_fc1_weight", spoilt):
+                    if piece.expert == self.expert:
+                        part[0, 0] = self.value
             return stock(experts, x_RH, tokens_per_slot_L, probs_R)
 
         HMoEExperts.forward = forward

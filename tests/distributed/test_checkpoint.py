@@ -102,8 +102,9 @@ def main_shards(given):
     _, _, model = build([*TINY, *given.split()])
     state = model.sharded_state_dict()
     apply_factories(state)
-    shards = [shard for name, shard in state.items() if ".experts." in name and is_main_replica(shard.replica_id)]
-    return [(shard.key, shard.global_offset, shard.local_shape) for shard in shards]
+    shards = [shard for name, of_pieces in state.items() if ".experts." in name for shard in of_pieces.values()]
+    mine = [shard for shard in shards if is_main_replica(shard.replica_id)]
+    return [(shard.key, shard.global_offset, shard.local_shape) for shard in mine]
 
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel "

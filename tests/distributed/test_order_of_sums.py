@@ -74,9 +74,9 @@ def layer_under_plans(flags, pieces=WHOLE):
         y_SBH, _ = layer(x_SBH)
         y_SBH.backward(upstream_SBH)
         result = {"output": y_SBH.detach(), "input": x_SBH.grad, "router": layer.router.weight.grad}
-        for piece in layer.experts.pieces:
-            for name, weight in piece.named_parameters():
-                result[f"{piece.expert}.{piece.lo}.{name}"] = weight.grad
+        for name, weight in layer.experts.named_parameters():
+            for piece, grad in layer.experts.by_piece(name, weight.grad):
+                result[f"{piece.expert}.{piece.lo}.{name}"] = grad
         results.append(result)
     return results
 
@@ -145,11 +145,13 @@ def norms_under_plans(shared):
     """
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
+    from hmoe_megatron.experts import ExpertPiece
+    from hmoe_megatron.gemm.flat import MATRICES
     from hmoe_megatron.grad_norm import logical_norms
 
     world = torch.distributed.group.WORLD
     rank, ranks = world.rank(), world.size()
-    experts, replicas = world, None
+    experts, replicas, replica = world, None, 0
     if shared:
         ranks, replica = ranks // 2, rank % 2
         experts = _group([[0, 2], [1, 3]])
@@ -158,25 +160,28 @@ def norms_under_plans(shared):
     found = []
     for number in range(NORMS):
         draw = random.Random(number)
-        layers, shards, own = [], {}, []
+        layers, held, own = [], {}, []
         for layer in range(2):
             plan = in_order(ranks, EIGHT) if number == 0 else random_plan(draw, ranks, EIGHT)
-            pieces = []
-            for expert in plan[rank]:
+            on_rank = plan[rank]
+            parts = {name: [] for name in MATRICES}
+            for expert in on_rank:
                 generator = torch.Generator().manual_seed(100 * layer + expert)
-                piece = SimpleNamespace(expert=expert)
-                for name in ("linear_fc1_weight", "linear_fc2_weight"):
-                    weight = torch.nn.Parameter(torch.empty(MANY_WIDTHS[expert], HIDDEN))
-                    weight.grad = torch.randn(weight.shape, generator=generator)
-                    if shared:
-                        cut = random.Random(f"{number} {layer} {expert} {name}").randrange(weight.numel() + 1)
-                        shards[weight] = weight.grad.flatten()[cut:] if replica else weight.grad.flatten()[:cut]
-                    own.append(shards[weight] if shared else weight.grad)
-                    setattr(piece, name, weight)
-                pieces.append(piece)
-            config = SimpleNamespace(num_moe_experts=len(MANY_WIDTHS))
-            layers.append(SimpleNamespace(pieces=pieces, ep_group=experts, config=config))
-        ours = logical_norms(layers, shards if shared else None, SimpleNamespace(data_parallel_group=replicas))
+                for name, rows in (("linear_fc1_weight", 2), ("linear_fc2_weight", 1)):
+                    parts[name].append(torch.randn(rows * MANY_WIDTHS[expert], HIDDEN, generator=generator))
+            weights = {name: torch.cat(found) if found else None for name, found in parts.items()}
+            for name, grad in weights.items():
+                if grad is not None:
+                    cut = random.Random(f"{number} {layer} {name}").randrange(grad.numel() + 1) if shared else 0
+                    start, end = (0, cut) if shared and not replica else (cut, grad.numel())
+                    held[grad] = start, grad.flatten()[start:end]
+                    own += [held[grad][1]] if shared else parts[name]
+            layers.append(SimpleNamespace(
+                pieces=[ExpertPiece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank], ep_group=experts,
+                piece_widths=[MANY_WIDTHS[expert] for expert in on_rank], **weights,
+                config=SimpleNamespace(num_moe_experts=len(MANY_WIDTHS)),
+            ))  # fmt: skip
+        ours = logical_norms(layers, held.get, replicas)
         found.append((get_grad_norm_fp32(ours, grad_stats_parallel_group=world),
                       get_grad_norm_fp32(own, grad_stats_parallel_group=world)))  # fmt: skip
     return found

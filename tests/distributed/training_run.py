@@ -3,6 +3,7 @@
 ``steps`` is run on ranks by ``run_ranks``; ``logical_state`` puts what the ranks return together by logical expert.
 """
 
+import functools
 import sys
 import time
 import zlib
@@ -154,7 +155,7 @@ def configure(argv, stock, own_optimizer):
 
     prepare()
     if stock:
-        sys.argv = ["stock", *host.cpu_argv(argv)]
+        sys.argv = ["stock", *host.machine_argv(argv)]
         args = parse_args()
         validate_args(args, {})
     else:
@@ -181,7 +182,7 @@ def build(argv: list[str]):
 
 
 def _initialize_stock_experts(chunks, seed, own_optimizer):
-    from hmoe_megatron.experts import ExpertPiece, initialize_piece
+    from hmoe_megatron.experts import initial_weights
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:
@@ -189,10 +190,10 @@ def _initialize_stock_experts(chunks, seed, own_optimizer):
                 expert = layer.mlp.local_expert_indices[local]
                 group, width = layer.mlp.experts.tp_group, mlp.config.moe_ffn_hidden_size
                 share = width // group.size()
-                piece = ExpertPiece(mlp.config, expert, group.rank() * share, (group.rank() + 1) * share)
-                initialize_piece(piece, mlp.config, seed, layer.layer_number - 1, width)
-                mlp.linear_fc1.weight.data.copy_(piece.linear_fc1_weight)
-                mlp.linear_fc2.weight.data.copy_(piece.linear_fc2_weight)
+                kept = slice(group.rank() * share, (group.rank() + 1) * share)
+                fc1, fc2 = initial_weights(mlp.config, seed, layer.layer_number - 1, expert, width, torch.device("cpu"))
+                mlp.linear_fc1.weight.data.copy_(fc1[:, kept].flatten(0, 1))
+                mlp.linear_fc2.weight.data.copy_(fc2[:, kept])
                 if own_optimizer:
                     mlp.linear_fc1.weight.allreduce = mlp.linear_fc2.weight.allreduce = False
     return chunks
@@ -261,7 +262,7 @@ def _snapshot(model, optimizer):
         pieces, kept = _piece_keys(chunk), chunk.state_dict(keep_vars=True)
         for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]:
             if name in kept:
-                keys[id(value)] = pieces.get(id(value)) or _global_name(name, chunk)
+                keys[id(value)] = pieces.get(id(value)) or _whole(_global_name(name, chunk))
                 _put(weights, keys[id(value)], value, value.detach())
     for inner in optimizer.chained_optimizers:
         for parameter, tensors in states_of(inner):
@@ -274,21 +275,25 @@ def _empty():
     return {"dense": {}, "experts": {}, "split": {}}
 
 
-def _put(into, key, parameter, value):
-    """Keep a copy of ``value``, of the shape of ``parameter``, under its logical name."""
+def _put(into, by_key, parameter, value):
+    """Keep a copy of ``value``, of the shape of ``parameter``, under its logical names."""
     from megatron.core import mpu
 
-    value = value.float().clone()
-    if isinstance(key, str):
-        into["dense"][key] = value
+    for key, part in by_key(value.float().clone()).items():
+        if not isinstance(key, str):
+            into["experts"][key] = part.view(2, -1, HIDDEN) if key[2] == "fc1" else part.t()
+            continue
+        into["dense"][key] = part
         if getattr(parameter, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_world_size() > 1:
             into["split"][key] = parameter.partition_dim, mpu.get_tensor_model_parallel_rank()
-    else:
-        into["experts"][key] = value.view(2, -1, HIDDEN) if key[2] == "fc1" else value.t()
+
+
+def _whole(key):
+    return lambda tensor: {key: tensor}
 
 
 def _piece_keys(model):
-    """{id of an expert's parameter: (layer, expert, matrix, lo, hi)}."""
+    """{id of an experts' parameter: what takes a tensor of its shape apart by (layer, expert, matrix, lo, hi)}."""
     keys = {}
     for layer in model.decoder.layers:
         experts = getattr(layer.mlp, "experts", None)
@@ -297,12 +302,16 @@ def _piece_keys(model):
             for local, mlp in enumerate(experts.local_experts):
                 share, expert = mlp.linear_fc2.weight.shape[1], layer.mlp.local_expert_indices[local]
                 lo = experts.tp_group.rank() * share
-                keys[id(mlp.linear_fc1.weight)] = (number, expert, "fc1", lo, lo + share)
-                keys[id(mlp.linear_fc2.weight)] = (number, expert, "fc2", lo, lo + share)
-        for piece in getattr(experts, "pieces", ()):
-            keys[id(piece.linear_fc1_weight)] = (number, piece.expert, "fc1", piece.lo, piece.hi)
-            keys[id(piece.linear_fc2_weight)] = (number, piece.expert, "fc2", piece.lo, piece.hi)
+                for matrix, linear in (("fc1", mlp.linear_fc1), ("fc2", mlp.linear_fc2)):
+                    keys[id(linear.weight)] = _whole((number, expert, matrix, lo, lo + share))
+        for name, weight in experts.named_parameters() if hasattr(experts, "by_piece") else ():
+            keys[id(weight)] = functools.partial(_by_piece, number, experts, name)
     return keys
+
+
+def _by_piece(layer, experts, name, tensor):
+    matrix = name.removeprefix("linear_").removesuffix("_weight")
+    return {(layer, piece.expert, matrix, piece.lo, piece.hi): part for piece, part in experts.by_piece(name, tensor)}
 
 
 def _global_name(name, model):

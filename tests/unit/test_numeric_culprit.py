@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hmoe_megatron.experts import ExpertPiece, HMoEExperts
 from hmoe_megatron.idle_experts import MOST_NAMED, IdleExperts
 from hmoe_megatron.numeric_culprit import GRADIENTS, LOGITS, WEIGHTS, ModuleProbe, findings_of, kind_of
 from hmoe_megatron.numeric_guard import remedy
@@ -35,8 +36,20 @@ def test_a_marked_layer_stays_marked_until_it_is_taken():
     assert stats.layers_not_finite() == []
 
 
+class Experts(torch.nn.Module):
+    """HMoEExperts without Megatron: expert 3 whole, and expert 7 from 16 to 40."""
+
+    by_piece = HMoEExperts.by_piece
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = (ExpertPiece(3, 0, 8), ExpertPiece(7, 16, 40))
+        self.piece_widths = (8, 24)
+        self.linear_fc1_weight = torch.nn.Parameter(torch.zeros(64, 2))
+
+
 class Model(torch.nn.Module):
-    """As much of a GPT model as names need: a decoder layer, number 4 of the model, with a router and one piece."""
+    """As much of a GPT model as names need: a decoder layer, number 4 of the model, with a router and two pieces."""
 
     def __init__(self):
         super().__init__()
@@ -44,16 +57,12 @@ class Model(torch.nn.Module):
         layer.layer_number = 4
         layer.mlp = torch.nn.Module()
         layer.mlp.router = torch.nn.Linear(2, 2)
-        layer.mlp.experts = torch.nn.Module()
-        piece = torch.nn.Linear(2, 2)
-        piece.expert, piece.lo, piece.hi = 7, 16, 40
-        layer.mlp.experts.pieces = torch.nn.ModuleList([piece])
+        layer.mlp.experts = Experts()
         self.decoder = torch.nn.Module()
         self.decoder.layers = torch.nn.ModuleList([layer])
 
     def forward(self, x):
-        layer = self.decoder.layers[0]
-        return layer.mlp.experts.pieces[0](layer.mlp.router(x))
+        return self.decoder.layers[0].mlp.router(x)
 
 
 def seen(model, failed=True):
@@ -63,12 +72,14 @@ def seen(model, failed=True):
 def test_weights_and_gradients_are_named_by_expert_and_layer():
     model = Model()
     assert seen(model) == {}
-    piece = model.decoder.layers[0].mlp.experts.pieces[0]
-    piece.weight.main_grad = torch.tensor([1.0, INFINITY])
-    assert seen(model) == {GRADIENTS: "the gradient of weight of expert 7 [16:40) in decoder layer 3 holds infinity"}
+    weight = model.decoder.layers[0].mlp.experts.linear_fc1_weight
+    weight.main_grad = torch.zeros(64, 2)
+    weight.main_grad[16, 1] = INFINITY
+    gradient = "the gradient of linear_fc1_weight of expert 7 [16:40) in decoder layer 3 holds infinity"
+    assert seen(model) == {GRADIENTS: gradient}
     with torch.no_grad():
-        piece.weight[0, 0] = NAN
-    assert seen(model)[WEIGHTS] == "weight of expert 7 [16:40) in decoder layer 3 holds NaN"
+        weight[15, 0] = NAN
+    assert seen(model)[WEIGHTS] == "linear_fc1_weight of expert 3 [0:8) in decoder layer 3 holds NaN"
     assert WEIGHTS < LOGITS < GRADIENTS, "a bad weight explains bad logits, and these bad gradients"
 
 
