@@ -78,28 +78,22 @@ class Progress:
                 self.bar.write(f"  step {step:4d}  validation loss {loss:.3f}")
 
 
-def machine() -> tuple[int, list[str]]:
-    """(ranks, flags) for this machine: two CPU ranks, or up to two GPUs with what is installed for them."""
+def ranks_here() -> int:
+    """Two CPU ranks, or up to two GPUs."""
     settings = run_settings()
-    if settings["backend"] == "gloo":
-        return 2, []
-    flags = [] if settings["gradient_accumulation_fusion"] else ["--no-gradient-accumulation-fusion"]
-    if settings["implementation"] == "local":
-        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
-        flags += ["--no-rope-fusion"]
-    return min(2, settings["ranks"]), flags
+    return 2 if settings["backend"] == "gloo" else min(2, settings["ranks"])
 
 
 def train(title: str, log: str, steps: int, *more) -> list[tuple[int, float]]:
     """Train to step ``steps`` with the flags of the example; returns (step, validation loss)."""
-    ranks, flags = machine()
+    ranks = ranks_here()
     os.environ["NPROC_PER_NODE"] = str(ranks)
     command = [
         sys.executable, ROOT / "examples" / "run.py", EXAMPLE,
         "--train-data-path", DATA / "train_text_document", "--valid-data-path", DATA / "valid_text_document",
         "--tokenizer-model", DEMO / "tokenizer.model", "--save", RUN, "--tensorboard-dir", RUN / "tensorboard",
         "--train-iters", steps, "--lr-decay-iters", STEPS, "--save-interval", STEPS,
-        "--expert-model-parallel-size", ranks, *flags, *more,
+        "--expert-model-parallel-size", ranks, *more,
     ]  # fmt: skip
     progress = Progress(steps, first=STEPS if more else 0)
     try:

@@ -35,6 +35,7 @@ def prepare() -> None:
         alone_without_torchrun()
     host.apply()
     host.repair_dataset_helpers()
+    host.repair_sequence_parallel_norm()
     host.repair_distributed_optimizer()
     host.repair_optimizer_checkpoints()
     host.repair_rng_of_ranks()
@@ -61,7 +62,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     from megatron.training.arguments import parse_args, validate_args
 
     given = sys.argv
-    sys.argv = [given[0], *host.cpu_argv(argv)]
+    sys.argv = [given[0], *host.machine_argv(argv)]
     try:
         args = parse_args(add_hmoe_arguments)
     finally:
@@ -190,7 +191,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     numeric_guard.install(layout.stats)
     if args.rank == 0:
-        announce(layout, parameters)
+        announce(args, layout, parameters)
         if run_dir:
             write_run(layout, run_dir, argv)
     try:
@@ -207,10 +208,9 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     checkpoints.end()
 
 
-def announce(layout: ExpertLayout, parameters) -> None:
+def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:
     """Print what will be trained, and where."""
-    if not host.has_gpu():
-        print(" no GPU found: training on the CPU with gloo")
+    print(f" {host.machine_line(args)}")
     print(plan_table(layout.plan))
     print(
         f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "

@@ -11,31 +11,32 @@ import json
 import textwrap
 from typing import Callable
 
+from hmoe_megatron.fused_kernels import APEX, implementation, summary, switched_off
+
 from . import machine, software
-from .finding import Finding, found_at
+from .finding import Finding
 
 COLUMNS = 100
 
 
 def run_settings() -> dict:
-    """What a run here will use: backend, implementation, gradient_accumulation_fusion, optimizer, ranks."""
+    """What a run here will use: backend, implementation, fused kernels that are off, optimizer, ranks."""
     facts, _ = software.torch_facts()
     gpus = len(facts.get("gpus", []))
     if not gpus:
         return {
             "backend": "gloo",
             "implementation": "local",
-            "gradient_accumulation_fusion": False,
+            "off": ["all"],
             "optimizer": "torch",
             "ranks": machine.cpu_ranks(),
         }
-    engine = software.transformer_engine()[0] == "whole"
+    kernels = software.kernels()
     return {
         "backend": "nccl",
-        "implementation": "transformer_engine" if engine else "local",
-        # With Transformer Engine too: the output layer is Megatron's own linear and needs this part of Apex.
-        "gradient_accumulation_fusion": found_at("fused_weight_gradient_mlp_cuda") is not None,
-        "optimizer": "Transformer Engine" if engine else "Apex" if found_at("amp_C") else "torch",
+        "implementation": implementation(kernels, {}),
+        "off": [entry.kernel for entry in switched_off(kernels, {})],
+        "optimizer": "Transformer Engine" if kernels.engine else "Apex" if APEX in kernels.modules else "torch",
         "ranks": gpus,
     }
 
@@ -44,11 +45,9 @@ def probe_run() -> Finding:
     if software.torch_facts()[1]:
         return Finding("fail", "run", "nothing can run without torch", "mend torch first, see there")
     use = run_settings()
-    fusion = "on" if use["gradient_accumulation_fusion"] else "off"
-    found = (
-        f"{use['backend']}, implementation {use['implementation']}, gradient-accumulation fusion {fusion}, "
-        f"optimizer {use['optimizer']}, up to {use['ranks']} ranks"
-    )
+    on_gpu = use["backend"] == "nccl"
+    kernels = summary(software.kernels(), {}) if on_gpu else "implementation local, no fused kernels"
+    found = f"{use['backend']}, {kernels}, optimizer {use['optimizer']}, up to {use['ranks']} ranks"
     if use["ranks"] < 1:
         return Finding("warn", "run", found, "free memory first")
     return Finding("ok", "run", found)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
@@ -50,23 +48,3 @@ def ask_python(code: str, timeout_s: float = IMPORT_TIMEOUT_S) -> tuple[dict, st
         return {}, f"killed by signal {-done.returncode}"
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return {}, lines[-1] if lines else f"exit status {done.returncode}"
-
-
-def installed(name: str) -> str | None:
-    """Version of an installed distribution, without importing it."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def found_at(module: str) -> Path | None:
-    """Directory or file of a top-level module, without importing it."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    if spec is None:
-        return None
-    places = list(spec.submodule_search_locations or [])
-    return Path(places[0] if places else spec.origin or ".")

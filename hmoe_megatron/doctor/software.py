@@ -10,15 +10,20 @@ import shutil
 import subprocess
 import sys
 
-from .finding import GIB, INSTALL, Finding, ask_python, found_at, installed
+from hmoe_megatron.fused_kernels import (
+    APEX,
+    ENGINE_PARTS,
+    Kernels,
+    can_compile,
+    engine_files,
+    extension_modules,
+    found_at,
+    installed,
+)
+
+from .finding import GIB, INSTALL, Finding, ask_python
 
 MIN_PYTHON = (3, 12)
-ENGINE_PARTS = [
-    "transformer-engine",
-    "transformer-engine-cu12",
-    "transformer-engine-cu13",
-    "transformer-engine-torch",
-]
 
 
 def probe_python() -> Finding:
@@ -142,26 +147,19 @@ def probe_nccl() -> Finding:
 
 @functools.lru_cache(None)
 def transformer_engine() -> tuple[str, str]:
-    """(state, words); state: none, half, broken or whole.
+    """(state, words); state: none, half, broken or whole. See ``engine_files``."""
+    state, words = engine_files()
+    if state != "there":
+        return state, words
+    _, error = ask_python("import torch, transformer_engine.pytorch")
+    return ("broken", f"{words}: {error}") if error else ("whole", words)
 
-    The core wheel and the torch part are separate packages. With only the first, Transformer Engine raises
-    FileNotFoundError, which Megatron does not expect, so `import megatron.core` dies too.
-    """
-    home = found_at("transformer_engine")
-    versions = ", ".join(f"{name} {installed(name)}" for name in ENGINE_PARTS if installed(name))
-    if home is None:
-        return (
-            ("half", f"{versions}, but no module transformer_engine")
-            if versions
-            else ("none", "not installed")
-        )
-    places = [home.parent, home, home / "wheel_lib"]
-    if not any(list(place.glob("transformer_engine_torch*.so")) for place in places):
-        return "half", f"{versions or home}, but its torch part is missing"
-    _, error = ask_python("import transformer_engine.pytorch")
-    if error:
-        return "broken", f"{versions or home}: {error}"
-    return "whole", versions or str(home)
+
+def kernels() -> Kernels:
+    """What a run on a GPU here would find."""
+    state, words = transformer_engine()
+    whole = state == "whole"
+    return Kernels(words if whole else "", "" if whole else words, extension_modules(), can_compile())
 
 
 def probe_transformer_engine() -> Finding:
@@ -172,9 +170,9 @@ def probe_transformer_engine() -> Finding:
         return Finding("ok", "transformer-engine", words)
     parts = [name for name in ENGINE_PARTS if installed(name)] or ENGINE_PARTS
     return Finding(
-        "fail",
+        "warn",
         "transformer-engine",
-        words,
+        f"{words}: not used",
         f"pip uninstall {' '.join(parts)}; or complete it where the CUDA toolkit is: "
         "pip install --no-build-isolation -e .[te]",
     )
@@ -183,7 +181,7 @@ def probe_transformer_engine() -> Finding:
 def probe_apex() -> Finding:
     """NVIDIA's Apex is known by its extension amp_C; the registry's apex is a Pyramid toolkit of 2013."""
     home = found_at("apex")
-    if found_at("amp_C"):
+    if found_at(APEX):
         return Finding("ok", "apex", f"NVIDIA's, with CUDA extensions ({home or 'only amp_C'})")
     if home is None:
         return Finding("ok", "apex", "not installed (optional, for GPUs)")
@@ -194,21 +192,21 @@ def probe_apex() -> Finding:
             "NVIDIA's, built without its CUDA extensions: unused",
             "build it from NVIDIA's source with --cpp_ext --cuda_ext",
         )
-    return Finding(
-        "fail", "apex", f"not NVIDIA's but another project of that name, at {home}", "pip uninstall apex"
-    )
+    found = f"not NVIDIA's but another project of that name, at {home}: not used"
+    return Finding("warn", "apex", found, "pip uninstall apex")
 
 
 def megatron_remedy(error: str) -> str:
-    if transformer_engine()[0] in ("half", "broken"):
-        return "mend transformer-engine first, see there"
     if torch_facts()[1]:
         return "mend torch first, see there"
     return INSTALL if "No module named" in error else f"rm -rf .venv, then {INSTALL}"
 
 
 def probe_megatron() -> Finding:
+    # As in a run (host/optional.py): Megatron does not see what is not whole.
+    hidden = [name for name, there in (("transformer_engine", kernels().engine), ("apex", found_at(APEX))) if not there]
     answer, error = ask_python(
+        f"import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
         "import warnings; warnings.simplefilter('ignore')\n"
         "import megatron.core, megatron.training\n"
         "answer.update(version=megatron.core.__version__, path=megatron.core.__path__[0])"

@@ -1,27 +1,29 @@
-"""The only module that knows a machine may have no GPU: it lets Megatron train there, on CPU with gloo.
+"""What Megatron must be told or spared by what a machine has: no GPU, no Transformer Engine, no Apex, halves of them.
 
-    host.prepare_environment()        # first of all, cheap
+    host.prepare_environment()        # first of all, before Megatron is imported
     if host.apply(): ...              # imports Megatron; True where there is no GPU
-    argv = host.cpu_argv(argv)        # the flags that a CPU needs, and a refusal of those it cannot have
+    argv = host.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have
 
-On a machine with a GPU none of these changes anything. `apply` may come before or after Megatron is imported,
-and must come before its first process group or model. Beside them stand `repairs`, `optimizer_repairs` and `rng`:
-defects of Megatron 0.19.2 that a machine with a GPU has as well.
+`apply` lets Megatron train without a GPU, on the CPU with gloo, and changes nothing where there is one. It may come
+before or after Megatron is imported, and must come before its first process group or model. Beside them stand
+`repairs`, `optimizer_repairs` and `rng`: defects of Megatron 0.19.2 that a machine with a GPU has as well.
 """
 import functools
 import os
 import sys
 
-from . import registry
-from .flags import cpu_argv as _cpu_argv
+from hmoe_megatron.fused_kernels import summary
+
+from . import optional, registry
+from .flags import cpu_argv, gpu_argv
 from .optimizer_repairs import repair_optimizer_checkpoints
 from .registry import REPLACED
-from .repairs import repair_dataset_helpers, repair_distributed_optimizer
+from .repairs import repair_dataset_helpers, repair_distributed_optimizer, repair_sequence_parallel_norm
 from .rng import repair_rng_of_ranks
 
-__all__ = ["ENVIRONMENT", "REPLACED", "apply", "cpu_argv", "has_gpu", "patches", "prepare_environment",
-           "repair_dataset_helpers", "repair_distributed_optimizer", "repair_optimizer_checkpoints",
-           "repair_rng_of_ranks"]
+__all__ = ["ENVIRONMENT", "REPLACED", "apply", "has_gpu", "machine_argv", "machine_line", "patches",
+           "prepare_environment", "repair_dataset_helpers", "repair_distributed_optimizer",
+           "repair_optimizer_checkpoints", "repair_rng_of_ranks", "repair_sequence_parallel_norm"]
 
 _applied = False
 
@@ -43,8 +45,9 @@ def has_gpu():
 
 
 def prepare_environment():
-    """Set ENVIRONMENT where the user did not, for this process and those it starts. Nothing where there is a
-    GPU."""
+    """Hide from Megatron what of Transformer Engine and Apex it can't use. Without a GPU, set ENVIRONMENT where the
+    user did not, for this process and those it starts."""
+    optional.hide_what_megatron_cannot_use(has_gpu())
     if has_gpu():
         return
     unset = [name for name in ENVIRONMENT if name not in os.environ]
@@ -77,8 +80,16 @@ def apply():
     return True
 
 
-def cpu_argv(argv):
-    """`argv` (no program name) with the flags that Megatron needs without a GPU put before the user's.
+def machine_argv(argv):
+    """`argv` (no program name) with the flags that Megatron needs on this machine put before the user's.
 
-    ValueError where the user gave a flag that needs a GPU. Unchanged where there is one."""
-    return list(argv) if has_gpu() else _cpu_argv(argv)
+    ValueError where the user gave a flag that needs what is not here."""
+    return gpu_argv(argv, optional.kernels()) if has_gpu() else cpu_argv(argv)
+
+
+def machine_line(args):
+    """What this machine computes with, in one line. args: Megatron's arguments."""
+    if not has_gpu():
+        return "no GPU found: training on the CPU with gloo, implementation local, no fused kernels"
+    given = {"--transformer-impl": args.transformer_impl, "--normalization": args.normalization}
+    return summary(optional.kernels(), given)

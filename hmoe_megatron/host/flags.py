@@ -1,7 +1,10 @@
-"""Megatron's flags on a machine with no GPU: what it needs, and what it cannot have."""
+"""Megatron's flags by what a machine has: what is set for the user, and what it cannot have."""
 
 import itertools
 
+from hmoe_megatron.fused_kernels import Kernels, implementation, switched_off
+
+# Without a GPU.
 NEEDED = (
     ("--transformer-impl", "local"),
     ("--distributed-backend", "gloo"),
@@ -17,7 +20,8 @@ NEEDED = (
 
 # Flag: (values it may have, reason, remedy). No values: a switch that cannot be given.
 _LEAVE_OUT = "leave it out"
-_NEEDS_TE = "it needs Transformer Engine, which needs a GPU"
+_NEEDED_ENGINE = "it needs Transformer Engine"
+_NEEDS_TE = f"{_NEEDED_ENGINE}, which needs a GPU"
 _ONE_ATTENTION = "only Transformer Engine's attention runs context parallel"
 _NEEDS_KERNELS = "its kernels run on GPUs only"
 _COPIES_FROM_GPU = "nvidia-resiliency-ext copies from GPU memory"
@@ -68,7 +72,9 @@ def cpu_argv(argv):
     given = _given(argv)
     for flag, value in given:
         if flag in LIMITED and value not in LIMITED[flag][0]:
-            raise _refusal(flag, value)
+            _, reason, remedy = LIMITED[flag]
+            raise _refusal(flag, value, f"this machine has no GPU (torch.cuda.is_available() is False), and {reason}",
+                           remedy)  # fmt: skip
     names = {flag for flag, _ in given}
     if "--profile" in names and "--use-pytorch-profiler" not in names:
         raise ValueError("--profile: this machine has no GPU, and Megatron's own profiling starts CUDA's "
@@ -86,8 +92,22 @@ def _given(argv):
     return given
 
 
-def _refusal(flag, value):
-    _, reason, remedy = LIMITED[flag]
+def _refusal(flag, value, reason, remedy):
     shown = flag if value is None else f"{flag} {value}"
-    return ValueError(f"{shown}: this machine has no GPU (torch.cuda.is_available() is False), and {reason}. "
-                      f"Remedy: {remedy}.")
+    return ValueError(f"{shown}: {reason}. Remedy: {remedy}.")
+
+
+def gpu_argv(argv, kernels: Kernels):
+    """`argv` with the implementation and the switches of kernels that are not there put before the user's flags.
+
+    ValueError for a flag of the user's that needs a Transformer Engine that is not there."""
+    given = dict(_given(argv))
+    if not kernels.engine:
+        for flag, value in given.items():
+            allowed, reason, remedy = LIMITED.get(flag, (None, None, None))
+            if reason in (_NEEDS_TE, _ONE_ATTENTION) and value not in allowed:
+                raise _refusal(flag, value, f"{_NEEDED_ENGINE}, and Transformer Engine is {kernels.no_engine}",
+                               f"{remedy}, or complete it (make doctor)")  # fmt: skip
+    ours = [] if "--transformer-impl" in given else ["--transformer-impl", implementation(kernels, given)]
+    ours += [off.flag for off in switched_off(kernels, given) if off.flag not in given]
+    return ours + list(argv)

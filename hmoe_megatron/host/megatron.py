@@ -1,5 +1,4 @@
 """Patches of Megatron itself. Imports Megatron when they run, not before."""
-import copy
 import functools
 import queue
 import warnings
@@ -33,24 +32,6 @@ def megatron_rng_state():
     from megatron.core.tensor_parallel import random
     replace(random, "_set_cuda_rng_state",
             lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state))
-
-
-@patch
-def sequence_parallel_norm():
-    """torch's norm, the only one without Transformer Engine or Apex, is refused under sequence parallelism
-    because nobody marks its parameters. Marked, their gradients are summed over the tensor parallel ranks as
-    those of TE's are."""
-    from megatron.core.transformer import torch_norm
-    stock = torch_norm.WrappedTorchNorm.__new__
-
-    def new(cls, config, *args, **kwargs):
-        plain = copy.copy(config)
-        plain.sequence_parallel = False
-        norm = stock(cls, plain, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-    replace(torch_norm.WrappedTorchNorm, "__new__", new)
 
 
 @patch

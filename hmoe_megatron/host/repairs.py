@@ -1,5 +1,6 @@
 """Defects of Megatron-Core 0.19.2 that a machine with a GPU has as well. Each repair has its own
 condition."""
+import copy
 import functools
 import os
 
@@ -13,6 +14,26 @@ def repair_dataset_helpers():
     if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "Makefile")):
         return False
     utils.compile_helpers = lambda: None
+    return True
+
+
+def repair_sequence_parallel_norm():
+    """True if repaired. torch's norm, the only one without Transformer Engine or Apex, is refused under sequence
+    parallelism because nobody marks its parameters. Marked, their gradients are summed over the tensor parallel
+    ranks as those of TE's are."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    stock = WrappedTorchNorm.__new__
+    if not getattr(stock, "repaired", False):
+        @functools.wraps(stock)
+        def new(cls, config, *args, **kwargs):
+            plain = copy.copy(config)
+            plain.sequence_parallel = False
+            norm = stock(cls, plain, *args, **kwargs)
+            for parameter in norm.parameters():
+                parameter.sequence_parallel = config.sequence_parallel
+            return norm
+        new.repaired = True
+        WrappedTorchNorm.__new__ = new
     return True
 
 

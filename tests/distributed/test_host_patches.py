@@ -151,24 +151,6 @@ def megatron_rng_state(folder):
 
 
 @check
-def sequence_parallel_norm(folder):
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    for normalization in ("RMSNorm", "LayerNorm"):
-        for sequence_parallel in (True, False):
-            config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization=normalization,
-                                       tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
-            norm = WrappedTorchNorm(config=config, hidden_size=8, eps=1e-3)
-            assert type(norm).__name__ == normalization and norm.eps == 1e-3
-            assert [parameter.sequence_parallel for parameter in norm.parameters()] == (
-                [sequence_parallel] * len(list(norm.parameters())))
-            assert config.sequence_parallel == sequence_parallel
-    config.sequence_parallel = config.memory_efficient_layer_norm = True
-    with pytest.raises(AssertionError, match="memory_efficient"):
-        WrappedTorchNorm(config=config, hidden_size=8)
-
-
-@check
 def queue_of_a_synchronous_save(folder):
     from multiprocessing import managers
 
