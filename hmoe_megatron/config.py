@@ -65,9 +65,16 @@ class HMoEConfig:
     cut_multiple: int = _setting(16, "Experts are cut at multiples of this width (--hmoe-placement auto).")
     gemm_backend: str = _setting(
         "auto",
-        "Compute of the experts: reference (Megatron's linear layers, one expert at a time), cpu (one autograd node "
-        "a layer, bf16 computed in fp32; for machines without a GPU), auto (cpu without a GPU, else reference).",
-        ("auto", "reference", "cpu"),
+        "Compute of the experts: reference (linear layers, one expert at a time), cpu (one autograd node a layer, bf16 "
+        "computed in fp32; for machines without a GPU), triton (all experts of a rank in one launch a product; compute "
+        "capability 8.0 or later; widths a multiple of 8, hidden size of 16, other layers by the reference), auto (cpu "
+        "without a GPU; on one triton if it passes a self-test on the device at start, else reference).",
+        ("auto", "reference", "cpu", "triton"),
+    )
+    keep_hidden: bool = _setting(
+        False,
+        "Keep the experts' activations silu(gate) * up * probability for the backward pass instead of computing them "
+        "again: a third more memory for experts' activations. triton only.",
     )
     idle_expert_steps: int = _setting(
         1000, "Warn once of an expert that got no token for this many steps (looked at every --log-interval steps)."
@@ -120,6 +127,8 @@ class HMoEConfig:
             if self.router_entropy_coeff:
                 yield f"--hmoe-router-entropy-coeff {self.router_entropy_coeff} contradicts --hmoe-router topk: the " \
                       "entropy loss limits how many experts Top-P uses; remove it, or use --hmoe-router topp"
+        if self.keep_hidden and self.gemm_backend not in ("auto", "triton"):
+            yield f"--hmoe-keep-hidden has no effect with --hmoe-gemm-backend {self.gemm_backend}: remove it"
         if self.placement not in ("auto", "contiguous"):
             if self.placement != "checkpoint" and not self.placement.endswith(".json"):
                 yield f"--hmoe-placement {self.placement!r}: give auto, contiguous, checkpoint, or the path of a " \

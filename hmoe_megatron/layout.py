@@ -3,7 +3,7 @@
 import dataclasses
 
 from hmoe_megatron.config import HMoEConfig
-from hmoe_megatron.gemm import ExpertCompute
+from hmoe_megatron.gemm.compute import ExpertCompute
 from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
 from hmoe_megatron.stats import RoutingStats
 
@@ -13,13 +13,14 @@ class ExpertLayout:
     """Rides on Megatron's TransformerConfig as ``config.hmoe``.
 
     widths: decoder layer (from 0) -> width of each logical expert. plan: one LayerPlan a MoE layer, in the order of
-    the layers. seed: of the experts' initial weights.
+    the layers. computed_by: which backend ``compute`` is, and why. seed: of the experts' initial weights.
     """
 
     settings: HMoEConfig
     widths: dict[int, tuple[int, ...]]
     plan: PlacementPlan
     compute: ExpertCompute
+    computed_by: str
     stats: RoutingStats
     seed: int
 

@@ -40,6 +40,7 @@ class HMoERouter(TopKRouter):
         # On the device at once, as Megatron's own: with --use-cpu-initialization the model is not moved.
         width_E = torch.tensor(config.hmoe.widths[layer], device=torch.cuda.current_device())
         self.register_buffer("width_E", width_E, persistent=False)
+        self.relative_width_E = None  # float32, made once: at every call it would be three kernels
 
     def routing(self, logits, padding_mask=None):
         """Route (see TopKRouter.routing), attach the HMoE losses to the probabilities, count tokens for telemetry."""
@@ -77,9 +78,10 @@ class HMoERouter(TopKRouter):
         log_probs_TE = torch.log_softmax(logits_TE, dim=-1, dtype=torch.float32)
         probs_TE = log_probs_TE.exp()
         prob_sum_E = (probs_TE if valid_T is None else probs_TE * valid_T.unsqueeze(-1)).sum(dim=0)
-        relative_width_E = self.width_E / self.width_E.float().mean()
+        if self.relative_width_E is None:
+            self.relative_width_E = self.width_E / self.width_E.float().mean()
         losses = {
-            "p_penalty_loss": lambda: p_penalty(counts_E, prob_sum_E, relative_width_E, num_tokens),
+            "p_penalty_loss": lambda: p_penalty(counts_E, prob_sum_E, self.relative_width_E, num_tokens),
             "load_balance_loss": lambda: load_balance(counts_E, prob_sum_E, num_tokens),
             "router_entropy_loss": lambda: router_entropy(log_probs_TE, valid_T, num_tokens),
         }

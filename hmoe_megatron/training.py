@@ -7,6 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 from hmoe_megatron import host
 from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.checkpoint import directory
@@ -14,7 +16,7 @@ from hmoe_megatron.checkpoint.session import Checkpoints
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.exits import RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
-from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
 from hmoe_megatron.launch.mpi import process_of, set_environment_from_mpi
 from hmoe_megatron.launch.nodes import reserved_port
 from hmoe_megatron.layout import ExpertLayout
@@ -87,14 +89,25 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig) -> ExpertLayou
     if not widths:
         raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
     plan = placement_plan(args, settings, widths)
+    shapes = expert_shapes(args, plan)
+    compute, words = choose_compute(settings.gemm_backend, host.has_gpu(), shapes, settings.keep_hidden)
     return ExpertLayout(
         settings=settings,
         widths=widths,
         plan=plan,
-        compute=expert_compute(settings.gemm_backend, host.has_gpu()),
+        compute=compute,
+        computed_by=words,
         stats=RoutingStats(list(widths), args.num_experts),
         seed=args.seed,
     )
+
+
+def expert_shapes(args: argparse.Namespace, plan: PlacementPlan) -> ExpertShapes:
+    """What the ranks' experts will compute."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    share = expert_tensor_parallel_size(args)
+    on_ranks = {tuple(piece.width // share for piece in pieces) for layer in plan.layers for pieces in layer.pieces}
+    return ExpertShapes(args.hidden_size, dtype, frozenset(filter(None, on_ranks)))
 
 
 def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> PlacementPlan:
@@ -210,7 +223,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
 
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:
     """Print what will be trained, and where."""
-    print(f" {host.machine_line(args)}")
+    print(f" {host.machine_line(args)}\n experts computed by {layout.computed_by}")
     print(plan_table(layout.plan))
     print(
         f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "

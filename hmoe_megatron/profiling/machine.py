@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hmoe_megatron import host
-from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
 from hmoe_megatron.placement.profiles import Profile
 from hmoe_megatron.profiling.cpu import cpu_name
 from hmoe_megatron.profiling.fit import FITTED, errors, fit_profile
@@ -40,7 +40,8 @@ def measure(fit: Sequence[Layer], apart: Sequence[Layer], seconds: float) -> Mea
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     hidden_size = max(layer.hidden_size for layer in fit)
     links = measure_links(hidden_size, device, dtype) if ranks > 1 else (None, None)
-    compute = expert_compute("auto", on_gpu)
+    widths = frozenset(layer.widths for layer in (*fit, *apart))
+    compute, _ = choose_compute("auto", on_gpu, ExpertShapes(hidden_size, dtype, widths))
     times_s = least_times([experts_run(layer, compute, device, dtype) for layer in (*fit, *apart)], seconds,
                           timer(device))
     if ranks > 1:

@@ -13,7 +13,7 @@ FLAGS = {
     "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",
     "--hmoe-max-experts-per-token", "--hmoe-p-penalty-coeff", "--hmoe-router-entropy-coeff",
     "--hmoe-load-balance-coeff", "--hmoe-placement", "--hmoe-max-cuts", "--hmoe-cut-multiple", "--hmoe-gemm-backend",
-    "--hmoe-run-dir", "--hmoe-idle-expert-steps", "--hmoe-skip-integrity", "--hmoe-verify-data",
+    "--hmoe-keep-hidden", "--hmoe-run-dir", "--hmoe-idle-expert-steps", "--hmoe-skip-integrity", "--hmoe-verify-data",
     "--hmoe-max-failed-saves",
 }  # fmt: skip
 

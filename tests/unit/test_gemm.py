@@ -1,14 +1,19 @@
 """Expert compute: every backend against float64, the zero-padded equal-width layer, and each other."""
 
+import contextlib
+
 import pytest
 import torch
 
-from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.gemm import choice
+from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
 from hmoe_megatron.gemm.cpu import cpu_experts
 from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.gemm.reference import reference_experts
 
 HIDDEN = 24
 WIDTHS = (8, 40, 16, 24)
+BACKENDS = {"reference": reference_experts, "cpu": cpu_experts}
 ROUTINGS = {
     "spread": (5, 9, 3, 7),
     "one expert without a token": (5, 0, 3, 7),
@@ -55,11 +60,11 @@ def gradients(y, tensors):
 
 
 @pytest.mark.parametrize("rows", ROUTINGS.values(), ids=ROUTINGS)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_value_and_gradients_against_float64(backend, rows):
     x, probs, fc1, fc2 = inputs(rows)
     tensors = [x, probs, fc1, fc2]
-    y = expert_compute(backend, has_gpu=False)(x, probs, list(rows), fc1, fc2, WIDTHS)
+    y = BACKENDS[backend](x, probs, list(rows), fc1, fc2, WIDTHS)
     expected = float64_experts(x, probs, rows, fc1, fc2)
     assert close(y.double(), expected)
     for got, want in zip(gradients(y, tensors), gradients(expected, tensors), strict=True):
@@ -70,18 +75,17 @@ def test_value_and_gradients_against_float64(backend, rows):
 def test_backends_are_bitwise_equal_in_fp32(rows):
     x, probs, fc1, fc2 = inputs(rows)
     tensors = [x, probs, fc1, fc2]
-    backends = [expert_compute(name, has_gpu=False) for name in ("reference", "cpu")]
-    results = [backend(x, probs, list(rows), fc1, fc2, WIDTHS) for backend in backends]
+    results = [backend(x, probs, list(rows), fc1, fc2, WIDTHS) for backend in BACKENDS.values()]
     assert torch.equal(*results)
     for reference, cpu in zip(*(gradients(y, tensors) for y in results), strict=True):
         assert torch.equal(reference, cpu)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expert_without_rows_gets_exactly_zero_gradient(backend):
     rows = (5, 0, 3, 7)
     x, probs, fc1, fc2 = inputs(rows)
-    y = expert_compute(backend, has_gpu=False)(x, probs, list(rows), fc1, fc2, WIDTHS)
+    y = BACKENDS[backend](x, probs, list(rows), fc1, fc2, WIDTHS)
     y.sum().backward()
     for grads in (fc1_pieces(fc1.grad, WIDTHS), fc2_pieces(fc2.grad, WIDTHS)):
         assert [bool(grad.any()) for grad in grads] == [True, False, True, True]
@@ -121,18 +125,87 @@ def test_pieces_add_up_to_the_expert():
     assert close(parts[0] + parts[1], whole)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16(backend):
     rows = (5, 0, 3, 7)
     x, probs, fc1, fc2 = inputs(rows, torch.bfloat16)
-    y = expert_compute(backend, has_gpu=False)(x, probs, list(rows), fc1, fc2, WIDTHS)
+    y = BACKENDS[backend](x, probs, list(rows), fc1, fc2, WIDTHS)
     assert y.dtype == torch.bfloat16
     expected = float64_experts(x, probs, rows, fc1, fc2)
     assert close(y.double(), expected, BF16_BOUND)
 
 
+SHAPES = ExpertShapes(64, torch.bfloat16, frozenset([(8, 16), (24, 40)]))
+
+
+def chosen(name, has_gpu, shapes=SHAPES):
+    compute, words = choose_compute(name, has_gpu, shapes)
+    return getattr(compute, "func", compute).__name__, words
+
+
 def test_the_cpu_backend_is_refused_on_a_gpu_machine():
     with pytest.raises(ValueError, match="--hmoe-gemm-backend cpu on a machine with a GPU: use auto or reference"):
-        expert_compute("cpu", has_gpu=True)
-    assert expert_compute("auto", has_gpu=False) is cpu_experts
-    assert expert_compute("auto", has_gpu=True) is expert_compute("reference", has_gpu=True)
+        chosen("cpu", True)
+    assert chosen("auto", False) == ("cpu_experts", "cpu")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A GPU of whose kernels self_test says what it is told to."""
+    from hmoe_megatron.gemm.ragged import self_test
+
+    said = {"capability": (9, 0), "wrong": ""}
+
+    def test(hidden, dtype, alignments, device):
+        said["tested"] = hidden, dtype, alignments, device
+        if isinstance(said["wrong"], Exception):
+            raise said["wrong"]
+        return said["wrong"]
+
+    monkeypatch.setattr(self_test, "self_test", test)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return said
+
+
+def test_auto_takes_triton_where_its_self_test_passes(a_gpu):
+    name, words = chosen("auto", True)
+    assert name == "ragged_experts" and words.startswith("triton, checked on this device in ")
+    assert a_gpu["tested"] == (64, torch.bfloat16, {8}, torch.device("cuda", 3)), "of both sets of widths 8 divides all"
+
+
+@pytest.mark.parametrize("wrong", ["dx off by 3.1e-01 of its norm", RuntimeError("ptxas died\nof something")])
+def test_auto_takes_the_reference_where_it_fails_and_says_why(a_gpu, wrong):
+    a_gpu["wrong"] = wrong
+    name, words = chosen("auto", True)
+    assert name == "reference_experts" and "\n" not in words
+    assert "the triton kernels fail on NVIDIA X: " in words and str(wrong).splitlines()[0] in words
+    with pytest.raises(ValueError, match="--hmoe-gemm-backend triton: the triton kernels fail on NVIDIA X"):
+        chosen("triton", True)
+
+
+def test_auto_takes_the_reference_where_there_is_nothing_to_run_triton_on(a_gpu, monkeypatch):
+    a_gpu["capability"] = (7, 5)
+    assert chosen("auto", True)[1].endswith("compute capability 7.5 is older than 8.0")
+    monkeypatch.setattr(choice, "found_at", lambda module: None)
+    assert chosen("auto", True)[1].endswith("Triton is not installed")
+    with pytest.raises(ValueError, match="--hmoe-gemm-backend triton: Triton is not installed: use auto or reference"):
+        chosen("triton", True)
+
+
+def test_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="--hmoe-gemm-backend triton: this machine has no GPU: use auto or reference"):
+        chosen("triton", False)
+
+
+def test_layers_that_the_kernels_cannot_take_are_named(a_gpu):
+    name, words = chosen("auto", True, SHAPES._replace(widths=frozenset([(8, 16), (8, 37)])))
+    assert name == "ragged_experts" and a_gpu["tested"][2] == {8}
+    assert words.endswith("; 1 of 2 sets of pieces one after the other: width 37, which is not a multiple of 8 "
+                          "(--hmoe-width-multiple 8)")  # fmt: skip
+    name, words = chosen("auto", True, SHAPES._replace(hidden=40))
+    assert name == "reference_experts" and "hidden size 40, which is not a multiple of 16" in words

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.gemm import expert_compute
+from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
 from hmoe_megatron.placement import CostModel, Profile, nodes_of, plan_layer
 from hmoe_megatron.placement.profiles import PROFILES, profile_named
 from hmoe_megatron.profiling import machine
@@ -101,7 +101,7 @@ def test_a_run_longer_than_its_turn_is_called_once_a_round():
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_what_is_timed_is_forward_and_backward_of_every_expert(backend):
-    compute, seen = expert_compute(backend, has_gpu=False), []
+    (compute, _), seen = choose_compute(backend, False, ExpertShapes(16, torch.float32, frozenset([(8, 4)]))), []
 
     def recording(x_RH, probs_R, rows, fc1, fc2, widths):
         seen.append((x_RH, probs_R, fc1, fc2))

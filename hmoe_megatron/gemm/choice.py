@@ -1,0 +1,99 @@
+"""Which backend computes the experts, by ``--hmoe-gemm-backend`` and by what the device at hand gets right."""
+
+import os
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from hmoe_megatron.fused_kernels import found_at
+from hmoe_megatron.gemm.compute import ExpertCompute
+from hmoe_megatron.gemm.cpu import cpu_experts
+from hmoe_megatron.gemm.ragged.tiles import unsupported
+from hmoe_megatron.gemm.reference import reference_experts
+
+OLDEST = (8, 0)  # compute capability: asynchronous copies and bf16
+
+
+class ExpertShapes(NamedTuple):
+    """What a run will compute: hidden size, dtype, and the widths of a rank's pieces, over all ranks and layers."""
+
+    hidden: int
+    dtype: torch.dtype
+    widths: frozenset[tuple[int, ...]]
+
+    def supported(self) -> list[tuple[int, ...]]:
+        """Those of ``widths`` that the triton backend takes."""
+        return [widths for widths in self.widths if not unsupported(widths, self.hidden, self.dtype)]
+
+
+class Chosen(NamedTuple):
+    """A backend, and in a few words which and why."""
+
+    compute: ExpertCompute
+    words: str
+
+
+def choose_compute(name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool = False) -> Chosen:
+    """The backend of ``--hmoe-gemm-backend``. Raises ValueError for one that this machine should not use."""
+    if name == "cpu" and has_gpu:
+        raise ValueError("--hmoe-gemm-backend cpu on a machine with a GPU: use auto or reference")
+    if name == "cpu" or (name == "auto" and not has_gpu):
+        return Chosen(cpu_experts, "cpu")
+    if name == "reference":
+        return Chosen(reference_experts, "reference")
+    started_s = time.monotonic()
+    if lacking := _lacking(has_gpu) or _failing(has_gpu, shapes):
+        if name == "triton":
+            raise ValueError(f"--hmoe-gemm-backend triton: {lacking}: use auto or reference")
+        return Chosen(reference_experts, f"reference, one expert after the other: {lacking}")
+    from hmoe_megatron.gemm.ragged.experts import ragged_experts
+
+    checked = f"checked on this device in {time.monotonic() - started_s:.1f} s"
+    return Chosen(partial(ragged_experts, keep_hidden=keep_hidden), f"triton, {checked}{_left_out(shapes)}")
+
+
+def _lacking(has_gpu: bool) -> str:
+    """Why this machine can't run the kernels; "" if it can."""
+    if not found_at("triton"):
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""  # Triton's interpreter runs them anywhere, for tests
+    if not has_gpu:
+        return "this machine has no GPU"
+    capability = torch.cuda.get_device_capability(_device())
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} is older than {OLDEST[0]}.{OLDEST[1]}"
+    return ""
+
+
+def _device() -> torch.device:
+    """Of this process, before Megatron has set it."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _failing(has_gpu: bool, shapes: ExpertShapes) -> str:
+    """What the device gets wrong of the run's shapes; "" if nothing."""
+    if not shapes.supported():
+        return f"it takes none of the layers ({unsupported(min(shapes.widths), shapes.hidden, shapes.dtype)})"
+    if not has_gpu:
+        return ""
+    from hmoe_megatron.gemm.ragged.self_test import alignment, self_test
+
+    device = _device()
+    try:
+        with torch.cuda.device(device):
+            wrong = self_test(shapes.hidden, shapes.dtype, set(map(alignment, shapes.supported())), device)
+    except Exception as error:  # whatever a compiler or driver says of it
+        wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"the triton kernels fail on {torch.cuda.get_device_name(device)}: {wrong}" if wrong else ""
+
+
+def _left_out(shapes: ExpertShapes) -> str:
+    """What it leaves to the reference."""
+    left = [widths for widths in shapes.widths if unsupported(widths, shapes.hidden, shapes.dtype)]
+    if not left:
+        return ""
+    why = unsupported(min(left), shapes.hidden, shapes.dtype)
+    return f"; {len(left)} of {len(shapes.widths)} sets of pieces one after the other: {why} (--hmoe-width-multiple 8)"
