@@ -51,7 +51,7 @@ def layer_under_plans(flags, pieces=WHOLE):
     from hmoe_megatron.placement.plan import PlacementPlan
 
     given = f"--hmoe-widths {','.join(map(str, WIDTHS))} {flags}".split()
-    _, config, _ = configure([*TINY, *given], stock=False, own_optimizer=True)
+    _, config, _ = configure([*TINY, *given])
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     x_SBH, upstream_SBH = torch.randn(
@@ -175,7 +175,9 @@ def norms_under_plans(shared):
                     cut = random.Random(f"{number} {layer} {name}").randrange(grad.numel() + 1) if shared else 0
                     start, end = (0, cut) if shared and not replica else (cut, grad.numel())
                     held[grad] = start, grad.flatten()[start:end]
-                    own += [held[grad][1]] if shared else parts[name]
+            # Megatron has a tensor an expert and matrix, expert by expert.
+            own += [held[grad][1] for grad in weights.values() if grad is not None] if shared else [
+                part for of_expert in zip(*parts.values(), strict=True) for part in of_expert]
             layers.append(SimpleNamespace(
                 pieces=[ExpertPiece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank], ep_group=experts,
                 piece_widths=[MANY_WIDTHS[expert] for expert in on_rank], **weights,

@@ -4,11 +4,12 @@
 """
 
 import functools
-import sys
 import time
 import zlib
 
 import torch
+
+from benchmarks.trainer import Trainer, configure
 
 HIDDEN, LAYERS, EXPERTS, VOCABULARY, SEQUENCE = 32, 2, 4, 128, 16
 TINY = (
@@ -52,58 +53,33 @@ def steps(
     matrix, lo, hi): tensor} and split {name: (dimension, tensor-parallel rank)} of the weights and, in optimizer[kind],
     of its states; what ``run_state`` returns. loaded: the same right after --load. save_s: time for the save.
     """
-    args, config, container = configure([*TINY, *flags.split()], stock, own_optimizer)
-    if same_dense:
-        config.pre_wrap_hooks.append(_draw_dense)
-    from megatron.core.enums import ModelType
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.rerun_state_machine import RerunDataIterator
-    from megatron.core.utils import get_model_config
+    hooks = [_draw_dense] if same_dense else []
+    if stock:
+        hooks.append(lambda chunks: _initialize_stock_experts(chunks, own_optimizer))
+    trainer = Trainer([*TINY, *flags.split()], stock, batches=lambda args: _batches(args, skip), hooks=hooks)
     from megatron.training.async_utils import maybe_finalize_async_save
     from megatron.training.checkpointing import save_checkpoint
-    from megatron.training.initialize import initialize_megatron
-    from megatron.training.training import setup_model_and_optimizer, train_step
 
-    from hmoe_megatron.data import forward_step
     from tests.distributed.optimizer_states import run_state
 
-    initialize_megatron()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model, optimizer, scheduler = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
-    )
-    model_config = get_model_config(model[0])
-    model_config.grad_scale_func = optimizer.scale_loss
-    from megatron.core.distributed import finalize_model_grads
-
-    model_config.finalize_model_grads_func = finalize_model_grads
-    for chunk in model:
-        chunk.train()
+    args, model, optimizer, scheduler = trainer.args, trainer.model, trainer.optimizer, trainer.scheduler
     if force_expert is not None:
         _force(model, force_expert)
-    iterators = [RerunDataIterator(_batches(args, skip)) for _ in model]
-    begin_overlap, end_overlap = _overlap(args, model, optimizer, model_config)
     losses, norms = [], []
+
     def state():
         return _snapshot(model, optimizer) | run_state(args, scheduler, optimizer)
 
     def train(first, last):
-        for iteration in range(first, last):
-            if iteration == 1:
-                begin_overlap()
-            out = train_step(
-                forward_step, iterators if len(iterators) > 1 else iterators[0], model, optimizer, scheduler,
-                model_config, get_forward_backward_func(), iteration=iteration,
-            )  # fmt: skip
-            losses.append(float(out[0]["lm loss"]) if out[0] else None)
-            norms.append(out[5])
-            args.consumed_train_samples += args.global_batch_size
+        for _ in range(first, last):
+            loss, norm = trainer.step()
+            losses.append(loss)
+            norms.append(norm)
 
     result = {"losses": losses, "grad_norms": norms, "loaded": state() if args.load else None}
     train(0, count)
     if count > 1:
-        end_overlap()
+        trainer.end_overlap()
     result |= state()
     if save:
         started_s = time.perf_counter()
@@ -112,61 +88,11 @@ def steps(
         train(count, count + after)
         maybe_finalize_async_save(blocking=True, terminate=True)
     if telemetry:
-        stats = config.transformer.hmoe.stats
+        stats, groups = trainer.layout.stats, trainer.groups
         result["expert_time_ms"] = stats.take_expert_time_ms()
         counts, tokens = stats.take([groups.tp_dp_cp, groups.pp], torch.device("cpu"))
         result["counts"], result["tokens"] = counts.numpy(), tokens.numpy()
     return result
-
-
-def _overlap(args, model, optimizer, config):
-    """Set the overlap of gradient reduction and parameter gathering up as Megatron's training loop does.
-
-    Returns (to be called after the first step, after the last)."""
-    from megatron.training import training
-
-    def of_chunks(method):
-        calls = [getattr(chunk, method) for chunk in model]
-        return calls if len(calls) > 1 else calls[0]
-
-    if args.overlap_grad_reduce:
-        config.no_sync_func = of_chunks("no_sync")
-        if args.align_grad_reduce:
-            config.grad_sync_func = of_chunks("start_grad_sync")
-    if not args.overlap_param_gather:
-        return (lambda: None), (lambda: None)
-    training.disable_forward_pre_hook(model, param_sync=False)
-
-    def begin():
-        training.enable_forward_pre_hook(model)
-        config.param_sync_func = of_chunks("start_param_sync") if args.align_param_gather else None
-
-    return begin, lambda: training.disable_forward_pre_hook(model, optimizer)
-
-
-def configure(argv, stock, own_optimizer):
-    """(Megatron's arguments, made global; model config; config container) of a command line."""
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.global_vars import set_global_variables
-
-    from hmoe_megatron import host
-    from hmoe_megatron.training import model_config, parse_arguments, prepare
-
-    prepare()
-    if stock:
-        sys.argv = ["stock", *host.machine_argv(argv)]
-        args = parse_args()
-        validate_args(args, {})
-    else:
-        args, layout = parse_arguments(argv)
-    set_global_variables(args)
-    if stock:
-        config = gpt_config_from_args(args)
-        config.pre_wrap_hooks.append(lambda chunks: _initialize_stock_experts(chunks, args.seed, own_optimizer))
-    else:
-        config = model_config(args, layout)
-    return args, config, pretrain_cfg_container_from_args(args, config)
 
 
 def build(argv: list[str]):
@@ -174,16 +100,19 @@ def build(argv: list[str]):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.initialize import initialize_megatron
 
-    args, config, _ = configure(argv, stock=False, own_optimizer=True)
+    args, config, _ = configure(argv)
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
     return args, config.transformer.hmoe, model
 
 
-def _initialize_stock_experts(chunks, seed, own_optimizer):
+def _initialize_stock_experts(chunks, own_optimizer):
+    from megatron.training import get_args
+
     from hmoe_megatron.experts import initial_weights
 
+    seed = get_args().seed
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             for local, mlp in enumerate(layer.mlp.experts.local_experts):
