@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test campaign layouts lint bench-planner bench-planner-real bench-data bench-convert bench-restart faults doctor lock clean
+.PHONY: help venv demo test campaign layouts lint bench-compute bench-planner bench-planner-real bench-data bench-convert bench-restart faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
@@ -34,6 +34,9 @@ lint: venv ## ruff
 
 bench-planner: venv ## the planner's figures, to benchmarks/planner.md (CASES=100000: all random layers under caps)
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner --cases $(CASES)
+
+bench-compute: venv ## the experts' compute on a CPU beside Megatron's, to benchmarks/compute.md; 20 minutes
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.compute $(BENCH_ARGS)
 
 bench-planner-real: venv ## planned against contiguous placement in training, to benchmarks/planner_real.md; 10 minutes
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner_real

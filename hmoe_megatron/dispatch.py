@@ -1,4 +1,4 @@
-"""Alltoall dispatch that adds up a token's experts in logical order, so that the sum does not depend on the plan.
+"""Alltoall dispatch where Megatron's does too much or too little for slots.
 
 Legend: T tokens, S slots over all ranks, R routed rows of this rank, H hidden size.
 """
@@ -8,8 +8,29 @@ from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 
+class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's dispatcher without its second permutation, for one expert-parallel and expert-tensor-parallel rank.
+
+    Rows of several ranks must be sorted by expert once more when they have arrived. Those of one rank are sorted
+    already: the permutation would copy all of them as they are, four times a step.
+    """
+
+    def dispatch_postprocess(self, rows_RH, probs_R):
+        """(rows, tokens of each expert, probabilities), rows as they came."""
+        tokens_per_expert_S = self.tokens_per_expert
+        for point in ("before_permutation_2", "before_finish"):  # where the counts may have to be waited for
+            tokens_per_expert_S = self._maybe_dtoh_and_synchronize(point, tokens_per_expert_S)
+        self.tokens_per_expert = None
+        return rows_RH, tokens_per_expert_S, probs_R
+
+    def combine_preprocess(self, rows_RH):
+        """Rows as they are."""
+        return rows_RH
+
+
 class LogicalOrderDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's dispatcher, with rows permuted by logical expert first and moved to their slots as blocks.
+    """Adds up a token's experts in logical order, so that the sum does not depend on the plan: rows are permuted by
+    logical expert first and moved to their slots as blocks.
 
     Megatron adds up a token's rows in the order of the slots, forward in the combine and backward in the dispatch; with
     more than two rows a token that order shows in the last bit. Moving blocks adds nothing up in either direction, but

@@ -6,7 +6,6 @@ all pieces of this rank.
 
 import hashlib
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from megatron.core import utils
@@ -16,21 +15,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 
 from hmoe_megatron.gemm.flat import MATRICES, fc1_pieces, fc2_pieces
-
-
-class ExpertPiece(NamedTuple):
-    """The width range [lo, hi) of one logical expert, or this expert-tensor-parallel rank's share of it."""
-
-    expert: int
-    lo: int
-    hi: int
-
-    @property
-    def width(self) -> int:
-        return self.hi - self.lo
-
-    def __str__(self):
-        return f"expert {self.expert} [{self.lo}:{self.hi})"
+from hmoe_megatron.placement.plan import Piece
 
 
 def expert_seed(seed: int, layer: int, expert: int) -> int:
@@ -82,11 +67,12 @@ class HMoEExperts(MegatronModule):
         if config.perform_initialization:
             self._initialize()
 
-    def _share(self, planned) -> ExpertPiece:
+    def _share(self, planned: Piece) -> Piece:
+        """This expert-tensor-parallel rank's share of it."""
         size, rank = utils.get_pg_size(self.tp_group), utils.get_pg_rank(self.tp_group)
         share = planned.width // size
         lo = planned.lo + rank * share
-        return ExpertPiece(planned.expert, lo, lo + share)
+        return Piece(planned.expert, lo, lo + share)
 
     def _weight(self, rows: int, dim: int, stride: int):
         if not rows:
@@ -110,7 +96,7 @@ class HMoEExperts(MegatronModule):
             fc1.copy_(whole1[:, piece.lo : piece.hi].flatten(0, 1))
             fc2.copy_(whole2[:, piece.lo : piece.hi])
 
-    def by_piece(self, matrix: str, tensor: torch.Tensor | None = None) -> list[tuple[ExpertPiece, torch.Tensor]]:
+    def by_piece(self, matrix: str, tensor: torch.Tensor | None = None) -> list[tuple[Piece, torch.Tensor]]:
         """(piece, its part) of the parameter ``matrix``, or of a ``tensor`` of its shape."""
         if not self.pieces:
             return []

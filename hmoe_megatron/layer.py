@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from hmoe_megatron.dispatch import LogicalOrderDispatcher
+from hmoe_megatron.dispatch import LogicalOrderDispatcher, OneRankDispatcher
 from hmoe_megatron.experts import HMoEExperts
 from hmoe_megatron.router import HMoERouter
 from hmoe_megatron.slots import dispatch_slots, logical_slot_order, to_slots, unpadded
@@ -45,19 +45,23 @@ class HMoELayer(MoELayer):
         self.register_buffer("slot2expert_S", None, persistent=False)
         if slots != list(range(config.num_moe_experts)):
             self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
-        if config.deterministic_mode and config.moe_token_dispatcher_type == "alltoall":
-            self._sum_in_logical_order(logical_slot_order(config.hmoe.pieces(layer)), pg_collection)
+        if config.moe_token_dispatcher_type == "alltoall":
+            self._choose_dispatcher(logical_slot_order(config.hmoe.pieces(layer)), pg_collection)
 
-    def _sum_in_logical_order(self, slot_order: list[int], pg_collection) -> None:
-        """Take the dispatcher that does, where the order of the slots could show in the last bit."""
+    def _choose_dispatcher(self, slot_order: list[int], pg_collection) -> None:
+        """Another than Megatron's where the order of the slots could show in the last bit, or rows are of one rank."""
         # Two addends commute: with at most two rows a token Megatron's own order gives the same bits.
         several = self.config.moe_router_topk > 2 or self.config.moe_expert_capacity_factor is not None
-        if not several or slot_order == sorted(slot_order):
+        if self.config.deterministic_mode and several and slot_order != sorted(slot_order):
+            kind = partial(LogicalOrderDispatcher, slot_order=slot_order)
+        elif self.token_dispatcher.ep_size == self.token_dispatcher.tp_size == 1:
+            kind = OneRankDispatcher
+        else:
             return
         shared_experts = self.token_dispatcher.shared_experts
-        self.token_dispatcher = LogicalOrderDispatcher(
+        self.token_dispatcher = kind(
             self.num_local_experts, self.local_expert_indices, config=self.config,
-            pg_collection=pg_collection or get_default_pg_collection(), slot_order=slot_order,
+            pg_collection=pg_collection or get_default_pg_collection(),
         )  # fmt: skip
         if shared_experts is not None:
             self.token_dispatcher.set_shared_experts(shared_experts)

@@ -144,8 +144,8 @@ def check_plan(plan: PlacementPlan, widths, expert_tp: int) -> None:
         for piece in (piece for pieces in layer_plan.pieces for piece in pieces):
             if piece.width % expert_tp:
                 raise ValueError(
-                    f"layer {layer}: expert {piece.expert} [{piece.lo}:{piece.hi}) has width {piece.width}, which does "
-                    f"not divide by --expert-tensor-parallel-size {expert_tp}: use --hmoe-width-multiple {expert_tp}"
+                    f"layer {layer}: {piece} has width {piece.width}, which does not divide by "
+                    f"--expert-tensor-parallel-size {expert_tp}: use --hmoe-width-multiple {expert_tp}"
                 )
 
 

@@ -4,9 +4,12 @@ bf16 and fp16 are computed in fp32, one piece at a time: CPUs without such units
 fp32. Against the reference it saves the concatenation, the graph of small nodes, and the stored activation products.
 """
 
+import functools
+
 import torch
 
 from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.gemm.main_grad import added, main_grads
 
 
 def cpu_experts(x_RH, probs_R, rows, fc1, fc2, widths):
@@ -34,8 +37,8 @@ class _CpuExperts(torch.autograd.Function):
             gate_up = x.to(dtype) @ w1.to(dtype).t()
             gate_ups.append(gate_up)
             hidden = _swiglu(gate_up).mul_(probs.to(dtype).unsqueeze(-1))
-            _product(hidden, w2.to(dtype).t(), y)
-        ctx.rows, ctx.widths = rows, widths
+            _written(hidden, w2.to(dtype).t(), y)
+        ctx.rows, ctx.widths, ctx.main_grads = rows, widths, main_grads(fc1, fc2)
         ctx.save_for_backward(x_RH, probs_R, fc1, fc2, *gate_ups)
         return y_RH
 
@@ -44,7 +47,12 @@ class _CpuExperts(torch.autograd.Function):
         x_RH, probs_R, fc1, fc2, *gate_ups = ctx.saved_tensors
         rows, widths, dtype = ctx.rows, ctx.widths, _compute_dtype(x_RH)
         dx_RH, dprobs_R = torch.empty_like(x_RH), torch.empty_like(probs_R)
-        dfc1, dfc2 = torch.empty_like(fc1), torch.empty_like(fc2)
+        dfc1, dfc2 = ctx.main_grads or (torch.empty_like(fc1), torch.empty_like(fc2))
+        weight_grad = _written
+        if ctx.main_grads:
+            # One piece at a time, in a buffer that stays in the cache; the sum is the one of Megatron's hook.
+            scratch = fc1.new_empty(2 * max(widths) * fc1.shape[1], dtype=dtype)
+            weight_grad = functools.partial(_added, scratch, fc1.dtype)
         by_rows = (t.split(rows) for t in (x_RH, probs_R, dy_RH, dx_RH, dprobs_R))
         by_widths = (*(fc1_pieces(t, widths) for t in (fc1, dfc1)), *(fc2_pieces(t, widths) for t in (fc2, dfc2)))
         for x, probs, dy, dx, dprobs, w1, dw1, w2, dw2, gate_up in zip(*by_rows, *by_widths, gate_ups, strict=True):
@@ -52,18 +60,27 @@ class _CpuExperts(torch.autograd.Function):
             gate, up = gate_up.chunk(2, dim=-1)
             silu_gate = torch.nn.functional.silu(gate)
             swiglu = silu_gate * up
-            _product(dy.t(), swiglu * scale, dw2)
+            weight_grad(dy.t(), swiglu * scale, dw2)
             dhidden = dy @ w2.to(dtype)
             dprobs.copy_((dhidden * swiglu).sum(dim=-1))
             dswiglu = dhidden * scale
             dgate = torch.ops.aten.silu_backward(dswiglu * up, gate)
             dgate_up = torch.cat((dgate, dswiglu * silu_gate), dim=-1)
-            _product(dgate_up.t(), x.to(dtype), dw1)
-            _product(dgate_up, w1.to(dtype), dx)
+            weight_grad(dgate_up.t(), x.to(dtype), dw1)
+            _written(dgate_up, w1.to(dtype), dx)
+        if ctx.main_grads:
+            dfc1, dfc2 = added(fc1), added(fc2)
         return dx_RH, dprobs_R, None, dfc1, dfc2, None
 
 
-def _product(a, b, out):
+def _added(scratch, dtype, a, b, out):
+    """out += a @ b, rounded to ``dtype`` in between."""
+    product = scratch[: out.numel()].view(out.shape)
+    torch.mm(a, b, out=product)
+    out.add_(product.to(dtype))
+
+
+def _written(a, b, out):
     """out = a @ b, straight into it where the dtypes agree."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)

@@ -41,6 +41,9 @@ class Piece(NamedTuple):
     def width(self) -> int:
         return self.hi - self.lo
 
+    def __str__(self):
+        return f"expert {self.expert} [{self.lo}:{self.hi})"
+
 
 @dataclass(frozen=True)
 class LayerPlan:

@@ -151,6 +151,25 @@ def megatron_rng_state(folder):
 
 
 @check
+def permutation_without_a_sort(folder):
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoSort(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "sort" not in str(function)
+            return function(*args, **(kwargs or {}))
+
+    tokens, probs = torch.randn(7, 4), torch.rand(7, 5)
+    routing_map = probs > 0.5
+    for owner in (moe_utils, token_dispatcher):
+        stock = moe_utils.permute.__wrapped__(tokens, routing_map, probs, num_out_tokens=int(routing_map.sum()))
+        with NoSort():
+            found = owner.permute(tokens, routing_map, probs=probs, num_out_tokens=int(routing_map.sum()), fused=False)
+        assert all(map(torch.equal, found[:3], stock[:3])) and found[3:] == stock[3:] == (None, None)
+
+
+@check
 def queue_of_a_synchronous_save(folder):
     from multiprocessing import managers
 

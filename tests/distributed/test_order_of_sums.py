@@ -145,9 +145,9 @@ def norms_under_plans(shared):
     """
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
-    from hmoe_megatron.experts import ExpertPiece
     from hmoe_megatron.gemm.flat import MATRICES
     from hmoe_megatron.grad_norm import logical_norms
+    from hmoe_megatron.placement.plan import Piece
 
     world = torch.distributed.group.WORLD
     rank, ranks = world.rank(), world.size()
@@ -179,7 +179,7 @@ def norms_under_plans(shared):
             own += [held[grad][1] for grad in weights.values() if grad is not None] if shared else [
                 part for of_expert in zip(*parts.values(), strict=True) for part in of_expert]
             layers.append(SimpleNamespace(
-                pieces=[ExpertPiece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank], ep_group=experts,
+                pieces=[Piece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank], ep_group=experts,
                 piece_widths=[MANY_WIDTHS[expert] for expert in on_rank], **weights,
                 config=SimpleNamespace(num_moe_experts=len(MANY_WIDTHS)),
             ))  # fmt: skip

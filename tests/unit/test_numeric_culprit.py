@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.experts import ExpertPiece, HMoEExperts
+from hmoe_megatron.experts import HMoEExperts
 from hmoe_megatron.idle_experts import MOST_NAMED, IdleExperts
 from hmoe_megatron.numeric_culprit import GRADIENTS, LOGITS, WEIGHTS, ModuleProbe, findings_of, kind_of
 from hmoe_megatron.numeric_guard import remedy
+from hmoe_megatron.placement.plan import Piece
 from hmoe_megatron.stats import RoutingStats
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -43,7 +44,7 @@ class Experts(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pieces = (ExpertPiece(3, 0, 8), ExpertPiece(7, 16, 40))
+        self.pieces = (Piece(3, 0, 8), Piece(7, 16, 40))
         self.piece_widths = (8, 24)
         self.linear_fc1_weight = torch.nn.Parameter(torch.zeros(64, 2))
 

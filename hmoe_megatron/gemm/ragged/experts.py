@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from hmoe_megatron.gemm.main_grad import added, main_grads
 from hmoe_megatron.gemm.ragged import launches
 from hmoe_megatron.gemm.ragged.schedule import Layer
 from hmoe_megatron.gemm.ragged.tiles import TILES, VECTOR, tile_class, unsupported
@@ -61,7 +62,7 @@ class _RaggedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RH, probs_R, fc1, fc2, rows_E, layer, elements, graph, keep_hidden):
         x_RH, probs_R = _rows(x_RH), probs_R.contiguous()
-        ctx.main_grads = _main_grads(fc1, fc2)
+        ctx.main_grads = main_grads(fc1, fc2)
         ctx.layer, ctx.elements = layer, elements
         ctx.batch = layer.batch(rows_E, x_RH.shape[0], skip_empty=ctx.main_grads is not None)
         gate_up = x_RH.new_empty(2 * elements) if graph else None
@@ -107,13 +108,6 @@ def _rows(x_RH):
     return x_RH if aligned else x_RH.clone(memory_format=torch.contiguous_format)
 
 
-def _main_grads(*weights):
-    """Megatron's gradient buffers of the weights, where all have one that the kernels can write."""
-    grads = [getattr(weight, "main_grad", None) for weight in weights]
-    fit = all(grad is not None and grad.is_contiguous() and grad.data_ptr() % 16 == 0 for grad in grads)
-    return tuple(grads) if fit else None
-
-
 def _weight_grad(run, layer, batch, by_width, by_hidden, weight, main_grad):
     """Gradient of a weight; added to ``main_grad`` if there is one, and then a tensor without memory."""
     if main_grad is None:
@@ -121,14 +115,4 @@ def _weight_grad(run, layer, batch, by_width, by_hidden, weight, main_grad):
         run(layer, batch, by_width, by_hidden, grad, accumulate=False)
         return grad
     run(layer, batch, by_width, by_hidden, main_grad, accumulate=True)
-    weight.grad_added_to_main_grad = True
-    return _placeholder(weight.shape, weight.dtype, weight.device).detach()
-
-
-@functools.cache
-def _placeholder(shape, dtype, device) -> torch.Tensor:
-    """A tensor of this shape that occupies nothing. Megatron's hook wants a gradient of the right shape, so that it
-    runs in autograd's thread and knows the weight's turn, and reads nothing of one that is in main_grad already."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    tensor.untyped_storage().resize_(0)
-    return tensor
+    return added(weight)

@@ -1,0 +1,78 @@
+"""Two or more models, each in processes of its own, timed in turns: whatever the machine does meanwhile hits all."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from hmoe_megatron.launch.nodes import reserved_port
+
+
+class Side:
+    """Processes of benchmarks/worker.py with one model: ``ask`` for what it does. A context manager: it ends them."""
+
+    def __init__(self, name: str, kind: str, flags: str, log: Path, ranks: int = 1):
+        self.name, self.log = name, log
+        with reserved_port() as free:
+            port = free.getsockname()[1]
+        self._processes = []
+        with log.open("w") as file:
+            for rank in range(ranks):
+                environment = os.environ | {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                    "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+                }  # fmt: skip
+                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", kind, *flags.split()]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if rank == 0 else {
+                    "stdin": subprocess.DEVNULL, "stdout": file}  # fmt: skip
+                self._processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file, text=True, **pipes)
+                )
+        self.first = self._processes[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def ready_s(self) -> float:
+        """Waits until the model is there; seconds that setting it up took, without imports."""
+        return self._answer()["ready_s"]
+
+    def ask(self, what: str, **how) -> dict:
+        """Have it done, and wait. RuntimeError with the end of the log where it fails."""
+        self.first.stdin.write(json.dumps({"do": what, **how}) + "\n")
+        self.first.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self.first.stdout.readline()
+        if not line:
+            tail = "".join(self.log.read_text(errors="replace").splitlines(keepends=True)[-20:])
+            raise RuntimeError(f"{self.name} ended:\n{tail}")
+        return json.loads(line)
+
+
+def alternate(asks: dict, rounds: int) -> dict[str, list[float]]:
+    """Median milliseconds of each round, by name. asks: name -> function that returns the times of some calls.
+
+    The order turns round with every round: a machine that slows down favours none.
+    """
+    medians = {name: [] for name in asks}
+    for number in range(rounds):
+        for name in list(asks)[:: 1 if number % 2 == 0 else -1]:
+            medians[name].append(statistics.median(asks[name]()))
+    return medians
+
+
+def ratio(medians: dict[str, list[float]], name: str, to: str) -> tuple[float, float, float]:
+    """(median, least, most) over the rounds of one's time over the other's."""
+    ratios = [a / b for a, b in zip(medians[name], medians[to], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
