@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test campaign layouts lint bench-compute bench-planner bench-planner-real bench-data bench-convert bench-restart faults doctor lock clean
+.PHONY: help venv demo test campaign layouts lint gpu bench-compute bench-planner bench-planner-real bench-data bench-convert bench-restart faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
@@ -31,6 +31,9 @@ layouts: venv ## every row of docs/parallelism.md, up to 8 ranks
 
 lint: venv ## ruff
 	@$(PY) -m ruff check .
+
+gpu: ## proof and figures on a machine with a GPU, to benchmarks/gpu.md and gpu.json; installs nothing; 5 minutes
+	@python=$(PY); $$python -c '' 2>/dev/null || python=python3; $$python -m benchmarks.gpu $(BENCH_ARGS)
 
 bench-planner: venv ## the planner's figures, to benchmarks/planner.md (CASES=100000: all random layers under caps)
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.planner --cases $(CASES)

@@ -74,7 +74,7 @@ def sides(of: dict[str, tuple], ranks: int = 1):
             for name, (kind, flags) in of.items()
         }
         for side in started.values():
-            side.ready_s()
+            side.ready()
         yield started
 
 

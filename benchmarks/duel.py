@@ -14,7 +14,7 @@ from hmoe_megatron.launch.nodes import reserved_port
 class Side:
     """Processes of benchmarks/worker.py with one model: ``ask`` for what it does. A context manager: it ends them."""
 
-    def __init__(self, name: str, kind: str, flags: str, log: Path, ranks: int = 1):
+    def __init__(self, name: str, kind: str, flags: str, log: Path, ranks: int = 1, module="benchmarks.worker"):
         self.name, self.log = name, log
         with reserved_port() as free:
             port = free.getsockname()[1]
@@ -26,7 +26,7 @@ class Side:
                     "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
                     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
                 }  # fmt: skip
-                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", kind, *flags.split()]
+                command = [sys.executable, "-W", "ignore", "-m", module, kind, *flags.split()]
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if rank == 0 else {
                     "stdin": subprocess.DEVNULL, "stdout": file}  # fmt: skip
                 self._processes.append(
@@ -42,9 +42,9 @@ class Side:
             process.kill()
             process.wait()
 
-    def ready_s(self) -> float:
-        """Waits until the model is there; seconds that setting it up took, without imports."""
-        return self._answer()["ready_s"]
+    def ready(self) -> dict:
+        """Waits until the model is there: seconds since the process began and of building it, and its parameters."""
+        return self._answer()
 
     def ask(self, what: str, **how) -> dict:
         """Have it done, and wait. RuntimeError with the end of the log where it fails."""

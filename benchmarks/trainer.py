@@ -4,6 +4,7 @@ For what compares steps: the benchmarks, and the tests that compare runs. Legend
 """
 
 import sys
+import time
 
 import torch
 
@@ -56,6 +57,8 @@ class Trainer:
         from megatron.training.training import setup_model_and_optimizer
 
         initialize_megatron()
+        started_s = time.perf_counter()
+        self.config.pre_wrap_hooks.append(lambda chunks: self._built(chunks, started_s))
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, cfg_container=container, pg_collection=self.groups
@@ -69,6 +72,13 @@ class Trainer:
         self.data = iterators if len(iterators) > 1 else iterators[0]
         self.iteration = 0
         self._begin_overlap, self.end_overlap = _overlap(self.args, self.model, self.optimizer, self.model_config)
+
+    def _built(self, chunks, started_s):
+        """Notes how long Megatron took to build the model, before it wraps it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.build_s = time.perf_counter() - started_s
+        return chunks
 
     @property
     def layout(self):
@@ -109,6 +119,9 @@ def random_batches(args):
 
     shape = (args.micro_batch_size, args.seq_length + 1)
     generator = torch.Generator().manual_seed(args.seed + mpu.get_data_parallel_rank())
+    seen = args.consumed_train_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size())
+    for _ in range(seen):  # of a run that goes on
+        torch.randint(0, args.padded_vocab_size, shape, generator=generator)
     while True:
         tokens_BS = torch.randint(0, args.padded_vocab_size, shape, generator=generator)
         yield {

@@ -10,7 +10,10 @@ import os
 import sys
 import time
 
+import psutil
 import torch
+
+from benchmarks.step_parts import StepParts, kernels
 
 
 class Worker:
@@ -46,6 +49,21 @@ class Worker:
         losses = []
         times = self._timed_ms(lambda: losses.append(self.trainer.step()[0]), count)
         return {"ms": times, "losses": losses}
+
+    def parts(self, count: int) -> dict:
+        """Milliseconds of a step's parts, mean over ``count`` steps, and of the whole."""
+        with StepParts(unwrapped(self.trainer.model[0]), self.trainer.optimizer) as parts:
+            whole = sum(self._timed_ms(self.trainer.step, count))
+            ms = {part: of / count for part, of in parts.ms().items()}
+        return {"parts_ms": ms | {"rest": whole / count - sum(ms.values())}, "step_ms": whole / count}
+
+    def kernels(self) -> dict:
+        """The kernels that take most of a step."""
+        return {"kernels": kernels(self.trainer.step)}
+
+    def memory(self) -> dict:
+        """Most bytes of the device so far."""
+        return {"bytes": torch.cuda.max_memory_allocated() if self.on_gpu else 0}
 
     def moe_layer(self, count: int, tokens: int) -> dict:
         """Forward and backward passes of the first MoE layer, router and dispatch included."""
@@ -125,10 +143,10 @@ def main() -> None:
     pin()
     from benchmarks.trainer import Trainer
 
-    started_s = time.perf_counter()
     trainer = Trainer(flags, stock=side == "stock", guarded=True)
     worker = Worker(trainer, side == "stock")
-    ready = {"ready_s": time.perf_counter() - started_s}
+    ready = {"ready_s": time.time() - psutil.Process().create_time(), "build_s": trainer.build_s,
+             "expert_parameters": sum(p.numel() for p in worker.layer.experts.parameters())}  # fmt: skip
     control = torch.distributed.new_group(backend="gloo") if worker.ranks > 1 else None
     first = torch.distributed.get_rank() == 0
     while True:

@@ -1,5 +1,6 @@
 """Which backend computes the experts, by ``--hmoe-gemm-backend`` and by what the device at hand gets right."""
 
+import functools
 import os
 import time
 from functools import partial
@@ -79,15 +80,24 @@ def _failing(has_gpu: bool, shapes: ExpertShapes) -> str:
         return f"it takes none of the layers ({unsupported(min(shapes.widths), shapes.hidden, shapes.dtype)})"
     if not has_gpu:
         return ""
-    from hmoe_megatron.gemm.ragged.self_test import alignment, self_test
+    from hmoe_megatron.gemm.ragged.self_test import alignment
 
-    device = _device()
+    return _tested(shapes.hidden, shapes.dtype, frozenset(map(alignment, shapes.supported())), _device())
+
+
+@functools.cache
+def _tested(hidden, dtype, alignments, device) -> str:
+    """What the self-test says on this device; once a process."""
+    from hmoe_megatron.gemm.ragged import self_test
+
+    name = str(device)
     try:
+        name = torch.cuda.get_device_name(device)
         with torch.cuda.device(device):
-            wrong = self_test(shapes.hidden, shapes.dtype, set(map(alignment, shapes.supported())), device)
+            wrong = self_test.self_test(hidden, dtype, alignments, device)
     except Exception as error:  # whatever a compiler or driver says of it
         wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return f"the triton kernels fail on {torch.cuda.get_device_name(device)}: {wrong}" if wrong else ""
+    return f"the triton kernels fail on {name}: {wrong}" if wrong else ""
 
 
 def _left_out(shapes: ExpertShapes) -> str:

@@ -5,9 +5,9 @@
 
 import dataclasses
 
+from benchmarks.gpu.runs import LOCAL, RUNS, TE
 from hmoe_megatron.host.flags import cpu_argv
 from tests.distributed.training_run import ONE_ULP
-from tests.gpu.runs import LOCAL, RUNS, TE
 
 # What a layout is put together from. EP1, ETP of TP's size and alltoall or allgather as Megatron has them by default.
 WORDS = {
@@ -252,8 +252,8 @@ stay in the model's own precision, and `--fp8-param-gather` is refused. No GPU w
 |---|---|
 {standins}
 
-The tests that a machine with GPUs should run first (`make test PYTEST_ARGS="-m gpu"`; their flags are checked without
-one, their bounds are guesses; TE: `{te}`, local: `{local}`):
+The training runs that `make gpu` does (`make test PYTEST_ARGS="-m gpu"` has the same as tests; their flags are checked
+without a GPU, their bounds are guesses; TE: `{te}`, local: `{local}`):
 
 | run | GPUs | compared with |
 |---|---|---|
@@ -289,9 +289,11 @@ def refusal(flag: str) -> str:
 
 
 def gpu_comparison(run) -> str:
+    if run.resume:
+        return f"itself, not broken, losses within {run.bound:.0e}"
     if run.against is None:
         return "losses fall"
-    against = run.against.replace(TE, "TE").replace(LOCAL, "local")
+    against = run.against.replace(TE, "TE").replace(LOCAL, "local") or "no flag"
     return f"{against}, {run.against_gpus} GPU, losses within {run.bound:.0e}"
 
 

@@ -177,7 +177,8 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      LOCAL_WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+                      LOCAL_WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
+                      TRITON_INTERPRET="1")
     try:
         import torch.distributed
 

@@ -131,7 +131,7 @@ SCRIPT = """
     host.has_gpu = lambda: True
     host.prepare_environment()
     from hmoe_megatron import training
-    from tests.gpu.runs import MODEL
+    from benchmarks.gpu.runs import MODEL
     host.has_gpu = lambda: False
     training.prepare()                      # so that what follows runs without a GPU
     host.has_gpu = lambda: True
@@ -207,6 +207,13 @@ def test_a_start_with_nvidias_apex(start):
     assert found["no_persist_layer_norm"], "Apex has no RMSNorm"
 
 
+@pytest.fixture
+def unhidden(monkeypatch):
+    """As in a process that has hidden nothing yet."""
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+
+
+@pytest.mark.usefixtures("unhidden")
 def test_an_engine_that_does_not_import_is_not_there(tmp_path, monkeypatch):
     write(tmp_path, BROKEN)
     monkeypatch.syspath_prepend(tmp_path)
@@ -214,6 +221,7 @@ def test_an_engine_that_does_not_import_is_not_there(tmp_path, monkeypatch):
     assert not found.engine and "ImportError: undefined symbol: _ZN2at" in found.no_engine
 
 
+@pytest.mark.usefixtures("unhidden")
 def test_files_are_found_without_importing_them(tmp_path, monkeypatch):
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine/__init__.py").write_text("raise AssertionError('imported')")

@@ -163,6 +163,7 @@ def a_gpu(monkeypatch):
         return said["wrong"]
 
     monkeypatch.setattr(self_test, "self_test", test)
+    choice._tested.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said["capability"])
@@ -180,6 +181,7 @@ def test_auto_takes_triton_where_its_self_test_passes(a_gpu):
 @pytest.mark.parametrize("wrong", ["dx off by 3.1e-01 of its norm", RuntimeError("ptxas died\nof something")])
 def test_auto_takes_the_reference_where_it_fails_and_says_why(a_gpu, wrong):
     a_gpu["wrong"] = wrong
+    choice._tested.cache_clear()
     name, words = chosen("auto", True)
     assert name == "reference_experts" and "\n" not in words
     assert "the triton kernels fail on NVIDIA X: " in words and str(wrong).splitlines()[0] in words

@@ -21,15 +21,16 @@ def ragged_experts(x_RH, probs_R, rows, fc1, fc2, widths, keep_hidden=False):
     aligned = fc1.data_ptr() % 16 == 0 and fc2.data_ptr() % 16 == 0
     if not aligned or unsupported(tuple(widths), x_RH.shape[1], x_RH.dtype):
         return reference_experts(x_RH, probs_R, rows, fc1, fc2, widths)
-    layer = _layer(tuple(widths), x_RH.shape[1], _class(x_RH, len(rows)), x_RH.device)
+    layer = layer_of(tuple(widths), x_RH.shape[1], x_RH.dtype, x_RH.device, x_RH.shape[0])
     # Pinned, so that the copy waits for nothing.
     rows_E = torch.tensor(rows, dtype=torch.int32, pin_memory=x_RH.is_cuda).to(x_RH.device, non_blocking=True)
     elements = sum(count * width for count, width in zip(rows, widths, strict=True))
     return ragged_swiglu(x_RH, probs_R, fc1, fc2, rows_E, layer, elements, keep_hidden)
 
 
-def _class(x_RH, pieces: int) -> str:
-    return tile_class(x_RH.dtype, _shared_memory_bytes(x_RH.device), x_RH.shape[0] / pieces)
+def layer_of(widths: tuple[int, ...], hidden: int, dtype: torch.dtype, device: torch.device, rows: int) -> Layer:
+    """The layer of these widths with the tiles for so many rows in all on this device; made once."""
+    return _layer(widths, hidden, tile_class(dtype, _shared_memory_bytes(device), rows / len(widths)), device)
 
 
 @functools.cache

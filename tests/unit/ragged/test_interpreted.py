@@ -10,6 +10,7 @@ from hmoe_megatron.gemm.ragged import experts, launches, schedule, self_test, ti
 from hmoe_megatron.gemm.ragged.self_test import Case, errors, problem, results
 from tests.unit.ragged import cases
 
+pytestmark = cases.INTERPRETED
 CPU = torch.device("cpu")
 FP32, FP16 = torch.float32, torch.float16
 check = partial(problem, device=CPU, exact=torch.float64)

@@ -12,6 +12,7 @@ from hmoe_megatron.gemm import ragged
 from hmoe_megatron.gemm.ragged.self_test import Case, drawn
 from tests.unit.ragged import cases
 
+pytestmark = cases.INTERPRETED
 WIDTH, PIECES, ROWS, HIDDEN = 64, 4, 48, 32
 EQUAL = Case(HIDDEN, (WIDTH,) * PIECES, (ROWS,) * PIECES)
 UNEQUAL = EQUAL._replace(widths=(24, 40, 88, 104))

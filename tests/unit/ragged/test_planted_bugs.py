@@ -13,6 +13,7 @@ from hmoe_megatron.gemm.ragged.self_test import Case, drawn, problem
 from tests.distributed.ranks import run_ranks
 from tests.unit.ragged import cases
 
+pytestmark = cases.INTERPRETED
 HERE = Path(ragged.__file__).parent
 
 
