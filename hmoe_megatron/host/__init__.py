@@ -27,9 +27,10 @@ __all__ = ["ENVIRONMENT", "REPLACED", "apply", "has_gpu", "machine_argv", "machi
 
 _applied = False
 
+# Megatron asks for it with tensor parallelism, whatever the device: kernels then start in the order of their calls.
+# CUDA reads it when it starts.
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 ENVIRONMENT = {
-    # Megatron asks for it with tensor parallelism, whatever the device.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Megatron compiles small functions with torch.compile; on a CPU that needs a C++ compiler and minutes.
     "TORCHDYNAMO_DISABLE": "1",
     # Ranks share the cores.
@@ -45,8 +46,9 @@ def has_gpu():
 
 
 def prepare_environment():
-    """Hide from Megatron what of Transformer Engine and Apex it can't use. Without a GPU, set ENVIRONMENT where the
-    user did not, for this process and those it starts."""
+    """Hide from Megatron what of Transformer Engine and Apex it can't use. Set CONNECTIONS, and without a GPU
+    ENVIRONMENT, where the user did not, for this process and those it starts."""
+    os.environ.setdefault(CONNECTIONS, "1")
     optional.hide_what_megatron_cannot_use(has_gpu())
     if has_gpu():
         return

@@ -101,10 +101,14 @@ def test_environment_is_set_where_the_user_did_not(monkeypatch):
 def test_the_environment_is_left_alone_where_a_gpu_is(monkeypatch):
     monkeypatch.setattr(host, "has_gpu", lambda: True)
     monkeypatch.setattr(host.optional, "hide_what_megatron_cannot_use", lambda has_gpu: None)
-    for name in host.ENVIRONMENT:
+    for name in (host.CONNECTIONS, *host.ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
     host.prepare_environment()
     assert not set(host.ENVIRONMENT) & set(os.environ)
+    assert os.environ[host.CONNECTIONS] == "1", "tensor parallelism is refused without it"
+    monkeypatch.setenv(host.CONNECTIONS, "8")
+    host.prepare_environment()
+    assert os.environ[host.CONNECTIONS] == "8"
 
 
 @pytest.fixture(scope="module")
