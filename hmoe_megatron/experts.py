@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 
 from hmoe_megatron.gemm.flat import MATRICES, fc1_pieces, fc2_pieces
+from hmoe_megatron.gemm.main_grad import placeholder
 from hmoe_megatron.placement.plan import Piece
 
 
@@ -85,6 +86,7 @@ class HMoEExperts(MegatronModule):
         # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can load the
         # other's checkpoint.
         weight.allreduce = False
+        placeholder(weight.shape, weight.dtype, weight.device)  # now: in a backward pass it would meet the activations
         return weight
 
     @torch.no_grad()

@@ -114,7 +114,8 @@ def logical_norms(layers: list[HMoEExperts], find, shared_by=None) -> list[torch
     norms = squares[:, first:last].sqrt().float().flatten()
     # Megatron's norm, without Transformer Engine and Apex, waits for the device at every tensor. On a CPU one tensor a
     # matrix, as it would have without us: the same bits.
-    return [norms] if norms.is_cuda else list(norms.unbind())
+    # None at all of a rank that has no expert there: a fused norm drops what waits before an empty tensor.
+    return [norms] if norms.is_cuda and norms.numel() else list(norms.unbind())
 
 
 def _by_piece(layer, start: int, grad: torch.Tensor, elements: int):

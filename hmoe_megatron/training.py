@@ -105,9 +105,12 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig) -> ExpertLayou
 def expert_shapes(args: argparse.Namespace, plan: PlacementPlan) -> ExpertShapes:
     """What the ranks' experts will compute."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # As Megatron's validate_args will decide.
+    bf16_in_fp32 = args.bf16 and args.main_grads_dtype == "fp32"
+    in_fp32 = (args.accumulate_allreduce_grads_in_fp32 or bf16_in_fp32) and not args.grad_reduce_in_bf16
     share = expert_tensor_parallel_size(args)
     on_ranks = {tuple(piece.width // share for piece in pieces) for layer in plan.layers for pieces in layer.pieces}
-    return ExpertShapes(args.hidden_size, dtype, frozenset(filter(None, on_ranks)))
+    return ExpertShapes(args.hidden_size, dtype, frozenset(filter(None, on_ranks)), torch.float32 if in_fp32 else dtype)
 
 
 def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> PlacementPlan:
@@ -203,6 +206,9 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     numeric_guard.install(layout.stats)
+    fell_back = layout.settings.gemm_backend == "auto" and host.has_gpu() and "triton" not in layout.computed_by
+    if fell_back and args.rank != 0:  # rank 0 says it below
+        print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
     if args.rank == 0:
         announce(args, layout, parameters)
         if run_dir:
@@ -248,7 +254,7 @@ def refuse(error: Exception) -> int:
     """Say why the run can't start or go on; the exit code, 2 for settings that can't work."""
     ended = isinstance(error, RunEnded)
     rank = int(os.environ.get("RANK") or (process_of(os.environ) or (0,))[0])
-    if rank == 0 or (ended and not error.on_every_rank):
+    if rank == 0 or not getattr(error, "on_every_rank", True):
         where = f"rank {rank}: " if rank else ""
         print(f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}", file=sys.stderr, flush=True)
     return error.exit_code if ended else 2

@@ -18,15 +18,23 @@ OLDEST = (8, 0)  # compute capability: asynchronous copies and bf16
 
 
 class ExpertShapes(NamedTuple):
-    """What a run will compute: hidden size, dtype, and the widths of a rank's pieces, over all ranks and layers."""
+    """What a run will compute: hidden size, dtype, the widths of a rank's pieces, over all ranks and layers, and the
+    dtype of the gradients that are added up."""
 
     hidden: int
     dtype: torch.dtype
     widths: frozenset[tuple[int, ...]]
+    grad_dtype: torch.dtype = torch.float32
 
     def supported(self) -> list[tuple[int, ...]]:
         """Those of ``widths`` that the triton backend takes."""
         return [widths for widths in self.widths if not unsupported(widths, self.hidden, self.dtype)]
+
+
+class DeviceFailed(ValueError):
+    """The device of this rank can't do what the flags ask for. Other ranks may not know."""
+
+    on_every_rank = False
 
 
 class Chosen(NamedTuple):
@@ -45,9 +53,9 @@ def choose_compute(name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: 
     if name == "reference":
         return Chosen(reference_experts, "reference")
     started_s = time.monotonic()
-    if lacking := _lacking(has_gpu) or _failing(has_gpu, shapes):
+    if lacking := _lacking(has_gpu) or _failing(has_gpu, shapes, keep_hidden):
         if name == "triton":
-            raise ValueError(f"--hmoe-gemm-backend triton: {lacking}: use auto or reference")
+            raise DeviceFailed(f"--hmoe-gemm-backend triton: {lacking}: use auto or reference")
         return Chosen(reference_experts, f"reference, one expert after the other: {lacking}")
     from hmoe_megatron.gemm.ragged.experts import ragged_experts
 
@@ -74,30 +82,42 @@ def _device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _failing(has_gpu: bool, shapes: ExpertShapes) -> str:
+def _failing(has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool) -> str:
     """What the device gets wrong of the run's shapes; "" if nothing."""
     if not shapes.supported():
         return f"it takes none of the layers ({unsupported(min(shapes.widths), shapes.hidden, shapes.dtype)})"
     if not has_gpu:
         return ""
-    from hmoe_megatron.gemm.ragged.self_test import alignment
+    from hmoe_megatron.gemm.ragged.self_test import Variants, alignment
 
-    return _tested(shapes.hidden, shapes.dtype, frozenset(map(alignment, shapes.supported())), _device())
+    of = shapes.supported()
+    variants = Variants(shapes.hidden, shapes.dtype, frozenset(map(alignment, of)), max(map(len, of)),
+                        shapes.grad_dtype, keep_hidden)  # fmt: skip
+    return _tested(variants, _device())
 
 
 @functools.cache
-def _tested(hidden, dtype, alignments, device) -> str:
-    """What the self-test says on this device; once a process."""
+def _tested(variants, device) -> str:
+    """What the self-test says on this device; once a process. DeviceFailed if the device is not usable after it."""
     from hmoe_megatron.gemm.ragged import self_test
 
     name = str(device)
     try:
         name = torch.cuda.get_device_name(device)
         with torch.cuda.device(device):
-            wrong = self_test.self_test(hidden, dtype, alignments, device)
+            wrong = self_test.self_test(variants, device)
     except Exception as error:  # whatever a compiler or driver says of it
-        wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        wrong = _first_line(error)
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as after:  # an illegal access stays with the process
+            raise DeviceFailed(f"the triton kernels broke {name} for this process ({_first_line(after)}): "
+                               "use --hmoe-gemm-backend reference") from error  # fmt: skip
     return f"the triton kernels fail on {name}: {wrong}" if wrong else ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _left_out(shapes: ExpertShapes) -> str:

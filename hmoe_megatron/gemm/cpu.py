@@ -39,6 +39,7 @@ class _CpuExperts(torch.autograd.Function):
             hidden = _swiglu(gate_up).mul_(probs.to(dtype).unsqueeze(-1))
             _written(hidden, w2.to(dtype).t(), y)
         ctx.rows, ctx.widths, ctx.main_grads = rows, widths, main_grads(fc1, fc2)
+        ctx.weights = fc1, fc2  # to mark them: under hooks of saved tensors those saved are others
         ctx.save_for_backward(x_RH, probs_R, fc1, fc2, *gate_ups)
         return y_RH
 
@@ -69,7 +70,7 @@ class _CpuExperts(torch.autograd.Function):
             weight_grad(dgate_up.t(), x.to(dtype), dw1)
             _written(dgate_up, w1.to(dtype), dx)
         if ctx.main_grads:
-            dfc1, dfc2 = added(fc1), added(fc2)
+            dfc1, dfc2 = map(added, ctx.weights)
         return dx_RH, dprobs_R, None, dfc1, dfc2, None
 
 

@@ -18,15 +18,21 @@ def main_grads(*weights: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
 
 
 def added(weight: torch.Tensor) -> torch.Tensor:
-    """Tell Megatron that the gradient of ``weight`` is in its buffer. Returns what autograd gets for it: no memory."""
+    """Tell Megatron that the gradient of ``weight``, the parameter itself, is in its buffer.
+
+    Returns what autograd gets: a tensor without memory, which nothing may read. Megatron's hook does not, and takes it
+    away. So no weight may be in a graph twice, and none of its gradient may be left from before.
+    """
     weight.grad_added_to_main_grad = True
-    return _placeholder(weight.shape, weight.dtype, weight.device).detach()
+    if torch.is_anomaly_enabled():  # autograd then looks for NaN in it
+        return torch.zeros_like(weight)
+    return placeholder(weight.shape, weight.dtype, weight.device).detach()
 
 
 @functools.cache
-def _placeholder(shape, dtype, device) -> torch.Tensor:
-    """A tensor of this shape that occupies nothing. Megatron's hook wants a gradient of the right shape, so that it
-    runs in autograd's thread and knows the weight's turn, and reads nothing of one that is in main_grad already."""
+def placeholder(shape, dtype, device) -> torch.Tensor:
+    """A tensor of this shape that occupies nothing, after it is made. Megatron's hook wants a gradient of the right
+    shape, so that it runs in autograd's thread and knows the weight's turn."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.untyped_storage().resize_(0)
     return tensor

@@ -154,10 +154,10 @@ def a_gpu(monkeypatch):
     """A GPU of whose kernels self_test says what it is told to."""
     from hmoe_megatron.gemm.ragged import self_test
 
-    said = {"capability": (9, 0), "wrong": ""}
+    said = {"capability": (9, 0), "wrong": "", "after": None}
 
-    def test(hidden, dtype, alignments, device):
-        said["tested"] = hidden, dtype, alignments, device
+    def test(variants, device):
+        said["tested"] = variants, device
         if isinstance(said["wrong"], Exception):
             raise said["wrong"]
         return said["wrong"]
@@ -169,13 +169,23 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said["capability"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def synchronize(device):
+        if said["after"]:
+            raise said["after"]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return said
 
 
 def test_auto_takes_triton_where_its_self_test_passes(a_gpu):
     name, words = chosen("auto", True)
     assert name == "ragged_experts" and words.startswith("triton, checked on this device in ")
-    assert a_gpu["tested"] == (64, torch.bfloat16, {8}, torch.device("cuda", 3)), "of both sets of widths 8 divides all"
+    variants, device = a_gpu["tested"]
+    assert variants == (64, torch.bfloat16, {8}, 2, torch.float32, False), "of both sets of widths 8 divides all"
+    assert device == torch.device("cuda", 3)
+    choose_compute("auto", True, SHAPES._replace(grad_dtype=torch.bfloat16), keep_hidden=True)
+    assert a_gpu["tested"][0][4:] == (torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("wrong", ["dx off by 3.1e-01 of its norm", RuntimeError("ptxas died\nof something")])
@@ -187,6 +197,16 @@ def test_auto_takes_the_reference_where_it_fails_and_says_why(a_gpu, wrong):
     assert "the triton kernels fail on NVIDIA X: " in words and str(wrong).splitlines()[0] in words
     with pytest.raises(ValueError, match="--hmoe-gemm-backend triton: the triton kernels fail on NVIDIA X"):
         chosen("triton", True)
+
+
+def test_a_device_that_the_kernels_broke_ends_the_run_with_the_remedy(a_gpu):
+    """An illegal access stays with the process: the reference would fail at its first product, far from the cause."""
+    a_gpu["wrong"] = RuntimeError("an illegal memory access was encountered")
+    a_gpu["after"] = RuntimeError("an illegal memory access was encountered")
+    choice._tested.cache_clear()
+    with pytest.raises(choice.DeviceFailed, match="broke NVIDIA X .*: use --hmoe-gemm-backend reference") as refused:
+        chosen("auto", True)
+    assert not refused.value.on_every_rank, "this rank alone may know: it says so itself"
 
 
 def test_auto_takes_the_reference_where_there_is_nothing_to_run_triton_on(a_gpu, monkeypatch):
@@ -206,7 +226,7 @@ def test_triton_needs_a_gpu(monkeypatch):
 
 def test_layers_that_the_kernels_cannot_take_are_named(a_gpu):
     name, words = chosen("auto", True, SHAPES._replace(widths=frozenset([(8, 16), (8, 37)])))
-    assert name == "ragged_experts" and a_gpu["tested"][2] == {8}
+    assert name == "ragged_experts" and a_gpu["tested"][0].alignments == {8}
     assert words.endswith("; 1 of 2 sets of pieces one after the other: width 37, which is not a multiple of 8 "
                           "(--hmoe-width-multiple 8)")  # fmt: skip
     name, words = chosen("auto", True, SHAPES._replace(hidden=40))

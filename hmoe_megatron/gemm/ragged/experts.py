@@ -64,6 +64,7 @@ class _RaggedSwiGLU(torch.autograd.Function):
     def forward(ctx, x_RH, probs_R, fc1, fc2, rows_E, layer, elements, graph, keep_hidden):
         x_RH, probs_R = _rows(x_RH), probs_R.contiguous()
         ctx.main_grads = main_grads(fc1, fc2)
+        ctx.weights = fc1, fc2  # to mark them: under hooks of saved tensors those saved are others
         ctx.layer, ctx.elements = layer, elements
         ctx.batch = layer.batch(rows_E, x_RH.shape[0], skip_empty=ctx.main_grads is not None)
         gate_up = x_RH.new_empty(2 * elements) if graph else None
@@ -93,9 +94,13 @@ class _RaggedSwiGLU(torch.autograd.Function):
         hidden = dh if ctx.hidden is None else ctx.hidden
         del dh, again
         main1, main2 = ctx.main_grads or (None, None)
-        dfc2 = _weight_grad(launches.run_fc2_grad, layer, batch, hidden, dy_RH, fc2, main2) if needs_fc2 else None
+        weight1, weight2 = ctx.weights
+        dfc2 = dfc1 = None
+        if needs_fc2:
+            dfc2 = _weight_grad(launches.run_fc2_grad, layer, batch, hidden, dy_RH, weight2, main2)
         del hidden
-        dfc1 = _weight_grad(launches.run_fc1_grad, layer, batch, gate_up, x_RH, fc1, main1) if needs_fc1 else None
+        if needs_fc1:
+            dfc1 = _weight_grad(launches.run_fc1_grad, layer, batch, gate_up, x_RH, weight1, main1)
         dx_RH = None
         if needs_x:
             dx_RH = torch.empty_like(x_RH)

@@ -2,11 +2,13 @@
 
 A wrong result of a compiler for one architecture is silent (Triton 3.7.1 on sm_103: dx). So before anything is trained,
 each variant of the kernels that a run will use is checked on the device at hand: its dtype, hidden size and alignment
-of widths, few rows and many, gradients written and added. The tests and benchmarks/gpu check more cases by ``errors``.
+of widths, few rows and many, gradients written and added, with and without a backward pass to come. The tests and
+benchmarks/gpu check more cases by ``errors``.
 """
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,15 +25,38 @@ ROWS = ((130, 0, 70), (300, 0, 700))
 BOUNDS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 LARGEST = 10  # times the bound: largest error over the largest value
 ADDED = 0.25  # what a gradient is added to
+MANY_PIECES = 64  # above it the schedule is compiled for more
 
 
 class Case(NamedTuple):
-    """A layer and its batch. accumulate: weight gradients are added to ``main_grad``."""
+    """A layer and its batch. accumulate: weight gradients are added to a ``main_grad`` of this dtype."""
 
     hidden: int
     widths: tuple[int, ...]
     rows: tuple[int, ...]
     accumulate: bool = False
+    grad_dtype: torch.dtype = torch.float32
+
+
+class Variants(NamedTuple):
+    """What a run will need of the kernels. alignments: of the widths of its layers; pieces: the most on a rank."""
+
+    hidden: int
+    dtype: torch.dtype
+    alignments: frozenset[int]
+    pieces: int = 1
+    grad_dtype: torch.dtype = torch.float32
+    keep_hidden: bool = False
+
+    def cases(self):
+        """Layers that use each of them once."""
+        for power in sorted(self.alignments):
+            widths = (power, 3 * power, power * (2 * (512 // (2 * power)) + 1))
+            for rows in ROWS:
+                for accumulate in (False, True):
+                    yield Case(self.hidden, widths, rows, accumulate, self.grad_dtype)
+            if self.pieces > MANY_PIECES:
+                yield Case(self.hidden, (power,) * self.pieces, (3, 0) * (self.pieces // 2) + (1,) * (self.pieces % 2))
 
 
 def alignment(widths) -> int:
@@ -39,22 +64,35 @@ def alignment(widths) -> int:
     return next(power for power in (256, 128, 64, 32, 16, 8, 4, 2, 1) if not any(width % power for width in widths))
 
 
-def self_test(hidden: int, dtype: torch.dtype, alignments, device: torch.device) -> str:
-    """What is wrong, or "". alignments: of the layers that the run will compute."""
-    for power in sorted(alignments):
-        widths = (power, 3 * power, power * (2 * (512 // (2 * power)) + 1))
-        for rows in ROWS:
-            for accumulate in (False, True):
-                case = Case(hidden, widths, rows, accumulate)
-                if wrong := problem(case, dtype, device, ragged_experts):
-                    return f"{wrong} ({case})"
+def self_test(variants: Variants, device: torch.device) -> str:
+    """What is wrong, or ""."""
+    compute = partial(ragged_experts, keep_hidden=variants.keep_hidden)
+    for case in variants.cases():
+        wrong = problem(case, variants.dtype, device, compute)
+        if wrong := wrong or problem_without_gradients(case, variants.dtype, device, compute):
+            return f"{wrong} ({case})"
     return ""
 
 
 def problem(case: Case, dtype, device, compute: ExpertCompute, exact=torch.float32, seed=0) -> str:
     """What ``compute`` gets wrong, or "". exact: dtype of the reference."""
-    for name, (norm, largest) in errors(case, dtype, device, compute, exact, seed).items():
-        if not (norm < BOUNDS[dtype] and largest < LARGEST * BOUNDS[dtype]):  # a NaN too
+    return _first_over(errors(case, dtype, device, compute, exact, seed), BOUNDS[dtype])
+
+
+def problem_without_gradients(case: Case, dtype, device, compute: ExpertCompute, seed=0) -> str:
+    """Where ``compute`` gives another y with no backward pass to come (g and u are then not written), or ""."""
+    (x, *others), _ = drawn(case, device, seed)
+    x, probs, fc1, fc2 = x.to(dtype), others[0], others[1].to(dtype), others[2].to(dtype)
+    with poisoned():
+        y = compute(x.requires_grad_(), probs, list(case.rows), fc1, fc2, case.widths).detach()
+        with torch.no_grad():
+            again = compute(x, probs, list(case.rows), fc1, fc2, case.widths)
+    return _first_over({"y without gradients": _apart(again.float(), y.float())}, BOUNDS[dtype])
+
+
+def _first_over(errors: dict[str, tuple], bound: float) -> str:
+    for name, (norm, largest) in errors.items():
+        if not (norm < bound and largest < LARGEST * bound):  # a NaN too
             return f"{name} is off by {norm:.1e} of its norm, by {largest:.1e} of its largest value"
     return ""
 
@@ -103,12 +141,12 @@ def results(case: Case, tensors, dy, compute: ExpertCompute | Callable) -> list[
     weights = tensors[2:]
     if case.accumulate and compute is not reference_experts:
         for weight in weights:
-            weight.main_grad = torch.full(weight.shape, ADDED, device=weight.device)
+            weight.main_grad = torch.full(weight.shape, ADDED, device=weight.device, dtype=case.grad_dtype)
     y = compute(*tensors[:2], list(case.rows), *weights, case.widths)
     y.backward(dy)
     grads = [tensor.grad for tensor in tensors]
     if hasattr(weights[0], "main_grad"):
-        grads[2:] = [weight.main_grad - ADDED for weight in weights]
+        grads[2:] = [weight.main_grad.float() - ADDED for weight in weights]
     return [y.detach(), *grads]
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hmoe_megatron.gemm import ragged
+from hmoe_megatron.gemm.cpu import cpu_experts
 from hmoe_megatron.gemm.ragged import experts, launches, schedule, self_test, tiles
-from hmoe_megatron.gemm.ragged.self_test import Case, errors, problem, results
+from hmoe_megatron.gemm.ragged.self_test import Case, Variants, errors, problem, problem_without_gradients, results
 from tests.unit.ragged import cases
 
 pytestmark = cases.INTERPRETED
@@ -128,6 +129,31 @@ def test_gradients_go_to_main_grad_and_autograd_gets_an_empty_shell():
         assert (weight.main_grad != 1).any()
 
 
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_the_parameter_is_marked_whatever_hooks_of_saved_tensors_return(backend):
+    """Activation offloading saves copies: a mark on one of them would have Megatron add the gradient again."""
+    case, tensors, dy = layer_and_inputs()
+    weights = tensors[2:]
+    for weight in weights:
+        weight.main_grad = torch.zeros_like(weight.detach())
+    compute = cases.backend(ragged, cases.tiles()) if backend == "triton" else cpu_experts
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        y = compute(*tensors[:2], list(case.rows), *weights, case.widths)
+    y.backward(dy)
+    assert all(weight.grad_added_to_main_grad and weight.main_grad.any() for weight in weights)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_nothing_of_the_shell_is_read_where_autograd_looks_for_nan(backend):
+    case, tensors, dy = layer_and_inputs()
+    for weight in tensors[2:]:
+        weight.main_grad = torch.zeros_like(weight.detach())
+    compute = cases.backend(ragged, cases.tiles()) if backend == "triton" else cpu_experts
+    with torch.autograd.detect_anomaly(check_nan=True):
+        compute(*tensors[:2], list(case.rows), *tensors[2:], case.widths).backward(dy)
+    assert all(not weight.grad.any() and weight.main_grad.any() for weight in tensors[2:])
+
+
 def test_a_main_grad_that_the_kernels_cannot_write_is_left_to_megatrons_hook():
     case, tensors, dy = layer_and_inputs()
     for weight in tensors[2:]:
@@ -152,16 +178,47 @@ def test_layers_that_the_kernels_cannot_take_go_to_the_reference(monkeypatch):
 
 def test_the_self_test_passes_here_and_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(self_test, "ROWS", ((5, 0, 2),))
-    assert self_test.self_test(32, FP32, {16}, CPU) == ""
+    assert self_test.self_test(Variants(32, FP32, frozenset({16})), CPU) == ""
 
-    def wrong(*given):
+    def wrong(*given, keep_hidden):
         y = experts.ragged_experts(*given)
-        y.register_hook(lambda grad: grad * 1.1)  # so that y alone is right
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * 1.1)  # so that y alone is right
         return y
 
     monkeypatch.setattr(self_test, "ragged_experts", wrong)
-    said = self_test.self_test(32, FP32, {8, 16}, CPU)
+    said = self_test.self_test(Variants(32, FP32, frozenset({8, 16})), CPU)
     assert said.startswith("dx is off by 1.0e-01 of its norm") and "widths=(8, 24, 520)" in said
+
+
+def test_the_self_test_has_each_variant_that_a_run_needs(monkeypatch):
+    kept = []
+    for check_ in ("problem", "problem_without_gradients"):
+        monkeypatch.setattr(self_test, check_, lambda case, dtype, device, compute: kept.append(compute.keywords))
+    variants = Variants(32, FP16, frozenset({8, 64}), pieces=65, grad_dtype=FP16, keep_hidden=True)
+    cases_ = list(variants.cases())
+    assert {case.accumulate for case in cases_} == {False, True} and {case.grad_dtype for case in cases_} == {
+        FP16,
+        FP32,
+    }
+    assert {self_test.alignment(case.widths) for case in cases_} == {8, 64}
+    assert {len(case.widths) for case in cases_} == {3, 65} and all(len(c.widths) == len(c.rows) for c in cases_)
+    assert self_test.self_test(variants, CPU) == "" and kept == [{"keep_hidden": True}] * 2 * len(cases_)
+
+
+def test_gradients_of_bf16_buffers():
+    """As --grad-reduce-in-bf16 has them. fp16 weights: Triton's interpreter has no right bf16."""
+    case = Case(32, (40, 16), (18, 5), accumulate=True, grad_dtype=torch.float16)
+    assert check(case, FP16, compute=cases.backend(ragged, cases.tiles())) == ""
+
+
+def test_a_result_that_is_wrong_without_gradients_only_is_seen():
+    def wrong(*given):
+        return experts.ragged_experts(*given) * (1 if torch.is_grad_enabled() else 2)
+
+    case = layer_and_inputs()[0]
+    assert problem_without_gradients(case, FP32, CPU, wrong).startswith("y without gradients is off by 1.0e+00")
+    assert problem_without_gradients(case, FP32, CPU, experts.ragged_experts) == ""
 
 
 def test_new_memory_is_poisoned_while_it_is_checked():
