@@ -75,6 +75,7 @@ def sides(of: dict[str, tuple], ranks: int = 1):
         }
         for side in started.values():
             side.ready()
+            side.ask("build")
         yield started
 
 

@@ -15,7 +15,7 @@ class Side:
     """Processes of benchmarks/worker.py with one model: ``ask`` for what it does. A context manager: it ends them."""
 
     def __init__(self, name: str, kind: str, flags: str, log: Path, ranks: int = 1, module="benchmarks.worker"):
-        self.name, self.log = name, log
+        self.name, self.log, self._ready = name, log, None
         with reserved_port() as free:
             port = free.getsockname()[1]
         self._processes = []
@@ -43,21 +43,32 @@ class Side:
             process.wait()
 
     def ready(self) -> dict:
-        """Waits until the model is there: seconds since the process began and of building it, and its parameters."""
-        return self._answer()
+        """Waits until all is imported: {"ready_s"}, seconds since the process began."""
+        self._ready = self._ready or self._answer()
+        return self._ready
 
     def ask(self, what: str, **how) -> dict:
         """Have it done, and wait. RuntimeError with the end of the log where it fails."""
-        self.first.stdin.write(json.dumps({"do": what, **how}) + "\n")
-        self.first.stdin.flush()
+        try:
+            self.first.stdin.write(json.dumps({"do": what, **how}) + "\n")
+            self.first.stdin.flush()
+        except (OSError, ValueError) as error:  # it has ended
+            raise self._failed() from error
         return self._answer()
 
+    def ended(self) -> bool:
+        """Whether one of its processes runs no more."""
+        return any(process.poll() is not None for process in self._processes)
+
     def _answer(self) -> dict:
-        line = self.first.stdout.readline()
-        if not line:
-            tail = "".join(self.log.read_text(errors="replace").splitlines(keepends=True)[-20:])
-            raise RuntimeError(f"{self.name} ended:\n{tail}")
-        return json.loads(line)
+        try:
+            return json.loads(self.first.stdout.readline())
+        except (OSError, ValueError) as error:  # no line, or half of one
+            raise self._failed() from error
+
+    def _failed(self) -> RuntimeError:
+        tail = "".join(self.log.read_text(errors="replace").splitlines(keepends=True)[-20:])
+        return RuntimeError(f"{self.name} ended:\n{tail}")
 
 
 def alternate(asks: dict, rounds: int) -> dict[str, list[float]]:

@@ -20,8 +20,15 @@ def stamp(*packages: str) -> str:
 
 
 def _commit() -> str:
+    """Of the code here; what COMMIT in the environment says where the code was copied without its history."""
+    if given := os.environ.get("COMMIT"):
+        return given
+
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            return ""
 
     changed = [line for line in git("status", "--porcelain").splitlines() if not line.endswith(".md")]
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")

@@ -39,13 +39,21 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
 
 
 class Trainer:
-    """A model, its optimizer and its data; ``step`` trains once. One at a time in a process: ``close`` ends it.
+    """A model, its optimizer and its data; ``step`` trains once. One at a time in a process: ``close`` ends it, and so
+    does a set-up that fails.
 
     batches: endless iterator of micro-batches, one for each model chunk; random tokens if it is not given. hooks: of
     Megatron's ``pre_wrap_hooks``, called with the model's chunks before they are wrapped.
     """
 
     def __init__(self, argv: list[str], stock: bool = False, guarded: bool = False, batches=None, hooks=()):
+        try:
+            self._set_up(argv, stock, guarded, batches or random_batches, hooks)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, argv, stock, guarded, batches, hooks):
         self.args, self.config, container = configure(argv, stock, guarded)
         self.config.pre_wrap_hooks.extend(hooks)
         from megatron.core.distributed import finalize_model_grads
@@ -68,7 +76,7 @@ class Trainer:
         self.model_config.finalize_model_grads_func = finalize_model_grads
         for chunk in self.model:
             chunk.train()
-        iterators = [RerunDataIterator((batches or random_batches)(self.args)) for _ in self.model]
+        iterators = [RerunDataIterator(batches(self.args)) for _ in self.model]
         self.data = iterators if len(iterators) > 1 else iterators[0]
         self.iteration = 0
         self._begin_overlap, self.end_overlap = _overlap(self.args, self.model, self.optimizer, self.model_config)
@@ -113,17 +121,21 @@ class Trainer:
             torch.cuda.empty_cache()
 
 
-def random_batches(args):
-    """Endless micro-batches of random tokens, [B, S], other ones on each data-parallel rank."""
+def random_batches(args, symbols: int | None = None):
+    """Endless micro-batches of random tokens, [B, S], other ones on each data-parallel rank.
+
+    symbols: so many different ones, all of the vocabulary if it is not given. Of few a model learns at once that there
+    are no others.
+    """
     from megatron.core import mpu
 
     shape = (args.micro_batch_size, args.seq_length + 1)
     generator = torch.Generator().manual_seed(args.seed + mpu.get_data_parallel_rank())
     seen = args.consumed_train_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size())
     for _ in range(seen):  # of a run that goes on
-        torch.randint(0, args.padded_vocab_size, shape, generator=generator)
+        torch.randint(0, symbols or args.padded_vocab_size, shape, generator=generator)
     while True:
-        tokens_BS = torch.randint(0, args.padded_vocab_size, shape, generator=generator)
+        tokens_BS = torch.randint(0, symbols or args.padded_vocab_size, shape, generator=generator)
         yield {
             "tokens": tokens_BS[:, :-1].contiguous(),
             "labels": tokens_BS[:, 1:].contiguous(),

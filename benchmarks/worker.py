@@ -2,7 +2,8 @@
 
     python -m benchmarks.worker ours|stock FLAGS      ranks by RANK, WORLD_SIZE, MASTER_PORT; what duel.Side starts
 
-A JSON line {"do": NAME, ...} is answered by one; Megatron's own prints go to standard error. See ``Worker`` for NAMEs.
+The first answer comes when all is imported, and the first line to it must be {"do": "build"}; then a JSON line
+{"do": NAME, ...} is answered by one. Megatron's own prints go to standard error. See ``Worker`` for NAMEs.
 """
 
 import json
@@ -60,6 +61,11 @@ class Worker:
     def kernels(self) -> dict:
         """The kernels that take most of a step."""
         return {"kernels": kernels(self.trainer.step)}
+
+    def experts_a_token(self) -> dict:
+        """Mean number of experts that tokens chose since the last call."""
+        counts_LE, tokens_L = self.trainer.layout.stats.take((), "cuda" if self.on_gpu else "cpu")
+        return {"experts": float(counts_LE.sum() / tokens_L.sum())}
 
     def memory(self) -> dict:
         """Most bytes of the device so far."""
@@ -133,6 +139,16 @@ def pin() -> None:
         torch.set_num_threads(1)
 
 
+def build(side: str, flags: list[str]) -> tuple[Worker, dict]:
+    """The worker, and what is answered: seconds of building the model and of all its set-up, and its parameters."""
+    from benchmarks.trainer import Trainer
+
+    begun = time.perf_counter()
+    worker = Worker(Trainer(flags, stock=side == "stock", guarded=True), side == "stock")
+    return worker, {"build_s": worker.trainer.build_s, "set_up_s": time.perf_counter() - begun,
+                    "expert_parameters": sum(p.numel() for p in worker.layer.experts.parameters())}  # fmt: skip
+
+
 def main() -> None:
     side, *flags = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
@@ -141,26 +157,31 @@ def main() -> None:
 
     host.prepare_environment()
     pin()
-    from benchmarks.trainer import Trainer
+    from benchmarks import trainer
 
-    trainer = Trainer(flags, stock=side == "stock", guarded=True)
-    worker = Worker(trainer, side == "stock")
-    ready = {"ready_s": time.time() - psutil.Process().create_time(), "build_s": trainer.build_s,
-             "expert_parameters": sum(p.numel() for p in worker.layer.experts.parameters())}  # fmt: skip
-    control = torch.distributed.new_group(backend="gloo") if worker.ranks > 1 else None
-    first = torch.distributed.get_rank() == 0
-    while True:
+    trainer.prepare()
+    import megatron.training.training  # noqa: F401
+
+    first = os.environ["RANK"] == "0"
+
+    def say(answer):
         if first:
-            print(json.dumps(ready), file=answers, flush=True)
-            line = [sys.stdin.readline()]
-        else:
-            line = [None]
+            print(json.dumps(answer), file=answers, flush=True)
+
+    say({"ready_s": time.time() - psutil.Process().create_time()})
+    if first and not sys.stdin.readline():  # the first that is asked for is to build; the other ranks wait for this one
+        return
+    worker, built = build(side, flags)
+    say(built)
+    control = torch.distributed.new_group(backend="gloo") if worker.ranks > 1 else None
+    while True:
+        line = [sys.stdin.readline() if first else None]
         if control is not None:
             torch.distributed.broadcast_object_list(line, 0, group=control)
         if not line[0]:
             return
         asked = json.loads(line[0])
-        ready = getattr(worker, asked.pop("do"))(**asked)
+        say(getattr(worker, asked.pop("do"))(**asked))
 
 
 if __name__ == "__main__":

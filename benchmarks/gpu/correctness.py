@@ -1,26 +1,30 @@
 """The triton backend on the device at hand against fp32: named cases, random ones, poisoned memory, twice bitwise.
 
-    python -m benchmarks.gpu.correctness [--random COUNT --kind 0..7] [--tiny] [--sanitizer]
+    python -m benchmarks.gpu.correctness [--dtype DTYPE | --graph | --random COUNT --kind 0..7 | --sanitizer] [--tiny]
 
 Inputs are drawn anew at every call. Random cases come in KINDS, which differ in the kernels that they need compiled: as
 many processes at a time compile them as there are. --sanitizer: a few cases under compute-sanitizer.
 """
 
 import argparse
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 
 import torch
 
 from benchmarks.gpu.rows import device, emit
 from benchmarks.machine import ROOT
+from hmoe_megatron.gemm.choice import first_line
 from hmoe_megatron.gemm.ragged.experts import layer_of, ragged_experts, ragged_swiglu
 from hmoe_megatron.gemm.ragged.self_test import BOUNDS, LARGEST, Case, drawn, errors, results
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NAMES = ("bfloat16", "float16", "float32")
+DTYPES = tuple(getattr(torch, name) for name in NAMES)
 CASES = {
     "widest first, one without rows": Case(1024, (2208, 864, 1440), (700, 0, 130)),
     "widest last, added": Case(768, (864, 1056, 2208), (300, 0, 500), accumulate=True),
@@ -54,11 +58,14 @@ def random_case(draw: random.Random, kind: int) -> Case:
     return Case(hidden, tuple(widths), rows, bool(kind & 4))
 
 
-def worst_of(cases: dict, dtype, seed: int) -> dict:
-    """{"failed": [...], "worst": {"y": norm of the error over that of the result, ...}, "bitwise": cases that differ in
-    a second run}."""
-    failed, different, worst = [], [], {}
+def worst_of(cases: dict, dtype, seed: int, until: float = math.inf) -> dict:
+    """Of the cases begun before ``until``, seconds since the epoch: {"cases": how many, "of": of how many, "failed":
+    [...], "worst": {"y": norm of the error over that of the result, ...}, "different in a second run": [...]}."""
+    failed, different, worst, done = [], [], {}, 0
     for number, (name, case) in enumerate(cases.items()):
+        if time.time() > until:
+            break
+        done += 1
         try:
             found = errors(case, dtype, device(), ragged_experts, seed=seed + number)
             for what, (norm, largest) in found.items():
@@ -68,8 +75,8 @@ def worst_of(cases: dict, dtype, seed: int) -> dict:
             if not same_twice(case, dtype, seed + number):
                 different.append(name)
         except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}: {case}")
-    return {"failed": failed, "worst": worst, "different in a second run": different}
+            failed.append(f"{name}: {first_line(error)}: {case}")
+    return {"cases": done, "of": len(cases), "failed": failed, "worst": worst, "different in a second run": different}
 
 
 def same_twice(case: Case, dtype, seed: int) -> bool:
@@ -110,16 +117,21 @@ def in_a_graph(case: Case) -> dict:
     return {"failed": differ}
 
 
-def sanitized() -> dict:
+def sanitized(until: float) -> dict:
     """What compute-sanitizer's memcheck says of a few cases; needs the tool."""
-    tool = shutil.which("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     if not tool:
         return {"skipped": "compute-sanitizer is not installed"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.correctness",
                "--only", "few rows", "--only", "widest last, added"]  # fmt: skip
     # Each tensor its own allocation, so that a read past one is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    left_s = max(1.0, until - time.time())
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace",
+                              timeout=None if math.isinf(left_s) else left_s)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"not done after {left_s:.0f} s"}
     summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
     return {"failed": [] if done.returncode == 0 else (done.stdout + done.stderr).splitlines()[-20:],
             "said": summary[-1].strip("= ") if summary else "no summary"}  # fmt: skip
@@ -129,26 +141,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=0, help="random cases in bf16, and nothing else; default: none")
     parser.add_argument("--kind", type=int, choices=range(KINDS), default=0, help="of the random cases")
-    parser.add_argument("--only", action="append", help="of the named cases these, in bf16")
-    parser.add_argument("--tiny", action="store_true", help="small cases, for a test on a CPU")
+    parser.add_argument("--dtype", choices=NAMES, help="the named cases in this one, and nothing else")
+    parser.add_argument("--graph", action="store_true", help="a CUDA graph, and nothing else")
+    parser.add_argument("--only", action="append", help="of the named cases these, in bf16, and nothing else")
     parser.add_argument("--sanitizer", action="store_true", help="a few cases under compute-sanitizer, nothing else")
+    parser.add_argument("--tiny", action="store_true", help="small cases, for a test on a CPU")
+    parser.add_argument("--until", type=float, default=math.inf, help="begin no case after it, seconds since the epoch")
     given = parser.parse_args(argv)
-    if given.sanitizer:
-        emit(what="compute-sanitizer, memcheck", cases=2, **sanitized())
-        return
     seed = int.from_bytes(os.urandom(4), "little")
+    if given.sanitizer:
+        emit(what="compute-sanitizer, memcheck", cases=2, **sanitized(given.until))
+        return
     if given.random:
         draw = random.Random(seed)
         cases = {f"random {number}": random_case(draw, given.kind) for number in range(given.random)}
-        emit(what=f"random cases, kind {given.kind}", dtype="bfloat16", cases=len(cases), seed=seed,
-             **worst_of(cases, torch.bfloat16, seed))  # fmt: skip
+        emit(what=f"random cases, kind {given.kind}", dtype="bfloat16", seed=seed,
+             **worst_of(cases, torch.bfloat16, seed, given.until))  # fmt: skip
         return
-    cases = TINY if given.tiny else {name: CASES[name] for name in given.only or CASES}
+    everything = not (given.dtype or given.graph or given.only)
     # bf16 is wrong in Triton's interpreter.
-    dtypes = DTYPES[2:] if given.tiny else DTYPES[:1] if given.only else DTYPES
-    for dtype in dtypes:
-        emit(what="named cases", dtype=str(dtype)[6:], cases=len(cases), seed=seed, **worst_of(cases, dtype, seed))
-    if not given.only:
+    dtypes = ["float32"] if given.tiny else [given.dtype] if given.dtype else NAMES if everything else NAMES[:1]
+    cases = TINY if given.tiny else {name: CASES[name] for name in given.only or CASES}
+    for dtype in [] if given.graph else dtypes:
+        emit(what="named cases", dtype=dtype, seed=seed, **worst_of(cases, getattr(torch, dtype), seed, given.until))
+    if everything or given.graph:
         emit(what="a CUDA graph, replayed with other rows", dtype="bfloat16", cases=1,
              **in_a_graph(CASES["widest first, one without rows"]))  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from benchmarks.gpu.rows import device, emit, median_ms, peak_bytes
+from hmoe_megatron.gemm.choice import first_line
 from hmoe_megatron.gemm.ragged import experts, launches
 from hmoe_megatron.gemm.ragged.experts import ragged_experts
 from hmoe_megatron.gemm.reference import reference_experts
@@ -120,16 +121,16 @@ swiglu = torch.compile(_swiglu, dynamic=True) if torch.cuda.is_available() else 
 
 
 def _backward(forward, leaves):
-    """One forward and backward pass, which begins without gradients."""
+    """One forward and backward pass, which begins and ends without gradients."""
     dy = []
 
     def run():
-        for leaf in leaves:
-            leaf.grad = None
         y = forward()
         if not dy:
             dy.append(torch.randn_like(y))
         y.backward(dy[0])
+        for leaf in leaves:
+            leaf.grad = None
 
     return run
 
@@ -140,10 +141,10 @@ def layer_rows(name: str, shape: Shape, every: bool) -> None:
     for way, (run, flops) in ways(shape, every).items():
         try:
             run()
-            times[way] = median_ms(run)
+            times[way] = median_ms(run, repeat_ms=200 if every else 30)
             emit(shape=name, way=way, ms=times[way], tflops=flops / times[way] / 1e9, bytes=peak_bytes(run))
         except Exception as error:
-            emit(shape=name, way=way, failed=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            emit(shape=name, way=way, failed=first_line(error))
     mine = times.get("triton")
     if mine:
         emit(shape=name, ratios={way: mine / ms for way, ms in times.items() if way != "triton"})

@@ -107,16 +107,17 @@ def _tested(variants, device) -> str:
         with torch.cuda.device(device):
             wrong = self_test.self_test(variants, device)
     except Exception as error:  # whatever a compiler or driver says of it
-        wrong = _first_line(error)
+        wrong = first_line(error)
         try:
             torch.cuda.synchronize(device)
         except Exception as after:  # an illegal access stays with the process
-            raise DeviceFailed(f"the triton kernels broke {name} for this process ({_first_line(after)}): "
+            raise DeviceFailed(f"the triton kernels broke {name} for this process ({first_line(after)}): "
                                "use --hmoe-gemm-backend reference") from error  # fmt: skip
     return f"the triton kernels fail on {name}: {wrong}" if wrong else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Its type and what it says, in a line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

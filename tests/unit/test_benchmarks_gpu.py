@@ -1,14 +1,18 @@
 """`make gpu` as far as a machine without a GPU goes: every item on small shapes, its limits, its files."""
 
 import json
-import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.duel import Side
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, ffn, rates, report, rows, runs, steps
+from benchmarks.gpu import correctness, ffn, items, rates, report, rows, runs, steps
+from benchmarks.gpu.items import ITEMS, Session
 from benchmarks.gpu.runs import RUNS, Run, Server, lacking, verdict
+from benchmarks.gpu.table import Table
 from tests.distributed.ranks import run_ranks
 
 
@@ -76,14 +80,16 @@ def two_runs():
     model = runs.MODEL.replace("--hidden-size 256", "--hidden-size 64").replace("--seq-length 128", "--seq-length 16")
     server = Server(torch.distributed.group.WORLD, model, steps=runs.SAVED + 1)
     found = server.run("", resume=True)
-    return found, server.run("--seed 99"), server.run("", again=True), server.run("--no-such-flag")
+    refused = server.run("--no-such-flag"), server.run("--load /no-such-folder --exit-on-missing-checkpoint")
+    return found, server.run("--seed 99"), server.run("", again=True), refused
 
 
 def test_many_runs_in_one_process():
     ((found, other, again, refused),) = run_ranks(1, two_runs, timeout_s=120)
-    assert len(found["losses"]) == runs.SAVED + 1 and again["losses"] == found["losses"] != other["losses"]
+    assert len(found["losses"]) == runs.SAVED + 1 and found["losses"][-1] < found["losses"][0]
+    assert again["losses"] == found["losses"] != other["losses"]
     assert found["resumed"] == found["losses"][runs.SAVED:], "it goes on with the data and the state of the checkpoint"
-    assert "SystemExit" in refused["failed"] or "no-such-flag" in refused["failed"]
+    assert "SystemExit" in refused[0]["failed"] and "SystemExit" in refused[1]["failed"]
 
 
 def test_verdicts():
@@ -99,14 +105,17 @@ def test_verdicts():
 
 def test_what_a_machine_lacks_is_named():
     by_name = {run.name: run for run in RUNS}
-    assert lacking(by_name["EP2"], 1, (9, 0)) == "needs 2 GPUs, this machine has 1"
-    assert lacking(by_name["FP8"], 1, (9, 0)) == "needs transformer_engine_torch"
-    assert lacking(by_name["no flag"], 1, (8, 0)) is None
+    assert lacking(by_name["EP2"], 1, (9, 0), False) == "needs 2 GPUs, this machine has 1"
+    assert lacking(by_name["FP8"], 1, (9, 0), False) == "needs Transformer Engine"
+    assert lacking(by_name["FP8"], 1, (8, 0), True) == "needs compute capability 8.9"
+    assert lacking(by_name["FP8"], 1, (9, 0), True) is None and lacking(by_name["no flag"], 1, (8, 0), False) is None
+    assert lacking(by_name["flex, DeepEP"], 8, (9, 0), True) == "needs deep_ep"
 
 
 ROWS = {
-    "correctness": [{"what": "named cases", "dtype": "bfloat16", "cases": 11, "failed": ["one row: y off"],
-                     "worst": {"y": 2.3e-3}, "different in a second run": []}],
+    "correctness": [{"what": "named cases", "dtype": "bfloat16", "cases": 10, "of": 11, "failed": ["one row: y off"],
+                     "worst": {"y": 2.3e-3}, "different in a second run": []},
+                    {"what": "memcheck", "cases": 2, "skipped": "not installed"}],
     "ffn": [{"shape": "fine", "way": "triton", "ms": 4.5, "tflops": 569.0, "bytes": 1 << 30},
             {"shape": "fine", "way": "loop", "failed": "OutOfMemoryError: x"},
             {"shape": "fine", "ratios": {"dense FFN": 0.94}},
@@ -114,19 +123,18 @@ ROWS = {
     "steps": [{"model": "0.4B", "side": "ours", "build_s": 0.2, "expert_parameters": 28_000_000,
                "to_first_loss_s": 40.0, "first_step_ms": 900.0, "first_loss": 10.4},
               {"model": "0.4B", "what": "step, ours over Megatron's", "ratio": 0.98, "least": 0.97, "most": 1.0,
-               "ours_ms": 98.0, "stock_ms": 100.0},
+               "ms": {"ours": 98.0, "stock": 100.0}},
               {"model": "0.4B", "side": "ours", "parts_ms": {"experts": 40.0, "rest": 50.0}, "step_ms": 98.0,
-               "bytes": 1 << 33},
+               "bytes": 1 << 33, "experts": 2.0},
               {"model": "0.4B", "side": "ours", "kernels": [["up", 12, 10.0]]}, {"model": "0.4B", "failed": "a\nOOM"}],
     "runs": [{"run": "no flag", "ok": True, "first": 6.3, "last": 6.2}, {"run": "EP2", "skipped": "needs 2 GPUs"},
              {"run": "TE", "ok": False, "failed": "RuntimeError: x"}],
     "rates": [{"profile": "h100", "layers": 9, "median_error": 0.1, "worst_error": 0.3, "over_measured": 1.1}],
-    "sanitizer": [{"what": "memcheck", "cases": 2, "skipped": "not installed"}],
 }  # fmt: skip
 
 
 def test_the_page_and_the_console(tmp_path):
-    table = command.Table(tmp_path)
+    table = Table(tmp_path)
     table.machine = {"stamp": "1 x NVIDIA X"}
     for item, of in ROWS.items():
         for row in of:
@@ -134,7 +142,8 @@ def test_the_page_and_the_console(tmp_path):
     table.note("runs", "cut off after 9 s")
     page = (tmp_path / "gpu.md").read_text()
     for words in ("1 x NVIDIA X", "| fine | triton | 4.500 | 569 | 1.00 |", "0.980 (0.970 to 1.000), 98.0 against",
-                  "| 0.4B, ours | 98.0 | 0.0 | 0.0 | 0.0 | 40.0 | 0.0 | 0.0 | 50.0 | 8.0 |", "failed: OOM",
+                  "| 0.4B, ours | 98.0 | 0.0 | 0.0 | 0.0 | 40.0 | 0.0 | 0.0 | 50.0 | 8.0 | 2.00 |", "10 of 11",
+                  "failed: OOM",
                   "| EP2 | needs 2 GPUs |", "FAILED RuntimeError: x", "Not whole: cut off after 9 s"):  # fmt: skip
         assert words in page, words
     data = json.loads((tmp_path / "gpu.json").read_text())
@@ -147,12 +156,68 @@ def test_a_command_that_hangs_or_dies_costs_its_limit_only(tmp_path):
     row = {"what": "a", "cases": 1}
     (tmp_path / "hangs.py").write_text(f"import time; print({json.dumps(row)!r}, flush=True); time.sleep(60)")
     (tmp_path / "dies.py").write_text("raise SystemExit('no more memory')")
-    table = command.Table(tmp_path)
+    table = Table(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        command.in_processes(table, "correctness", [["hangs"], ["dies"]], 3, tmp_path)
-    assert table.rows["correctness"] == [row]
+        items.in_processes(Session(table, tmp_path), "correctness", [["hangs"], ["dies"]], 3)
+    assert table.rows["correctness"] == [row] and table.wrong() == ["correctness"]
     assert table.notes["correctness"] == "cut off after 3 s; exit code 1: no more memory"
+
+
+def test_a_row_of_another_form_is_a_note(tmp_path):
+    table = Table(tmp_path)
+    table.add("runs", {"name": "no run"})
+    table.add("runs", ROWS["runs"][0])
+    assert table.rows["runs"] == ROWS["runs"][:1] and "another form" in table.notes["runs"]
+    assert table.wrong() == ["runs"]
+
+
+def test_what_a_thread_still_says_after_its_limit_is_dropped(tmp_path):
+    ended, late = threading.Event(), []
+
+    def work(emit, stopped):
+        emit(**ROWS["runs"][0])
+        ended.wait(30)
+        emit(**ROWS["runs"][1])
+        late.append(stopped.is_set())
+
+    session = Session(Table(tmp_path), tmp_path)
+    session.servers = {1: SimpleNamespace(__exit__=ended.set)}
+    items.in_thread(session, "runs", work, 0.5)
+    assert late == [True] and session.table.rows["runs"] == ROWS["runs"][:1]
+    assert session.table.notes["runs"] == "cut off after 0 s" and not session.table.wrong()
+    items.in_thread(session, "steps", lambda emit, stopped: 1 / 0, 5)
+    assert session.table.wrong() == ["steps"] and "ZeroDivisionError" in session.table.notes["steps"]
+
+
+def test_time_that_an_item_leaves_goes_to_the_next(tmp_path, monkeypatch):
+    limits = {}
+    monkeypatch.setattr(items, "ITEMS", {item: lambda session, limit_s, item=item: limits.update({item: limit_s})
+                                         for item in ITEMS})  # fmt: skip
+    monkeypatch.setattr(Session, "start", lambda *_: None)
+    items.do(Session(Table(tmp_path), tmp_path), list(ITEMS), 360)
+    assert limits["correctness"] == pytest.approx(360 * 75 / 360, rel=0.05)
+    assert limits["rates"] == pytest.approx(360, rel=0.05), "the last has all that is left"
+
+
+def test_a_run_whose_process_dies_costs_itself_only(tmp_path):
+    """The process ends in the first run; the second has a new one."""
+    (tmp_path / "answers.py").write_text("""
+import json, sys
+print(json.dumps({"ready_s": 1}), flush=True)
+while line := sys.stdin.readline():
+    if "dies" in line:
+        raise SystemExit("out of memory")
+    print(json.dumps({"losses": [2.0, 1.0]}), flush=True)
+""")
+    session = Session(Table(tmp_path), tmp_path)
+    session.server = lambda ranks: Side("runs", "", "", tmp_path / "side.log", ranks, "answers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        session.servers = {1: session.server(1)}
+        found = [items.one_run(session, Run(flags, 1, flags), threading.Event()) for flags in ("dies", "works")]
+        session.end_of("runs")
+    assert found[0] == {"ok": False, "failed": "out of memory"} and found[1]["ok"]
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
@@ -161,9 +226,15 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
 
 
 def test_steps_beside_megatrons(tmp_path):
-    found = []
-    steps.compare_all(False, steps.TINY, tmp_path, lambda **row: found.append(row), tiny=True)
-    assert [row.get("side") for row in found] == ["ours", "stock", None, None, "ours", "ours", "stock", "stock", None]
+    found, sides = [], steps.start(False, steps.TINY, tmp_path)["tiny"]
+    sides["broken"] = Side("broken", "ours", "", tmp_path / "broken.log", 1, "no_such_module")
+    steps.compare_or_say("tiny", sides, lambda **row: found.append(row), tiny=True)
+    assert [row.get("side") for row in found] == [
+        "ours", "stock", None, None, "ours", "ours", "stock", "stock",
+        "ours, Top-P", None, "ours, Top-P", "ours, Top-P", "broken", None,
+    ]  # fmt: skip
+    assert found[4]["experts"] == 2 and 1 < found[10]["experts"] < 3 and "no_such_module" in found[12]["failed"]
+    assert found[9]["what"] == "step, ours over ours, Top-P" and all(side.ended() for side in sides.values())
     ours, stock = found[:2]
     assert ours["expert_parameters"] == stock["expert_parameters"] > 0 and ours["build_s"] < ours["to_first_loss_s"]
     assert found[3]["what"] == "step, ours over Megatron's" and found[3]["ratio"] > 0
@@ -174,7 +245,7 @@ def test_steps_beside_megatrons(tmp_path):
 
 @pytest.mark.campaign
 def test_the_whole_command(tmp_path):
-    code = command.main(["--tiny", "--output", str(tmp_path)])
-    data = json.loads((tmp_path / "gpu.json").read_text())
-    assert code == 0 and set(data["items"]) == set(command.ITEMS) and data["not whole"] == {}, data
-    assert sys.executable
+    code = command.main(["--tiny", "--output", str(tmp_path / "new" / "folder")])
+    data = json.loads((tmp_path / "new" / "folder" / "gpu.json").read_text())
+    assert code == 0 and set(data["items"]) == set(ITEMS) and data["not whole"] == {}, data
+    assert (tmp_path / "new" / "folder" / "gpu_logs.tar.gz").stat().st_size > 1000
