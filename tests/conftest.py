@@ -5,11 +5,15 @@ Hypothesis tries the same examples every time; HYPOTHESIS_PROFILE=explore, of `m
 
 import json
 import os
+import signal
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job ignores Ctrl-C, and so would every process that it starts: the tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402  (reads OMP_NUM_THREADS when it is imported)
 
