@@ -65,6 +65,9 @@ REQUIRED = (
      "it knows no --hmoe-* flag: give the run's flags (run_arguments.json beside the checkpoint has them)"),
     ("ckpt_format", {"torch_dist"}, "--ckpt-format",
      "only torch_dist names experts, the others would load them into the wrong place: use torch_dist"),
+    ("verify_integrity", {False}, "--verify-integrity",
+     "its list names temporary files that are gone after saving, so that no run could load the checkpoint: remove it "
+     "(every checkpoint has hashes, which a load checks)"),
     ("non_persistent_ckpt_type", {None}, "--non-persistent-ckpt-type",
      "its checkpoints are not checked at a load: save more often, with --async-save where that takes long"),
     ("ckpt_convert_format", {None}, "--ckpt-convert-format", "there is one format, torch_dist: remove it"),

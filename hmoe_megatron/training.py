@@ -126,7 +126,14 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
             None, widths_LE, ranks, cost, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
         )  # fmt: skip
     else:
-        plan = PlacementPlan.load(plan_file(args, settings), widths_LE, ranks)
+        path = plan_file(args, settings)
+        try:
+            plan = PlacementPlan.load(path, widths_LE, ranks)
+        except ValueError:
+            if path == plan_file(args, settings):
+                raise
+            # Rank 0 has just put back the checkpoint that holds it.
+            plan = PlacementPlan.load(plan_file(args, settings), widths_LE, ranks)
     check_plan(plan, widths, expert_tp)
     return plan
 
@@ -137,7 +144,9 @@ def plan_file(args: argparse.Namespace, settings: HMoEConfig) -> Path:
         return Path(settings.placement)
     if not args.load:
         raise ValueError("--hmoe-placement checkpoint needs --load: give the directory of a run, or use auto")
-    _, checkpoint = directory.find(args.load, args.ckpt_step)
+    # Read before the directory is locked and tidied, which a start that fails must not do.
+    saves_there = bool(args.save) and Path(args.save).absolute() == Path(args.load).absolute()
+    _, checkpoint = directory.find(args.load, args.ckpt_step, put_back=saves_there)
     return checkpoint / PLAN_FILE
 
 

@@ -72,18 +72,22 @@ def flags(model: Model, kind: str, engine: bool) -> str:
     return f"{both} --moe-ffn-hidden-size {model.width} {'--moe-grouped-gemm' if engine else ''}"
 
 
+def kinds(model: Model, engine: bool) -> dict[str, tuple[str, str]]:
+    """{"ours", "stock", and names of more: (kind, flags)} of what is timed of the model."""
+    every = {"ours": More("ours", ""), "stock": More("stock", "")} | model.more
+    return {name: (of.kind, f"{flags(model, of.kind, engine)} {of.flags}") for name, of in every.items()
+            if engine or not of.engine}  # fmt: skip
+
+
 def start(engine: bool, models: dict[str, Model], logs: Path) -> dict[str, dict[str, Side]]:
-    """{model: {"ours": Side, "stock": Side, name of more: Side}}, on their way up, without a model yet."""
+    """{model: {name of ``kinds``: Side}}, on their way up, without a model yet."""
     return {
         name: {
-            which: Side(f"{name}, {which}", kind, f"{flags(model, kind, engine)} {more}",
-                        logs / f"steps_{number}_{which.replace(', ', '_').replace(' ', '_')}.log")
-            for which, (kind, more, needs_engine) in (
-                {"ours": More("ours", ""), "stock": More("stock", "")} | model.more).items()
-            if engine or not needs_engine
+            which: Side(f"{name}, {which}", kind, of, logs / f"steps_{number}_{place}.log")
+            for place, (which, (kind, of)) in enumerate(kinds(model, engine).items())
         }
         for number, (name, model) in enumerate(models.items())
-    }  # fmt: skip
+    }
 
 
 def build(model: str, kind: str, side: Side, emit) -> float:

@@ -77,8 +77,11 @@ def _listed(root: Path) -> str:
         "no complete checkpoint is there")
 
 
-def find(root: str | Path, step: int | None = None, may_be_new: bool = False) -> tuple[int, Path] | None:
+def find(root: str | Path, step: int | None = None, may_be_new: bool = False,
+         put_back: bool = False) -> tuple[int, Path] | None:  # fmt: skip
     """(iteration, directory) of the checkpoint that a run goes on from: `step`, else the tracker's.
+
+    put_back: of one whose replacement was cut off, the directory where it lies until `tidy` puts it back.
 
     Without a tracker the newest complete one: the run was killed after that checkpoint was in its place and before the
     tracker named it. None if there is nothing yet and `may_be_new`. Raises CheckpointRefused with what to do.
@@ -96,6 +99,9 @@ def find(root: str | Path, step: int | None = None, may_be_new: bool = False) ->
         raise CheckpointRefused(f"--load {root}: no checkpoint is there ({TRACKER_FILE} is missing): give the "
                                 "directory that --save of a run named; a new run has no --load, or one equal to --save")
     path = checkpoint_path(root, iteration)
+    replaced = _replaced_path(path)
+    if put_back and not (path / MANIFEST_FILE).is_file() and (replaced / MANIFEST_FILE).is_file():
+        return iteration, replaced
     if not path.is_dir():
         named = "--ckpt-step" if step else TRACKER_FILE
         raise CheckpointRefused(f"{path}: missing, and {named} names it; {_listed(root)}: give one of them as "

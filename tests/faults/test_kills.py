@@ -94,7 +94,8 @@ def test_kills_before_every_file_operation_of_a_save(two, tmp_path, told):
 
 
 def test_a_kill_while_a_checkpoint_is_replaced(two, tmp_path, told):
-    """Steps are done again from an older checkpoint; the one that is in the way stays until the new one is there."""
+    """Steps are done again from an older checkpoint; the one that is in the way stays until the new one is there. The
+    next run takes its plan from it too."""
     root = tmp_path / "run"
     two.copy_to(root, 2)
     two.copy_to(root, 4)
@@ -102,5 +103,5 @@ def test_a_kill_while_a_checkpoint_is_replaced(two, tmp_path, told):
     ended = run(2, root, tmp_path / "scratch", kill, flags="--ckpt-step 2")
     assert ended.codes[0] == -9, ended.tail
     assert sorted(path.name for path in root.glob(".iter*")) == [".iter_0000004.replaced", ".iter_0000004.saving"]
-    check_finished(run(2, root, tmp_path / "scratch"), root, two)
+    check_finished(run(2, root, tmp_path / "scratch", flags="--hmoe-placement checkpoint"), root, two)
     told("SIGKILL while a checkpoint is replaced", 1, "the replaced one was put back; the run went on bitwise")

@@ -91,7 +91,7 @@ REFUSED = set(
     "heterogeneous_layers_config_path transformer_impl spec use_checkpoint_args ckpt_format sft perform_rl_step "
     "non_persistent_ckpt_type ckpt_convert_format use_mp_args_from_checkpoint_args enable_msc rerun_mode "
     "fine_grained_activation_offloading yaml_cfg cuda_graph_impl activation_func_clamp_value glu_linear_offset "
-    "use_te_activation_func".split()
+    "use_te_activation_func verify_integrity".split()
 )
 REFUSED_TOPP = set(
     "moe_router_load_balancing_type moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias "

@@ -80,6 +80,19 @@ def test_a_checkpoint_that_is_named_and_missing_is_refused(tmp_path):
         directory.find(tmp_path, step=9)
 
 
+def test_one_that_is_to_be_put_back_is_found_where_it_lies(tmp_path):
+    add(tmp_path, 4)
+    directory.write_tracker(tmp_path, 4)
+    assert directory.find(tmp_path, put_back=True) == (4, checkpoint_path(tmp_path, 4))
+    lies = tmp_path / ".iter_0000004.replaced"
+    checkpoint_path(tmp_path, 4).rename(lies)
+    assert directory.find(tmp_path, put_back=True) == (4, lies)
+    with pytest.raises(CheckpointRefused, match="missing"):
+        directory.find(tmp_path)
+    directory.tidy(tmp_path)
+    assert directory.find(tmp_path, put_back=True) == (4, checkpoint_path(tmp_path, 4))
+
+
 def test_a_file_in_place_of_the_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointRefused, match="is no directory"):
