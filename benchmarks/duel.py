@@ -16,8 +16,8 @@ class Side:
 
     def __init__(self, name: str, kind: str, flags: str, log: Path, ranks: int = 1, module="benchmarks.worker"):
         self.name, self.log, self._ready = name, log, None
-        with reserved_port() as free:
-            port = free.getsockname()[1]
+        self._held = reserved_port()
+        port = self._held.getsockname()[1]
         self._processes = []
         with log.open("w") as file:
             for rank in range(ranks):
@@ -41,6 +41,7 @@ class Side:
         for process in self._processes:
             process.kill()
             process.wait()
+        self._held.close()
 
     def ready(self) -> dict:
         """Waits until all is imported: {"ready_s"}, seconds since the process began."""

@@ -18,7 +18,6 @@ from hmoe_megatron.exits import RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
 from hmoe_megatron.launch.mpi import process_of, set_environment_from_mpi
-from hmoe_megatron.launch.nodes import reserved_port
 from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -48,10 +47,9 @@ def alone_without_torchrun() -> None:
     """Let one process start without torchrun: it is a world of one."""
     if "RANK" in os.environ:
         return
-    with reserved_port() as free:
-        port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    # Port 0: the system gives a free one when the store is made. One looked for now may be taken by then.
+    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"})
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:

@@ -114,12 +114,12 @@ def one_run(session: Session, run: runs.Run, stopped: threading.Event) -> dict:
         against = None if run.against is None else side.ask("run", flags=run.against, **again)
         return runs.verdict(run, found, against)
     except RuntimeError as error:
+        side.__exit__()
+        if not stopped.is_set():
+            session.servers[run.gpus] = session.server(run.gpus)
         return {"ok": False, "failed": str(error).strip().splitlines()[-1]}
     finally:
         watch.cancel()
-        if side.ended() and not stopped.is_set():
-            side.__exit__()
-            session.servers[run.gpus] = session.server(run.gpus)
 
 
 def in_processes(session: Session, item: str, commands: list[list[str]], limit_s: float) -> None:

@@ -405,3 +405,14 @@ def test_the_tracker_is_megatrons():
     from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
     assert get_checkpoint_tracker_filename("x") == os.path.join("x", TRACKER)
+
+
+def test_a_process_alone_takes_no_port_that_another_may_have_by_then(monkeypatch):
+    from hmoe_megatron.training import alone_without_torchrun
+
+    monkeypatch.setattr(os, "environ", {})
+    alone_without_torchrun()
+    assert os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0", "0: the system gives a free one"
+    monkeypatch.setattr(os, "environ", {"RANK": "3"})
+    alone_without_torchrun()
+    assert os.environ == {"RANK": "3"}
