@@ -57,10 +57,6 @@ class Side:
             raise self._failed() from error
         return self._answer()
 
-    def ended(self) -> bool:
-        """Whether one of its processes runs no more."""
-        return any(process.poll() is not None for process in self._processes)
-
     def _answer(self) -> dict:
         try:
             return json.loads(self.first.stdout.readline())

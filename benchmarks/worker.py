@@ -157,9 +157,9 @@ def main() -> None:
 
     host.prepare_environment()
     pin()
-    from benchmarks import trainer
+    from hmoe_megatron.training import prepare
 
-    trainer.prepare()
+    prepare()
     import megatron.training.training  # noqa: F401
 
     first = os.environ["RANK"] == "0"

@@ -12,7 +12,7 @@ import torch
 from hmoe_megatron import host
 from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.checkpoint import directory
-from hmoe_megatron.checkpoint.session import Checkpoints
+from hmoe_megatron.checkpoint.session import Checkpoints, loads_what_it_saves
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.exits import RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
@@ -143,8 +143,7 @@ def plan_file(args: argparse.Namespace, settings: HMoEConfig) -> Path:
     if not args.load:
         raise ValueError("--hmoe-placement checkpoint needs --load: give the directory of a run, or use auto")
     # Read before the directory is locked and tidied, which a start that fails must not do.
-    saves_there = bool(args.save) and Path(args.save).absolute() == Path(args.load).absolute()
-    _, checkpoint = directory.find(args.load, args.ckpt_step, put_back=saves_there)
+    _, checkpoint = directory.find(args.load, args.ckpt_step, put_back=loads_what_it_saves(args))
     return checkpoint / PLAN_FILE
 
 

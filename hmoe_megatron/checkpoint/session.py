@@ -26,6 +26,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def loads_what_it_saves(args: argparse.Namespace) -> bool:
+    """Whether --load and --save are one directory, which rank 0 then tidies."""
+    return bool(args.load and args.save and Path(args.load).absolute() == Path(args.save).absolute())
+
+
 def _wait_for_tidying(root: Path) -> None:
     """Until rank 0 has put back what a killed run was replacing; before that nothing is in its place."""
     end_s = time.monotonic() + TIDY_S
@@ -42,14 +47,9 @@ class Checkpoints:
         self._lock = None
 
     @property
-    def _loads_what_it_saves(self) -> bool:
-        args = self.args
-        return bool(args.load and args.save and Path(args.load).absolute() == Path(args.save).absolute())
-
-    @property
     def may_be_new(self) -> bool:
         """Whether the run may start anew where --load holds nothing: it does where it is to save there itself."""
-        return self._loads_what_it_saves and not self.args.exit_on_missing_checkpoint
+        return loads_what_it_saves(self.args) and not self.args.exit_on_missing_checkpoint
 
     def prepare(self) -> None:
         """Before any process group: lock and tidy --save (rank 0), find what --load names, compare its settings.
@@ -61,7 +61,7 @@ class Checkpoints:
         try:
             self._check()
         except CheckpointRefused:
-            if _rank() == 0 or not self._loads_what_it_saves:
+            if _rank() == 0 or not loads_what_it_saves(self.args):
                 raise
             _wait_for_tidying(Path(self.args.save))
             self._check()

@@ -128,7 +128,8 @@ def test_every_planted_bug_is_found(tmp_path, bugs):
 
 def test_every_bug_can_be_planted(tmp_path):
     for number, bug in enumerate(BUGS):
-        planted(tmp_path, number, bug)
+        name = planted(tmp_path, number, bug)
+        assert bug.wrong in (tmp_path / name / f"{bug.file}.py").read_text(), bug.name
 
 
 def test_a_bug_that_is_not_there_is_an_error(tmp_path):
