@@ -37,7 +37,11 @@ setup(
     description="Heterogeneous Mixture of Experts on Megatron-Core",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=find_packages(include=["hmoe_megatron", "hmoe_megatron.*"]),
+    packages=[
+        *find_packages(include=["hmoe_megatron", "hmoe_megatron.*"]),
+        *("hmoe_megatron." + name for name in ["tools", *(f"tools.{room}" for room in find_packages("tools"))]),
+    ],
+    package_dir={"hmoe_megatron.tools": "tools"},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )
