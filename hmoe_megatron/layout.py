@@ -38,7 +38,7 @@ class ExpertLayout:
         return self._layer_plan(layer).cuts > 0
 
     def _layer_plan(self, layer: int) -> LayerPlan:
-        return self.plan.layers[self.layers.index(layer)]
+        return self.plan.layers[self.plan.index(layer)]
 
     def slots(self) -> int:
         """Most slots a layer needs over all ranks."""

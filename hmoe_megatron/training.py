@@ -118,10 +118,11 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
     cost = CostModel(hidden_size=args.hidden_size)
     # Nothing is measured before a run: None expects the same number of tokens for every expert.
     if settings.placement == "contiguous":
-        plan = contiguous_plan(widths_LE, ranks, cost=cost)
+        plan = contiguous_plan(widths_LE, ranks, cost=cost, numbers=tuple(widths))
     elif settings.placement == "auto":
         plan = plan_model(
             None, widths_LE, ranks, cost, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
+            numbers=tuple(widths),
         )  # fmt: skip
     else:
         path = plan_file(args, settings)

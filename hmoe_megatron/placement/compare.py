@@ -61,7 +61,8 @@ def layers_table(plans: dict[str, PlacementPlan]) -> str:
     names = [f"  {number} {name}" for number, name in enumerate(plans, 1)]
     columns = "".join(f"{number:>10}" for number in range(1, len(plans) + 1))
     rows = []
-    for layer, of_plans in enumerate(zip(*(plan.layers for plan in plans.values()), strict=True)):
+    first = next(iter(plans.values()))
+    for layer, *of_plans in zip(first.numbers, *(plan.layers for plan in plans.values()), strict=True):
         rows.append(f"{layer:>7}" + "".join(f"{of.predicted.over_mean:>10.4f}" for of in of_plans))
     if len(rows) > MAX_LAYERS:
         half = MAX_LAYERS // 2

@@ -77,7 +77,7 @@ def _fewest_renamed(row_R: np.ndarray, bytes_R: np.ndarray) -> np.ndarray:
 
 def relabel(
     layers: Sequence[LayerPlan], old: Sequence[LayerPlan], ranks: Sequence[Rank], stages: Sequence[int] = (),
-    cut_multiple: int = 1,
+    cut_multiple: int = 1, numbers: Sequence[int] = (),
 ) -> tuple[LayerPlan, ...]:
     """The layers with ranks renamed, and ranges of cut experts laid out again, so that few width units change rank.
 
@@ -87,14 +87,15 @@ def relabel(
     cut_multiple. If no rank is over its cap before, none is after: where the fewest moves would break a cap, some
     layers of the stage move more.
     Fewer ranks than in the old plan: what the ranks beyond held moves anyway. More: those beyond held nothing.
-    Raises ValueError if old has other layers or widths, or a cut is at no multiple.
+    Raises ValueError, which names layers by `numbers`, if old has other layers or widths, or a cut is at no multiple.
     """
-    check_same_experts(old, layers)
+    numbers = tuple(numbers) or range(len(layers))
+    check_same_experts(old, layers, numbers)
     made, groups, cap_R = list(layers), _by_kind(ranks), _caps(ranks)
     for members in _stages(stages, len(layers)):
         bytes_LR = _bytes([layers[n] for n in members])
         limit_R = np.maximum(cap_R, bytes_LR.sum(axis=0))
-        given = [_Nearest(n, layers[n], old[n], groups, cut_multiple) for n in members]
+        given = [_Nearest(numbers[n], layers[n], old[n], groups, cut_multiple) for n in members]
         nearest = [copy(layer) for layer in given]
         for layer in nearest:
             layer.approach()

@@ -16,7 +16,7 @@ from hmoe_megatron.widths import ranges_text
 
 @dataclass(frozen=True, order=True)
 class Move:
-    """[lo, hi) of an expert's width goes from rank `source` to rank `to`, both of the layer's pipeline stage."""
+    """[lo, hi) of an expert's width goes from rank `source` to rank `to`, both of the decoder layer's pipeline stage."""
 
     layer: int
     expert: int
@@ -36,12 +36,12 @@ def diff(old: PlacementPlan, new: PlacementPlan) -> list[Move]:
     The numbers of ranks may differ: a source can be a rank the new plan has not, a target one the old plan had not.
     Raises ValueError that says how the plans differ if their layers, widths or pipeline stages do.
     """
-    check_same_experts(old.layers, new.layers)
+    check_same_experts(old.layers, new.layers, new.numbers)
     if old.stages != new.stages:
         raise ValueError(f"plans to compare: pipeline stages {old.stages!s:.120} of the layers in the old plan, "
                          f"{new.stages!s:.120} in the new; make the plan again for the stages of the old one")
     moves = []
-    for number, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
+    for number, before, after in zip(new.numbers, old.layers, new.layers, strict=True):
         if before.pieces != after.pieces:
             moves += (Move(number, *row) for row in _changes(before, after).tolist())
     return moves
@@ -72,7 +72,7 @@ def columns(pieces: Sequence[Sequence[Piece]]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).T
 
 
-def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan]) -> None:
+def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan], numbers: Sequence[int]) -> None:
     """ValueError that says how they differ unless both have as many layers, of the same widths."""
     remedy = "give two plans of one model"
     if len(old) != len(new):
@@ -80,8 +80,8 @@ def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan]) -> No
     differ = [n for n, (before, after) in enumerate(zip(old, new, strict=True)) if before.widths != after.widths]
     if differ:
         first = differ[0]
-        raise ValueError(f"plans to compare: other widths (--hmoe-widths) in layers {ranges_text(differ)}: in layer "
-                         f"{first} the old plan has {old[first].widths!s:.120}, the new {new[first].widths!s:.120}; "
+        raise ValueError(f"plans to compare: other widths (--hmoe-widths) in layers "
+                         f"{ranges_text([numbers[n] for n in differ])}: in layer {numbers[first]} the old plan has {old[first].widths!s:.120}, the new {new[first].widths!s:.120}; "
                          f"{remedy}")
 
 
@@ -99,18 +99,16 @@ def moved_bytes(moves: Iterable[Move], cost: CostModel) -> float:
     return state_bytes(sum(move.width for move in moves), cost)
 
 
-def traffic(
-    moves: Iterable[Move], cost: CostModel, ranks: int, stages: Sequence[int] = ()
-) -> tuple[np.ndarray, np.ndarray]:
+def traffic(moves: Iterable[Move], plan: PlacementPlan, ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """State bytes that each rank sends and receives: two arrays [pipeline stage, rank].
 
-    ranks: the larger number of the two plans; stages: of each layer, as in the plans. Rows are in the order of the
-    stages' numbers; none given is one stage.
+    plan: either of the two; ranks: the larger number of theirs. Rows are in the order of the stages' numbers.
     """
-    numbers = sorted(set(stages)) or [0]
-    sent, received = np.zeros((2, len(numbers), ranks))
+    rows = {stage: row for row, stage in enumerate(sorted(set(plan.stages)))}
+    stage_of = dict(zip(plan.numbers, plan.stages, strict=True))
+    sent, received = np.zeros((2, len(rows), ranks))
     for move in moves:
-        row = numbers.index(stages[move.layer]) if stages else 0
+        row = rows[stage_of[move.layer]]
         sent[row, move.source] += move.width
         received[row, move.to] += move.width
-    return sent * state_bytes(1, cost), received * state_bytes(1, cost)
+    return sent * state_bytes(1, plan.cost), received * state_bytes(1, plan.cost)

@@ -27,7 +27,7 @@ from hmoe_megatron.placement.plan_checks import (
     parse_json,
 )
 from hmoe_megatron.placement.ranks import Rank, as_ranks
-from hmoe_megatron.widths import MAX_LAYERS, widths_fingerprint
+from hmoe_megatron.widths import MAX_LAYERS, ranges_text, widths_fingerprint
 
 
 class Piece(NamedTuple):
@@ -83,7 +83,8 @@ class PlacementPlan:
     """One LayerPlan for each MoE layer, all on the same ranks.
 
     cost: what it was planned with; rank_specs: the ranks planned for (default: equal ones, without a cap); stages:
-    pipeline stage of each layer (default: one), for rank r of two stages is two GPUs. A plan over the ranks' memory
+    pipeline stage of each layer (default: one), for rank r of two stages is two GPUs; numbers: decoder layer, from 0,
+    of each MoE layer (default: in order), the one that messages, tables and flags use. A plan over the ranks' memory
     can be made, to be compared with, but not read (see `missing_bytes`).
     """
 
@@ -91,6 +92,7 @@ class PlacementPlan:
     cost: CostModel = CostModel()
     rank_specs: tuple[Rank, ...] = ()
     stages: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.layers or len({layer.ranks for layer in self.layers}) > 1:
@@ -98,6 +100,7 @@ class PlacementPlan:
                              f"{[layer.ranks for layer in self.layers]} ranks by layer")
         object.__setattr__(self, "rank_specs", as_ranks(self.rank_specs or self.ranks))
         object.__setattr__(self, "stages", tuple(self.stages) or (0,) * len(self.layers))
+        object.__setattr__(self, "numbers", layer_numbers(self.numbers, len(self.layers)))
         if len(self.rank_specs) != self.ranks or len(self.stages) != len(self.layers):
             raise ValueError(f"placement plan: {len(self.rank_specs)} rank descriptions for {self.ranks} ranks, "
                              f"{len(self.stages)} stages for {len(self.layers)} layers")
@@ -118,6 +121,12 @@ class PlacementPlan:
     @property
     def widths_fingerprint(self) -> str:
         return widths_fingerprint(self.widths)
+
+    def index(self, number: int) -> int:
+        """Where decoder layer `number` is in `layers`. Raises ValueError for one without experts here."""
+        if number not in self.numbers:
+            raise ValueError(f"layer {number}: the plan has layers {ranges_text(self.numbers)}")
+        return self.numbers.index(number)
 
     @property
     def time(self) -> float:
@@ -162,6 +171,7 @@ class PlacementPlan:
             "ranks": [[int(rank.node), float(rank.speed), None if rank.bytes is None else int(rank.bytes)]
                       for rank in self.rank_specs],
             "stages": [int(stage) for stage in self.stages],
+            "numbers": self.numbers,
             "layers": [{
                 "widths": layer.widths,
                 "tokens": layer.tokens,
@@ -188,9 +198,10 @@ class PlacementPlan:
         if cost:  # else it may be nested too deeply for a checksum
             problems += content_problems(body)
         ranks = tuple(_attempt(problems, f"ranks[{r}]: ", Rank, *spec) for r, spec in enumerate(body["ranks"]))
-        layers = tuple(_read_layer(problems, f"layer {n}", layer) for n, layer in enumerate(body["layers"]))
+        layers = tuple(_read_layer(problems, f"layer {number}", layer)
+                       for number, layer in zip(body["numbers"], body["layers"], strict=True))
         if not problems:
-            plan = cls(layers, cost, ranks, tuple(body["stages"]))
+            plan = cls(layers, cost, ranks, tuple(body["stages"]), tuple(body["numbers"]))
             problems += [f"rank {rank} lacks {missing} bytes, of {ranks[rank].bytes}, in pipeline stage {stage}; make "
                          "the plan again" for (stage, rank), missing in plan.missing_bytes().items()]
         if problems := problems + mismatches(body, widths_LE, ep_size):
@@ -214,6 +225,15 @@ class PlacementPlan:
             return cls.from_json(_read_text(path), widths_LE, ep_size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def layer_numbers(numbers: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Decoder layers as Python numbers, by default 0, 1, ... Raises ValueError unless they rise, one a layer."""
+    numbers = tuple(numbers) or tuple(range(layers))
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers)
+    if not whole or len(numbers) != layers or any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
+        raise ValueError(f"decoder layers {numbers!s:.80}: give {layers} rising whole numbers from 0 to {MAX_LAYERS - 1}")
+    return tuple(map(int, numbers))
 
 
 def _attempt(problems: list[str], where: str, make: Callable, *values):

@@ -12,7 +12,7 @@ from hmoe_megatron.placement.fields import parsed, shown
 from hmoe_megatron.placement.ranks import MAX_RANKS
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text, widths_fingerprint
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_FILE_BYTES = 64 << 20
 MAX_NESTS = 1 << 21  # JSON lists and objects: each takes up to 30 times its text in memory
 MAX_PROBLEMS = 20
@@ -21,7 +21,7 @@ MAX_TOKENS = 1e18
 MAX_AMOUNT = 1e300  # of a prediction
 RANK_FIELDS = ("time", "tokens", "flops", "params", "bytes")
 _WHOLE_FIELDS = ("params", "bytes")
-_TOP_FIELDS = ("schema", "widths_fingerprint", "cost", "ranks", "stages", "layers", "sha256")
+_TOP_FIELDS = ("schema", "widths_fingerprint", "cost", "ranks", "stages", "numbers", "layers", "sha256")
 _LAYER_FIELDS = ("widths", "tokens", "pieces", "predicted")
 
 
@@ -48,7 +48,12 @@ def form_problems(body) -> list[str]:
     problems = [f"{name} is not text" for name in ("widths_fingerprint", "sha256") if type(body[name]) is not str]
     if not _is_list_of(body["stages"], len(layers), lambda stage: _is_int(stage, 0, MAX_LAYERS)):
         problems.append(f"stages is not a list of {len(layers)} whole numbers, 0 to {MAX_LAYERS}")
-    for number, layer in enumerate(layers):
+    numbers = body["numbers"]
+    rising = _is_list_of(numbers, len(layers), lambda n: _is_int(n, 0, MAX_LAYERS - 1)) and (
+        sorted(set(numbers)) == numbers)
+    if not rising:
+        problems.append(f"numbers is not a list of {len(layers)} rising whole numbers, 0 to {MAX_LAYERS - 1}")
+    for number, layer in zip(numbers if rising else range(len(layers)), layers, strict=True):
         where = f"layer {number}"
         found = _field_problems(where, layer, _LAYER_FIELDS) or _field_problems(
             f"{where} predicted", layer["predicted"], (*RANK_FIELDS, "bound"))
@@ -103,14 +108,16 @@ def mismatches(body: dict, widths_LE: Sequence[Sequence[int]] | None, ep_size: i
                         "the plan again, or use --hmoe-placement auto")
     if widths_LE is None:
         return problems
+    numbers = body["numbers"]
     if len(body["layers"]) != len(widths_LE):
         problems.append(f"made for {len(body['layers'])} MoE layers, the model has {len(widths_LE)}")
     differ = [n for n, (layer, widths) in enumerate(zip(body["layers"], widths_LE, strict=False))
               if layer["widths"] != list(widths)]
     if differ:
         planned, wanted = body["layers"][differ[0]]["widths"], list(widths_LE[differ[0]])
-        problems.append(f"made for other widths (--hmoe-widths) in layers {ranges_text(differ)}: "
-                        f"{planned!s:.120} in layer {differ[0]}, the model has {wanted!s:.120}")
+        problems.append(f"made for other widths (--hmoe-widths) in layers "
+                        f"{ranges_text([numbers[n] for n in differ])}: "
+                        f"{planned!s:.120} in layer {numbers[differ[0]]}, the model has {wanted!s:.120}")
     return problems
 
 

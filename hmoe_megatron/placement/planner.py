@@ -15,7 +15,7 @@ import numpy as np
 from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.cost import CostModel, predict
 from hmoe_megatron.placement.labels import even_bytes, relabel
-from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan
+from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan, layer_numbers
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.ranks import Rank, as_ranks, kinds
 from hmoe_megatron.placement.solver import InfeasiblePlan, contiguous, solve
@@ -72,12 +72,13 @@ def plan_model(
     cut_multiple: int = 1,
     stages: Sequence[int] = (),
     old: PlacementPlan | None = None,
+    numbers: Sequence[int] = (),
 ) -> PlacementPlan:
     """`plan_layer` of every layer, ranks renamed layer by layer so that their bytes add up evenly.
 
     Layers may differ in widths and number of experts. stages: pipeline stage of each layer (default: one); the layers
     of a stage share a rank's bytes. old: a plan in force, for the same widths: ranks are renamed and cuts laid so that
-    the fewest bytes move from it. Raises as plan_layer does, InfeasiblePlan with the layers of the stage; of the ways
+    the fewest bytes move from it. numbers: decoder layer of each (default: in order). Raises as plan_layer does, InfeasiblePlan with the layers of the stage; of the ways
     to share caps among layers a few are tried.
     """
     ranks, cost = as_ranks(ranks), cost or CostModel()
@@ -86,6 +87,7 @@ def plan_model(
     stages = tuple(stages) or (0,) * len(keys)
     if len(stages) != len(keys):
         raise ValueError(f"stages: {len(stages)} pipeline stages for {len(keys)} layers; give one a layer")
+    numbers = layer_numbers(numbers, len(keys))
     for n, stage in enumerate(stages):
         _check_whole(f"stages[{n}]", stage, 0, MAX_LAYERS)
 
@@ -100,13 +102,13 @@ def plan_model(
             try:
                 shared = _sharing_caps([keys[n] for n in members], ranks, cost, max_cuts, cut_multiple)
             except InfeasiblePlan as error:
-                raise InfeasiblePlan(f"layers {ranges_text(members)}: {error}") from None
+                raise InfeasiblePlan(f"layers {ranges_text([numbers[n] for n in members])}: {error}") from None
             assert not overflow(shared, ranks), "a plan over a cap must not leave"
             for n, layer in zip(members, shared, strict=True):
                 layers[n] = layer
     if old is not None:
-        layers = relabel(layers, old.layers, ranks, stages, cut_multiple)
-    return PlacementPlan(tuple(layers), cost, ranks, stages)
+        layers = relabel(layers, old.layers, ranks, stages, cut_multiple, numbers)
+    return PlacementPlan(tuple(layers), cost, ranks, stages, numbers)
 
 
 def overflow(layers: Sequence[LayerPlan], ranks: Sequence[Rank]) -> dict[int, int]:
@@ -177,12 +179,13 @@ def contiguous_plan(
     tokens_LE: Sequence[Sequence[float]] | None = None,
     cost: CostModel | None = None,
     stages: Sequence[int] = (),
+    numbers: Sequence[int] = (),
 ) -> PlacementPlan:
     """Whole experts in order, as stock Megatron places them; the first E % ranks ranks hold one more."""
     def owners(_, widths):
         return [rank for rank, held in enumerate(contiguous(widths, len(as_ranks(ranks)))) for _ in held]
 
-    return whole_plan(owners, widths_LE, ranks, tokens_LE, cost, stages)
+    return whole_plan(owners, widths_LE, ranks, tokens_LE, cost, stages, numbers)
 
 
 def whole_plan(
@@ -192,6 +195,7 @@ def whole_plan(
     tokens_LE: Sequence[Sequence[float]] | None = None,
     cost: CostModel | None = None,
     stages: Sequence[int] = (),
+    numbers: Sequence[int] = (),
 ) -> PlacementPlan:
     """Whole experts where they are told to be: owners(tokens_E, widths_E) has the rank of each; caps are ignored."""
     ranks, cost, layers = as_ranks(ranks), cost or CostModel(), []
@@ -201,14 +205,14 @@ def whole_plan(
         for e, rank in enumerate(owners(tokens, widths)):
             pieces[rank].append(Piece(e, 0, widths[e]))
         layers.append(_predicted(tuple(map(tuple, pieces)), widths, tokens, ranks, cost))
-    return PlacementPlan(tuple(layers), cost, ranks, stages)
+    return PlacementPlan(tuple(layers), cost, ranks, stages, numbers)
 
 
 def under(plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
     """The pieces of `plan` with what they cost under the loads, ranks, cost and stages of `other`."""
     layers = tuple(_predicted(held.pieces, held.widths, to.tokens, other.rank_specs, other.cost)
                    for held, to in zip(plan.layers, other.layers, strict=True))
-    return PlacementPlan(layers, other.cost, other.rank_specs, other.stages)
+    return PlacementPlan(layers, other.cost, other.rank_specs, other.stages, other.numbers)
 
 
 def _laid_out(

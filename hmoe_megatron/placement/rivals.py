@@ -32,7 +32,7 @@ def equal_counts(weights_E: Sequence[float], ranks: int) -> list[int]:
 def rivals(plan: PlacementPlan) -> dict[str, PlacementPlan]:
     """Name -> plan by another method for what `plan` was made for; `WHOLE` where `plan` cuts and the caps allow it."""
     tokens_LE = [layer.tokens for layer in plan.layers]
-    same = plan.widths, plan.rank_specs, tokens_LE, plan.cost, plan.stages
+    same = plan.widths, plan.rank_specs, tokens_LE, plan.cost, plan.stages, plan.numbers
 
     def by_tokens(tokens_E, _):
         return equal_counts(tokens_E, plan.ranks)
@@ -44,5 +44,7 @@ def rivals(plan: PlacementPlan) -> dict[str, PlacementPlan]:
              EPLB_WORK: whole_plan(by_work, *same)}
     if any(layer.cuts for layer in plan.layers):
         with contextlib.suppress(InfeasiblePlan):
-            found[WHOLE] = plan_model(tokens_LE, plan.widths, plan.rank_specs, plan.cost, 0, stages=plan.stages)
+            found[WHOLE] = plan_model(
+                tokens_LE, plan.widths, plan.rank_specs, plan.cost, 0, stages=plan.stages, numbers=plan.numbers
+            )
     return found

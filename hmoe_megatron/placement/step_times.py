@@ -54,5 +54,5 @@ def moving_time(old: PlacementPlan, new: PlacementPlan, bytes_per_time: float, p
 
     bytes_per_time and pause are in the unit of the plan's cost. Raises as `diff` does.
     """
-    most = max(amounts.max() for amounts in traffic(diff(old, new), new.cost, max(old.ranks, new.ranks), new.stages))
+    most = max(amounts.max() for amounts in traffic(diff(old, new), new, max(old.ranks, new.ranks)))
     return pause + float(most) / bytes_per_time

@@ -5,6 +5,7 @@ from itertools import groupby
 
 from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
 from hmoe_megatron.placement.profiles import FLOPS
+from hmoe_megatron.widths import ranges_text
 
 MAX_COLUMNS = 100
 MAX_BLOCKS = 3  # of layers shown rank by rank
@@ -13,7 +14,7 @@ _COLUMN = 10
 
 
 def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
-    """The plan, or its layer with that index, as a table of at most 100 columns.
+    """The plan, or that decoder layer of it, as a table of at most 100 columns.
 
     A whole expert is its number, a piece is `5[0:96)`. Percent are of the sum over ranks; tokens count a cut expert's
     rows on each rank that computes them; with a hardware profile, microseconds and MiB are predicted. Layers in a row
@@ -21,14 +22,13 @@ def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
     ones are one line. The last line of a block: slowest rank over the mean, cuts, the bound on it over the mean, and
     the gap between the two.
     """
-    if layer is not None and not 0 <= layer < len(plan.layers):
-        raise ValueError(f"layer {layer}: the plan has layers 0-{len(plan.layers) - 1}")
     if layer is not None:
-        return _block(f"layer {layer}", plan.layers[layer], plan.cost.unit)
+        return _block(f"layer {layer}", plan.layers[plan.index(layer)], plan.cost.unit)
     blocks, first = [], 0
     for _, same in groupby(plan.layers, key=lambda of: (of.widths, of.tokens, sorted(of.pieces))):
         layers = list(same)
-        name = f"layers {first}-{first + len(layers) - 1}" if len(layers) > 1 else f"layer {first}"
+        numbers = plan.numbers[first : first + len(layers)]
+        name = f"layers {ranges_text(numbers)}" if len(layers) > 1 else f"layer {numbers[0]}"
         if any(other.pieces != layers[0].pieces for other in layers):
             name += ", ranks in another order in each"
         blocks.append((name, layers[0]))

@@ -33,13 +33,14 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
     ranks = _ranks(given, model)
     old = _old_plan(given, model, notes)
     _check_outputs(given)
-    plan = plan_model(tokens_LE, model.widths_LE, ranks, cost, model.max_cuts, model.cut_multiple, model.stages, old)
+    plan = plan_model(tokens_LE, model.widths_LE, ranks, cost, model.max_cuts, model.cut_multiple, model.stages, old,
+                      model.layers)
     plans = rivals(plan)
     if old:
         plans[OLD] = under(old, plan)
     plans[PLANNED] = plan
-    if given.layer is not None and not 0 <= given.layer < len(plan.layers):
-        raise ValueError(f"--layer {given.layer}: the plan has layers 0-{len(plan.layers) - 1}")
+    drawn = plan.numbers[0] if given.layer is None else given.layer
+    plan.index(drawn)
     moves = diff(plans[OLD], plan) if old else None
     if given.output:
         plan.save(given.output)
@@ -47,7 +48,7 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
         from hmoe_megatron.report.plan_picture import draw_plans  # matplotlib takes a second to import
 
         before = OLD if old else CONTIGUOUS
-        write_whole(given.plot, draw_plans({before: plans[before], PLANNED: plan}, given.layer or 0))
+        write_whole(given.plot, draw_plans({before: plans[before], PLANNED: plan}, drawn))
     if given.json:
         return _json(plans, moves, notes)
     return "\n".join(_text(given, plans, moves, notes))

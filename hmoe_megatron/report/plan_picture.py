@@ -20,20 +20,21 @@ HATCH = "////"  # of a piece of an expert that is cut
 
 
 def draw_plans(plans: dict[str, PlacementPlan], layer: int) -> bytes:
-    """Predicted time of that layer under each plan, and its bytes where a rank has a cap; the last plan comes last."""
+    """Predicted time of that decoder layer under each plan, and its bytes where a rank has a cap; the last plan comes last."""
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
         return png(plans_figure(plans, layer))
 
 
 def plans_figure(plans: dict[str, PlacementPlan], layer: int) -> Figure:
     last = list(plans.values())[-1]
+    index = last.index(layer)
     capped = any(rank.bytes is not None for rank in last.rank_specs)
     figure = Figure(figsize=(6.5 * len(plans), 5.6 + 4.2 * capped), layout="constrained")
     axes_NP = figure.subplots(1 + capped, len(plans), squeeze=False, sharey="row", sharex=True)
-    slowest, fullest = (max(max(getattr(plan.layers[layer].predicted, what)) for plan in plans.values())
+    slowest, fullest = (max(max(getattr(plan.layers[index].predicted, what)) for plan in plans.values())
                         for what in ("time", "bytes"))
     scale, unit = _unit(slowest, last.cost.unit)
-    sharing = last.stages.count(last.stages[layer])
+    sharing = last.stages.count(last.stages[index])
     caps = np.array([np.nan if rank.bytes is None else rank.bytes / sharing for rank in last.rank_specs])
     for axes_N, (name, plan) in zip(axes_NP.T, plans.items(), strict=True):
         _times(axes_N[0], name, plan, layer, scale, top=MARGIN * slowest * scale or 1.0)
@@ -43,20 +44,20 @@ def plans_figure(plans: dict[str, PlacementPlan], layer: int) -> Figure:
     axes_NP[0, 0].set_ylabel(f"predicted {unit} a micro-batch")
     if capped:
         axes_NP[1, 0].set_ylabel("GiB of this layer's experts")
-    widths = sorted(set(last.layers[layer].widths))
+    widths = sorted(set(last.layers[index].widths))
     if len(widths) > 1:
         colour = ScalarMappable(Normalize(widths[0], widths[-1]), NARROW_TO_WIDE)
         figure.colorbar(colour, ax=axes_NP[:, -1], label="width of the expert").ax.grid(False)
     entries = dict(zip(*reversed(axes_NP[-1, 0].get_legend_handles_labels()), strict=True))
     entries |= dict(zip(*reversed(axes_NP[0, 0].get_legend_handles_labels()), strict=True))
-    if any(plan.layers[layer].cuts for plan in plans.values()):
+    if any(plan.layers[index].cuts for plan in plans.values()):
         entries["piece of a cut expert"] = Patch(facecolor="white", edgecolor=GREY, hatch=HATCH)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
     return figure
 
 
 def _times(axes: Axes, name: str, plan: PlacementPlan, layer: int, scale: float, top: float) -> None:
-    of = plan.layers[layer]
+    of = plan.layers[plan.index(layer)]
     times = piece_times(of.pieces, of.tokens, plan.cost, plan.rank_specs)
     _bars(axes, of, [[time * scale for time in held] for held in times], top)
     mean = sum(of.predicted.time) / of.ranks
@@ -66,7 +67,7 @@ def _times(axes: Axes, name: str, plan: PlacementPlan, layer: int, scale: float,
 
 
 def _bytes(axes: Axes, plan: PlacementPlan, layer: int, caps: np.ndarray, sharing: int, top: float) -> None:
-    of = plan.layers[layer]
+    of = plan.layers[plan.index(layer)]
     piece_bytes_E, width_bytes_E = plan.cost.memory(of.tokens)
     _bars(axes, of, [[(piece_bytes_E[p.expert] + width_bytes_E[p.expert] * p.width) / 2**30 for p in held]
                      for held in of.pieces], top / 2**30)

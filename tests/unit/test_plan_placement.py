@@ -157,7 +157,21 @@ def test_pipeline_stages_and_layers_without_experts(capsys):
     result = planned(capsys, *MODEL, "--num-layers", 4, "--pipeline-model-parallel-size", 2, "--moe-layer-freq",
                      "[0,1,1,1]")  # fmt: skip
     assert result["plan"]["stages"] == [0, 1, 1] and result["plan"]["cost"]["live_micro_batches"] == 2
+    assert result["plan"]["numbers"] == [1, 2, 3]
     assert model_of([], [*MODEL, "--recompute-granularity", "full"]).live_micro_batches == 0
+
+
+def test_layers_are_numbered_as_the_decoders(capsys, tmp_path):
+    model = [*map(str, MODEL), "--num-layers", "4", "--moe-layer-freq", "[0,0,1,1]"]
+    assert plan_placement.main([*model, "--compare", "--output", str(tmp_path / "plan.json")]) == 0
+    text = capsys.readouterr().out
+    assert "layers 2-3: " in text and "layers 0-1" not in text
+    assert re.findall(r"^ {6}(\d+) ", text.split("by layer:")[1], re.MULTILINE) == ["2", "3"]
+    assert plan_placement.main([*model, "--layer", "3"]) == 0 and "layer 3: " in capsys.readouterr().out
+    assert plan_placement.main([*model, "--layer", "1"]) == 2 and "the plan has layers 2-3" in capsys.readouterr().err
+    moved = planned(capsys, *model, "--old-plan", tmp_path / "plan.json", "--speeds", "1,1,1,9")["moves"]
+    assert moved and {move["layer"] for move in moved} <= {2, 3}
+    assert plan_placement.main([*model, "--gib", "0.000001", "--hidden-size", "64"]) == 2 and "layers 2-3" in capsys.readouterr().err
 
 
 def test_the_plan_it_writes_is_the_one_it_prints(capsys, tmp_path):
@@ -238,7 +252,7 @@ def test_the_picture(capsys, tmp_path, words):
     ([*MODEL, "--hmoe-placement", "contiguous"], "--hmoe-placement: not a flag"),
     ([*MODEL, "--output", "/tmp"], "/tmp: a directory"),
     ([*MODEL, "--output", "same.file", "--plot", "same.file"], "give two files"),
-    ([*MODEL, "--layer", "3"], "--layer 3: the plan has layers 0-2"),
+    ([*MODEL, "--layer", "3"], "layer 3: the plan has layers 0-2"),
     ([*MODEL, "--output", "/nowhere/plan.json"], "there is no directory /nowhere"),
     ([*MODEL, "--old-plan", "/nowhere/plan.json"], "/nowhere/plan.json"),
     ([*MODEL, "--args", "/nowhere/x.args"], "/nowhere/x.args"),

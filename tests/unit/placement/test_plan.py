@@ -113,6 +113,8 @@ def test_round_trip(tmp_path, plan):
     read = PlacementPlan.from_json(plan.to_json())
     assert read == plan and read.to_json() == plan.to_json()
     assert (read.cost, read.rank_specs, read.stages) == (plan.cost, plan.rank_specs, plan.stages)
+    numbered = dataclasses.replace(plan, numbers=tuple(range(3, 3 + len(plan.layers))))
+    assert PlacementPlan.from_json(numbered.to_json()) == numbered != plan
     ranks = plan.ranks
     path = tmp_path / "plan.json"
     path.write_text("old")
@@ -206,9 +208,9 @@ def first(body):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda b: b.update(schema=1), "schema 1: this version reads 2; make the plan again"),
-    (lambda b: (b.clear(), b.update(schema=1, ep_size=2, layers=[])), "schema 1: this version reads 2; make the plan"),
-    (lambda b: b.update(schema=3), "schema 3: this version reads 2"),
+    (lambda b: b.update(schema=1), "schema 1: this version reads 3; make the plan again"),
+    (lambda b: (b.clear(), b.update(schema=1, ep_size=2, layers=[])), "schema 1: this version reads 3; make the plan"),
+    (lambda b: b.update(schema=2), "schema 2: this version reads 3"),
     (lambda b: b.update(schema=True), "schema True"),
     (lambda b: b.update(more=1), "unknown field 'more'"),
     (lambda b: b.pop("layers"), "field 'layers' is missing"),
@@ -222,6 +224,8 @@ def first(body):
     (lambda b: b.update(stages=[0]), "stages is not a list of 2"),
     (lambda b: b.update(stages=[0, 0.0]), "stages is not"),
     (lambda b: b.update(stages=[0, -1]), "stages is not"),
+    (lambda b: b.update(numbers=[3, 2]), "numbers is not a list of 2 rising"),
+    (lambda b: b.update(numbers=[0, 4096]), "numbers is not a list of 2 rising whole numbers, 0 to 4095"),
     (lambda b: b.update(cost=None), "cost: "),
     (lambda b: b["cost"].update(more=1), "cost: "),
     (lambda b: b["cost"].update(hidden_size=0), "cost: "),
@@ -247,7 +251,7 @@ def first(body):
     (lambda b: first(b)["predicted"].update(bytes=[1.5, 2]), "predicted bytes is not"),
     (lambda b: first(b)["predicted"].update(time=[1, 2, 3]), "predicted time is not"),
     (lambda b: first(b)["pieces"][0].append([7, 0, 1]), "expert 7 is not one of 0-2"),
-    (lambda b: (b["layers"].append(None), b.update(sha256=1)), "stages is not a list of 3 whole numbers, 0 to 4096; "
+    (lambda b: (b["layers"].append(None), b.update(sha256=1)), "numbers is not a list of 3 rising whole numbers, 0 to 4095; "
                                                               "layer 2 is not"),
     (lambda b: [layer["pieces"][0].clear() for layer in b["layers"]], "; layer 1: expert"),
 ])
