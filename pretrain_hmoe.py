@@ -23,9 +23,9 @@ def main() -> int:
 
     try:
         training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine
-        args, layout = training.parse_arguments(argv)  # flags, widths, placement plan; nothing has started yet
+        args, layout, start = training.parse_arguments(argv)  # flags, checkpoint, plan; nothing has started yet
         check_data(args)  # lengths, tokenizer
-        checkpoints = training.open_checkpoints(args, layout)  # found, compared, --save locked
+        checkpoints = training.open_checkpoints(args, layout, start)  # compared, --save locked
     except (ValueError, AssertionError, RunEnded) as error:
         return training.refuse(error)
     try:

@@ -30,7 +30,7 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
             sys.argv = given
         validate_args(args, {})
     else:
-        args, layout = parse_arguments(argv)
+        args, layout, _ = parse_arguments(argv)
         if guarded:
             numeric_guard.install(layout.stats)
     set_global_variables(args)

@@ -44,8 +44,8 @@ def build_model(argv: list[str]) -> tuple:
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
-    args, layout = parse_arguments(argv)
-    open_checkpoints(args, layout)
+    args, layout, start = parse_arguments(argv)
+    open_checkpoints(args, layout, start)
     set_global_variables(args)
     initialize_megatron()
     config = model_config(args, layout)

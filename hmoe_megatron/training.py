@@ -5,19 +5,19 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from hmoe_megatron import host
+from hmoe_megatron import collectives, host
 from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
-from hmoe_megatron.checkpoint import directory
-from hmoe_megatron.checkpoint.session import Checkpoints, loads_what_it_saves
+from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.exits import RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
 from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
-from hmoe_megatron.launch.mpi import process_of, set_environment_from_mpi
+from hmoe_megatron.launch.mpi import set_environment_from_mpi
 from hmoe_megatron.layout import ExpertLayout
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -52,11 +52,11 @@ def alone_without_torchrun() -> None:
     os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"})
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
-    """Parse and check Megatron's and HMoE's flags, and lay out the experts.
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, Start | None]:
+    """Parse and check Megatron's and HMoE's flags, find the checkpoint to go on from, and lay out the experts.
 
-    Returns Megatron's validated arguments, not yet made global, and the layout. No process group is started. Raises
-    ValueError, with every problem it found, for settings that can't work.
+    Returns Megatron's validated arguments, not yet made global, the layout and the checkpoint. No process group is
+    started. Raises ValueError, with every problem it found, for settings that can't work, and CheckpointRefused.
     """
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
@@ -69,7 +69,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
         sys.argv = given
     settings = hmoe_config_from_args(args)
     check_megatron_arguments(args, settings, host.has_gpu())
-    layout = expert_layout(args, settings)
+    start = starting_checkpoint(args)
+    layout = expert_layout(args, settings, start)
     check_dispatch(args, layout)
     # Megatron checks that --num-experts divides by the expert-parallel size: show it the slots, which do. The width is
     # for its checks too; no layer uses it.
@@ -78,15 +79,15 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout]:
     validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     args.num_experts = logical
     core_transformer_config_from_args(args)  # for its checks, before anything starts
-    return args, layout
+    return args, layout, start
 
 
-def expert_layout(args: argparse.Namespace, settings: HMoEConfig) -> ExpertLayout:
+def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start | None) -> ExpertLayout:
     """Widths, plan, backend and counters of the model that the flags describe."""
     widths = widths_from_args(args, settings)
     if not widths:
         raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
-    plan = placement_plan(args, settings, widths)
+    plan = placement_plan(args, settings, widths, start)
     shapes = expert_shapes(args, plan)
     compute, words = choose_compute(settings.gemm_backend, host.has_gpu(), shapes, settings.keep_hidden)
     return ExpertLayout(
@@ -111,7 +112,7 @@ def expert_shapes(args: argparse.Namespace, plan: PlacementPlan) -> ExpertShapes
     return ExpertShapes(args.hidden_size, dtype, frozenset(filter(None, on_ranks)), torch.float32 if in_fp32 else dtype)
 
 
-def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> PlacementPlan:
+def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths, start: Start | None) -> PlacementPlan:
     """The plan that ``--hmoe-placement`` asks for, for every expert-parallel rank and MoE layer."""
     widths_LE, ranks = tuple(widths.values()), args.expert_model_parallel_size
     expert_tp = expert_tensor_parallel_size(args)
@@ -125,27 +126,13 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths) -> Pl
             numbers=tuple(widths),
         )  # fmt: skip
     else:
-        path = plan_file(args, settings)
-        try:
-            plan = PlacementPlan.load(path, widths_LE, ranks)
-        except ValueError:
-            if path == plan_file(args, settings):
-                raise
-            # Rank 0 has just put back the checkpoint that holds it.
-            plan = PlacementPlan.load(plan_file(args, settings), widths_LE, ranks)
+        if settings.placement == "checkpoint" and start is None:
+            raise ValueError("--hmoe-placement checkpoint needs a checkpoint in --load: give the directory of a run, or "
+                             "use auto")
+        path = start.plan_file() if settings.placement == "checkpoint" else Path(settings.placement)
+        plan = replace(PlacementPlan.load(path, widths_LE, ranks), numbers=tuple(widths))
     check_plan(plan, widths, expert_tp)
     return plan
-
-
-def plan_file(args: argparse.Namespace, settings: HMoEConfig) -> Path:
-    """File of the plan that ``--hmoe-placement`` names, or that the checkpoint of ``--load`` holds."""
-    if settings.placement != "checkpoint":
-        return Path(settings.placement)
-    if not args.load:
-        raise ValueError("--hmoe-placement checkpoint needs --load: give the directory of a run, or use auto")
-    # Read before the directory is locked and tidied, which a start that fails must not do.
-    _, checkpoint = directory.find(args.load, args.ckpt_step, put_back=loads_what_it_saves(args))
-    return checkpoint / PLAN_FILE
 
 
 def check_plan(plan: PlacementPlan, widths, expert_tp: int) -> None:
@@ -180,9 +167,9 @@ def run_directory(args: argparse.Namespace, settings: HMoEConfig) -> Path | None
     return Path(directory) if directory else None
 
 
-def open_checkpoints(args: argparse.Namespace, layout: ExpertLayout) -> Checkpoints:
+def open_checkpoints(args: argparse.Namespace, layout: ExpertLayout, start: Start | None) -> Checkpoints:
     """The run's checkpoints, ready to be loaded and saved; see ``Checkpoints.prepare`` for what it raises."""
-    checkpoints = Checkpoints(args, layout)
+    checkpoints = Checkpoints(args, layout, start)
     checkpoints.prepare()
     checkpoints.install()
     return checkpoints
@@ -260,7 +247,7 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
 def refuse(error: Exception) -> int:
     """Say why the run can't start or go on; the exit code, 2 for settings that can't work."""
     ended = isinstance(error, RunEnded)
-    rank = int(os.environ.get("RANK") or (process_of(os.environ) or (0,))[0])
+    rank = collectives.rank()
     if rank == 0 or not getattr(error, "on_every_rank", True):
         where = f"rank {rank}: " if rank else ""
         print(f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}", file=sys.stderr, flush=True)

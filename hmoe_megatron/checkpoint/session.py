@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import hmoe_megatron
+from hmoe_megatron import collectives
 from hmoe_megatron.checkpoint import directory, lock, settings
 from hmoe_megatron.checkpoint.manifest import Manifest, load_manifest
 from hmoe_megatron.exits import CheckpointRefused
@@ -22,55 +23,58 @@ _LAYOUT = ("world_size tensor_model_parallel_size pipeline_model_parallel_size v
 TIDY_S = 60.0  # by which rank 0 may start later than another rank
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+class Start(NamedTuple):
+    """The checkpoint that a run goes on from. lies: where it is now, if it is to be put back at `path`."""
+
+    iteration: int
+    path: Path
+    lies: Path
+
+    def plan_file(self) -> Path:
+        """Its plan. Read before the directory is locked and tidied, which a start that fails must not do."""
+        lies = self.lies / PLAN_FILE
+        return lies if lies.exists() else self.path / PLAN_FILE  # rank 0 may have put it back by now
+
+    def wait(self) -> None:
+        """Until rank 0 has put it back; before that nothing is in its place."""
+        end_s = time.monotonic() + TIDY_S
+        while self.lies != self.path and self.lies.exists() and time.monotonic() < end_s:
+            time.sleep(0.05)
 
 
-def loads_what_it_saves(args: argparse.Namespace) -> bool:
-    """Whether --load and --save are one directory, which rank 0 then tidies."""
-    return bool(args.load and args.save and Path(args.load).absolute() == Path(args.save).absolute())
-
-
-def _wait_for_tidying(root: Path) -> None:
-    """Until rank 0 has put back what a killed run was replacing; before that nothing is in its place."""
-    end_s = time.monotonic() + TIDY_S
-    while directory.has_replaced(root) and time.monotonic() < end_s:
-        time.sleep(0.05)
+def starting_checkpoint(args: argparse.Namespace) -> Start | None:
+    """What --load, --ckpt-step and --pretrained-checkpoint name; None where the run starts anew, as it may where it is
+    to save to an empty --load itself. Raises CheckpointRefused."""
+    pretrained = getattr(args, "pretrained_checkpoint", None)
+    same = bool(args.load and args.save and Path(args.load).absolute() == Path(args.save).absolute())
+    start = None
+    if args.load:
+        may_be_new = same and not args.exit_on_missing_checkpoint or bool(pretrained)
+        start = directory.find(args.load, args.ckpt_step, may_be_new, put_back=same)
+    if start is None and pretrained:
+        start = directory.find(pretrained)
+    return start and Start(start[0], directory.checkpoint_path(start[1].parent, start[0]), start[1])
 
 
 class Checkpoints:
-    """What `--save`, `--load` and `--ckpt-step` mean for one run."""
+    """What `--save` and the checkpoint that it starts from mean for one run."""
 
-    def __init__(self, args: argparse.Namespace, layout: ExpertLayout):
-        self.args, self.plan, self.hmoe = args, layout.plan, layout.settings
+    def __init__(self, args: argparse.Namespace, layout: ExpertLayout, start: Start | None):
+        self.args, self.plan, self.hmoe, self.start = args, layout.plan, layout.settings, start
         self.settings = settings.model_settings(args, layout.widths)
         self._lock = None
 
-    @property
-    def may_be_new(self) -> bool:
-        """Whether the run may start anew where --load holds nothing: it does where it is to save there itself."""
-        return loads_what_it_saves(self.args) and not self.args.exit_on_missing_checkpoint
-
     def prepare(self) -> None:
-        """Before any process group: lock and tidy --save (rank 0), find what --load names, compare its settings.
+        """Before any process group: lock and tidy --save (rank 0), compare the settings of `start`.
 
         Raises CheckpointRefused, DirectoryInUse, or ValueError for a --save that can't be written to.
         """
-        if self.args.save and _rank() == 0:
+        if self.args.save and collectives.rank() == 0:
             self._take(Path(self.args.save))
-        try:
-            self._check()
-        except CheckpointRefused:
-            if _rank() == 0 or not loads_what_it_saves(self.args):
-                raise
-            _wait_for_tidying(Path(self.args.save))
-            self._check()
-
-    def _check(self) -> None:
-        found = self.find()
-        if found:
-            self._compare(found[1])
-        if self.args.save and not self._goes_on_in_save(found):
+        if self.start:
+            self.start.wait()
+            self._compare(self.start.path)
+        if self.args.save and not self._goes_on_in_save():
             self._keep_others(Path(self.args.save))
 
     def _take(self, root: Path) -> None:
@@ -83,23 +87,14 @@ class Checkpoints:
         for line in done if self._lock else [*done, "can't be locked on this file system: let one run only save here"]:
             print(f" {root}: {line}", flush=True)
 
-    def _goes_on_in_save(self, found) -> bool:
-        return bool(found) and found[1].parent.absolute() == Path(self.args.save).absolute()
+    def _goes_on_in_save(self) -> bool:
+        return bool(self.start) and self.start.path.parent.absolute() == Path(self.args.save).absolute()
 
     def _keep_others(self, root: Path) -> None:
         complete = directory.complete_iterations(root)
         if complete:
             raise ValueError(f"--save {root} holds the checkpoints of a run (the last: iteration {complete[-1]}), and "
                              f"this run does not go on from them: add --load {root}, or give another --save")
-
-    def find(self, load_arg: str = "load") -> tuple[int, Path] | None:
-        """(iteration, directory) of the checkpoint that this run starts from; None without one."""
-        args = self.args
-        root, pretrained = getattr(args, load_arg, None), getattr(args, "pretrained_checkpoint", None)
-        found = None
-        if root:
-            found = directory.find(root, args.ckpt_step, self.may_be_new or bool(pretrained))
-        return directory.find(pretrained) if found is None and pretrained else found
 
     def _compare(self, path: Path) -> None:
         """Raises CheckpointRefused with every setting that differs and matters; says the others."""
@@ -115,7 +110,7 @@ class Checkpoints:
         if refused:
             raise CheckpointRefused(f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
                                     "that saved it (another plan, layout or number of ranks is no difference)")
-        if told and _rank() == 0:
+        if told and collectives.rank() == 0:
             print(f" goes on with other settings: {'; '.join(told)}", flush=True)
 
     def manifest(self, iteration: int, files: dict) -> Manifest:
@@ -156,19 +151,15 @@ class Checkpoints:
         checkpointing.maybe_msc = _Opener(checkpointing.maybe_msc, saver.open_tracker)
 
     def load_checkpoint(self, stock, models, optimizer, scheduler, load_arg="load", **named):
-        """Megatron's load_checkpoint of what `find` finds; without a checkpoint Megatron starts anew."""
-        from hmoe_megatron.checkpoint import loading, together
+        """Megatron's load_checkpoint of `start`; without one Megatron starts anew."""
+        from hmoe_megatron.checkpoint import loading
 
-        try:
-            found = together.first_rank(lambda: self.find(load_arg))
-        except together.StepFailed as error:
-            raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
-        if found is None:
+        start = collectives.run_on_rank0(lambda: self.start)
+        if start is None:
             return stock(models, optimizer, scheduler, load_arg, **named)
-        iteration, path = found
-        with _setting(self.args, "ckpt_step", iteration):
+        with _setting(self.args, "ckpt_step", start.iteration):
             return loading.load_checkpoint(
-                stock, path, self.hmoe.skip_integrity, models, optimizer, scheduler, load_arg, **named
+                stock, start.path, self.hmoe.skip_integrity, models, optimizer, scheduler, load_arg, **named
             )
 
     def end(self) -> None:

@@ -59,7 +59,7 @@ def flops_of(width_and_topk, active_width):
     from hmoe_megatron.accounting import report_real_widths
     from hmoe_megatron.training import parse_arguments
 
-    args, layout = parse_arguments([*TINY, "--hmoe-widths", WIDTHS])
+    args, layout, _ = parse_arguments([*TINY, "--hmoe-widths", WIDTHS])
     args.padded_vocab_size = 128
     stock_args = argparse.Namespace(**vars(args))
     stock_args.moe_ffn_hidden_size, stock_args.moe_router_topk = width_and_topk

@@ -37,7 +37,7 @@ def parsed(run, monkeypatch, *flags, vocab_size=32_000):
     words = launcher.read_args(EXAMPLES / run)
     monkeypatch.setenv("WORLD_SIZE", "2" if "tiny_cpu" in run else "8")
     data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab_size)]
-    args, layout = parse_arguments([*words, *data, *flags])
+    args, layout, _ = parse_arguments([*words, *data, *flags])
     args.padded_vocab_size = calculate_padded_vocab_size(vocab_size, args.make_vocab_size_divisible_by, 1)
     return args, layout, parameter_counts(args, layout.widths)
 

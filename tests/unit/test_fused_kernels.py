@@ -139,7 +139,7 @@ SCRIPT = """
     from megatron.core.optimizer import distrib_optimizer
     found = {"adam": distrib_optimizer.HAVE_APEX_OR_TE, "apex": gpt_layer_specs.HAVE_APEX,
              "engine": gpt_layer_specs.HAVE_TE}
-    args, layout = training.parse_arguments([*MODEL.split(), *sys.argv[1:]])
+    args, layout, _ = training.parse_arguments([*MODEL.split(), *sys.argv[1:]])
     found |= {name: getattr(args, name) for name in ("transformer_impl", "apply_rope_fusion",
               "gradient_accumulation_fusion", "masked_softmax_fusion", "no_persist_layer_norm")}
     found["line"] = host.machine_line(args)

@@ -1,8 +1,11 @@
 """What one rank does alone may fail there alone: these steps succeed or fail on all ranks, and none waits forever."""
 
+import os
 from collections.abc import Callable
 
 import torch.distributed
+
+from hmoe_megatron.launch.mpi import process_of
 
 
 class StepFailed(Exception):
@@ -22,14 +25,16 @@ def all_ranks[Result](step: Callable[[], Result]) -> list[Result]:
     return [result for result, _ in outcomes]
 
 
-def first_rank[Result](step: Callable[[], Result]) -> Result:
+def run_on_rank0[Result](step: Callable[[], Result]) -> Result:
     """Run `step` on rank 0 and return what it returned on every rank. Raises StepFailed on all of them."""
     return all_ranks(lambda: step() if rank() == 0 else None)[0]
 
 
 def rank() -> int:
-    """This rank; 0 without process groups."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    """This process's rank, also before process groups: by torchrun's environment, else mpirun's, else 0."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK") or (process_of(os.environ) or (0,))[0])
 
 
 def world_size() -> int:
