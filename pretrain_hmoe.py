@@ -14,11 +14,11 @@ import sys
 def main() -> int:
     """Exit code: 0, 2 for settings that can't work, those of hmoe_megatron/exits.py."""
     argv = sys.argv[1:]
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
-    host.prepare_environment()  # before torch and Megatron read it
+    machine.prepare_environment()  # before torch and Megatron read it
     from hmoe_megatron import training
-    from hmoe_megatron.data_checks import check_data
+    from hmoe_megatron.data.checks import check_data
     from hmoe_megatron.exits import RunEnded
 
     try:

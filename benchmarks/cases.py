@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from hmoe_megatron.placement import CostModel, InfeasiblePlan, LayerPlan, Rank, plan_layer
-from hmoe_megatron.placement.exact import any_that_fits
+from hmoe_megatron.placement.milp import any_that_fits
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.profiles import PROFILES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.duel import Side, alternate, ratio
 from benchmarks.machine import ROOT, stamp
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan
 from hmoe_megatron.widths import layer_widths
@@ -175,7 +175,7 @@ grow with the number of experts: 8 % of the layer's at 256.
 {chr(10).join(scaling(given.rounds))}
 """
     print(text)
-    write_whole(OUTPUT, text.encode())
+    atomic_write(OUTPUT, text.encode())
 
 
 if __name__ == "__main__":

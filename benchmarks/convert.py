@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.machine import ROOT, stamp
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 from hmoe_megatron.flag_files import read_args
 
 OUTPUT = ROOT / "benchmarks" / "convert.md"
@@ -109,7 +109,7 @@ and SHA-256 of every tensor are in the time. A process that exports next to noth
 {rows}
 """
     print(text)
-    write_whole(OUTPUT, text.encode())
+    atomic_write(OUTPUT, text.encode())
 
 
 if __name__ == "__main__":

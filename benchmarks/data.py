@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import ROOT, stamp
-from hmoe_megatron.files import sha256_file, write_whole
+from hmoe_megatron.files import sha256_file, atomic_write
 
 OUTPUT = ROOT / "benchmarks" / "data.md"
 CORPUS = "debian-prose"
@@ -221,7 +221,7 @@ text by text, one loop that feeds its builder. Peak: the largest sum of proporti
 looked at every {SAMPLE_S * 1000:.0f} ms.
 
 """
-    write_whole(OUTPUT, (text + "\n".join(sections)).encode())
+    atomic_write(OUTPUT, (text + "\n".join(sections)).encode())
     print(f"{OUTPUT}: written")
 
 

@@ -18,13 +18,13 @@ import numpy as np
 
 from benchmarks.machine import ROOT, stamp
 from examples.demo import DATA, DEMO, EXAMPLE, prepare_data, tool
-from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, write_whole
+from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, atomic_write
 from hmoe_megatron.flag_files import read_args
 from hmoe_megatron.placement.cost import CostModel, predict
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.profiles import Profile
 from hmoe_megatron.planning.model import Model, model_of
-from hmoe_megatron.telemetry_file import read_records
+from hmoe_megatron.telemetry.reader import read_records
 
 OUTPUT = ROOT / "benchmarks" / "planner_real.md"
 RUNS = ROOT / "runs" / "planner_real"
@@ -147,7 +147,7 @@ steps.
 
 """ + "\n".join([*report(runs, plan), ""])
     print(text)
-    write_whole(OUTPUT, text.encode())
+    atomic_write(OUTPUT, text.encode())
 
 
 def _call(command: list[str]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import ROOT, stamp
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 OUTPUT = ROOT / "benchmarks" / "restart.md"
 MODEL = (
@@ -115,7 +115,7 @@ Steps done again: {lost.min()} to {lost.max()}. Between the two lie the wait of 
 takes: importing torch and Megatron, building the model, loading the checkpoint.
 """
     print(text)
-    write_whole(OUTPUT, text.encode())
+    atomic_write(OUTPUT, text.encode())
 
 
 if __name__ == "__main__":

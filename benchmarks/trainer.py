@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from hmoe_megatron import host, numeric_guard
+from hmoe_megatron import machine
+from hmoe_megatron.nan_guard import guard as numeric_guard
 from hmoe_megatron.training import model_config, parse_arguments, prepare
 
 
@@ -23,7 +24,7 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
 
     prepare()
     if stock:
-        given, sys.argv = sys.argv, ["stock", *host.machine_argv(argv)]
+        given, sys.argv = sys.argv, ["stock", *machine.machine_argv(argv)]
         try:
             args = parse_args()
         finally:
@@ -98,7 +99,7 @@ class Trainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.training import training
 
-        from hmoe_megatron.data import forward_step
+        from hmoe_megatron.data.batches import forward_step
 
         if self.iteration == 1:
             self._begin_overlap()

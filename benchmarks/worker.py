@@ -153,9 +153,9 @@ def main() -> None:
     side, *flags = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
-    host.prepare_environment()
+    machine.prepare_environment()
     pin()
     from hmoe_megatron.training import prepare
 

@@ -34,7 +34,7 @@ def read_text(path: str | os.PathLike, max_bytes: int) -> str:
             raise ValueError("not UTF-8 text") from None
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
+def atomic_write(path: str | Path, data: bytes) -> None:
     """Write ``data`` under a temporary name in the same directory, on the disk, then rename: never half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -49,7 +49,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(path: str | Path, flag: str) -> Iterator[Path]:
+def atomic_directory(path: str | Path, flag: str) -> Iterator[Path]:
     """An empty directory beside ``path``, which gets that name, on the disk, if the block ends well, and is removed if
     not. What a killed one left is cleared.
 

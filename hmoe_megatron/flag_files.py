@@ -34,7 +34,7 @@ def read_args(path: str | Path, included_by: tuple[Path, ...] = ()) -> list[str]
 
 def run_arguments(run_dir: Path) -> list[str]:
     """The flags that ``pretrain_hmoe.py`` was started with. Raises ValueError with file and remedy."""
-    from hmoe_megatron.placement.fields import parsed  # scipy behind it takes a launcher a second
+    from hmoe_megatron.untrusted import parsed  # scipy behind it takes a launcher a second
 
     path = Path(run_dir) / RUN_ARGUMENTS_FILE
     if not path.is_file():

@@ -10,31 +10,31 @@ from pathlib import Path
 
 import torch
 
-from hmoe_megatron import collectives, host
-from hmoe_megatron.accounting import expected_active_width, parameter_counts, report_real_widths
+from hmoe_megatron import collectives, machine, patches
+from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.exits import RunEnded, SavingFailed
-from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, write_whole
-from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
+from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
-from hmoe_megatron.layout import ExpertLayout
+from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
-from hmoe_megatron.refusals import check_dispatch, check_megatron_arguments, expert_tensor_parallel_size
-from hmoe_megatron.stats import RoutingStats
+from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments, expert_tensor_parallel_size
+from hmoe_megatron.telemetry.counters import RoutingStats
 
 
 def prepare() -> None:
     """What must happen before Megatron is used: this process's place among the ranks, patches for a machine without a
     GPU, repairs. ValueError where mpirun's ranks can't be told."""
-    from hmoe_megatron.grad_norm import use_logical_norm
+    from hmoe_megatron.moe.gradient_norm import use_logical_norm
 
     if not set_environment_from_mpi():
         alone_without_torchrun()
-    host.apply()
+    patches.apply()
     host.repair_dataset_helpers()
     host.repair_sequence_parallel_norm()
     host.repair_distributed_optimizer()
@@ -62,13 +62,13 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     from megatron.training.arguments import parse_args, validate_args
 
     given = sys.argv
-    sys.argv = [given[0], *host.machine_argv(argv)]
+    sys.argv = [given[0], *machine.machine_argv(argv)]
     try:
         args = parse_args(add_hmoe_arguments)
     finally:
         sys.argv = given
     settings = hmoe_config_from_args(args)
-    check_megatron_arguments(args, settings, host.has_gpu())
+    check_megatron_arguments(args, settings, machine.has_gpu())
     start = starting_checkpoint(args)
     layout = expert_layout(args, settings, start)
     check_dispatch(args, layout)
@@ -89,7 +89,7 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start |
         raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
     plan = placement_plan(args, settings, widths, start)
     shapes = expert_shapes(args, plan)
-    compute, words = choose_compute(settings.gemm_backend, host.has_gpu(), shapes, settings.keep_hidden)
+    compute, words = choose_compute(settings.gemm_backend, machine.has_gpu(), shapes, settings.keep_hidden)
     return ExpertLayout(
         settings=settings,
         widths=widths,
@@ -150,7 +150,7 @@ def model_config(args: argparse.Namespace, layout: ExpertLayout):
     """Megatron's GPTModelConfig with HMoE's layer specs; ``layout`` rides on its TransformerConfig as ``hmoe``."""
     from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
-    from hmoe_megatron.specs import hmoe_block_spec
+    from hmoe_megatron.moe.specs import hmoe_block_spec
 
     transformer = core_transformer_config_from_args(args)
     transformer.hmoe = layout
@@ -186,8 +186,8 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from hmoe_megatron import numeric_guard
-    from hmoe_megatron.data import datasets_provider, forward_step
+    from hmoe_megatron.nan_guard import guard as numeric_guard
+    from hmoe_megatron.data.batches import datasets_provider, forward_step
     from hmoe_megatron.telemetry import HMoEMetricsTracker
 
     set_global_variables(args)
@@ -200,7 +200,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     numeric_guard.install(layout.stats)
-    fell_back = layout.settings.gemm_backend == "auto" and host.has_gpu() and "triton" not in layout.computed_by
+    fell_back = layout.settings.gemm_backend == "auto" and machine.has_gpu() and "triton" not in layout.computed_by
     if fell_back and args.rank != 0:  # rank 0 says it below
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
     if args.rank == 0:
@@ -223,7 +223,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
 
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:
     """Print what will be trained, and where."""
-    print(f" {host.machine_line(args)}\n experts computed by {layout.computed_by}")
+    print(f" {machine.machine_line(args)}\n experts computed by {layout.computed_by}")
     print(plan_table(layout.plan))
     print(
         f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "
@@ -237,7 +237,7 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         layout.plan.save(run_dir / PLAN_FILE)
-        write_whole(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
+        atomic_write(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
     except OSError as error:
         raise SavingFailed(f"{run_dir} can't be written to: {error.strerror}: mend that, or give another directory",
                            on_every_rank=False) from None  # fmt: skip

@@ -81,7 +81,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def export(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError or CheckpointRefused; then --output is not there."""
     from hmoe_megatron.hf.export import to_hf
-    from hmoe_megatron.hf.proof import Side, check_logits, first_tokens
+    from hmoe_megatron.hf.parity import Side, check_logits, first_tokens
 
     text = text_of(args)
 
@@ -108,7 +108,7 @@ def bring_back(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError or RunEnded; then --save is not there."""
     from hmoe_megatron.hf.importing import ARGS_FILE, ITERATION, HFDirectory, from_hf
     from hmoe_megatron.hf.model_settings import last_value
-    from hmoe_megatron.hf.proof import Side, check_logits, first_tokens
+    from hmoe_megatron.hf.parity import Side, check_logits, first_tokens
 
     is_upcycled, text = args.command == "upcycle", text_of(args)
     source = upcycled(args) if is_upcycled else HFDirectory(args.load)
@@ -153,9 +153,9 @@ def text_of(args: argparse.Namespace) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
-    host.prepare_environment()
+    machine.prepare_environment()
     from hmoe_megatron.exits import RunEnded
 
     try:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.evaluation import benchmarks, inputs
 from hmoe_megatron.evaluation.report import difference, table
 from hmoe_megatron.evaluation.work import Work, evaluate_apart
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 SCHEMA = 1
 
@@ -79,7 +79,7 @@ def write_results(path: Path, args: argparse.Namespace, results: list[dict]) -> 
                                        for name, task in result["tasks"].items()}} for result in results]  # fmt: skip
     content = {"schema": SCHEMA, "lm_eval": benchmarks.lm_eval_version() if results[0]["tasks"] else None,
                "limit": args.limit, "stride": args.stride, "models": results}  # fmt: skip
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron import host
+from hmoe_megatron import machine
 
 MAX_SIZE = 65_536
 MAX_SECONDS = 3600
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> None:
         warnings.simplefilter("ignore")  # what Megatron misses when it is imported is the doctor's affair
         from hmoe_megatron.profiling.layers import layers_kept_apart, layers_to_fit
         from hmoe_megatron.profiling.machine import measure
-    default = GPU_GRID if host.has_gpu() else CPU_GRID
+    default = GPU_GRID if machine.has_gpu() else CPU_GRID
     grid = [getattr(args, name) or default[name] for name in default]
     fit, apart = layers_to_fit(*grid), layers_kept_apart(*grid)
     elements = sum(3 * layer.hidden_size * (sum(layer.widths) + sum(layer.rows)) for layer in fit + apart)
@@ -86,10 +86,10 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> None:
 def job(ranks: int):
     """torch.distributed, where there is more than one rank."""
     import torch
-    if host.has_gpu():
+    if machine.has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if ranks > 1:
-        torch.distributed.init_process_group("nccl" if host.has_gpu() else "gloo")
+        torch.distributed.init_process_group("nccl" if machine.has_gpu() else "gloo")
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", metavar="S", type=float, default=20.0, help="to time the compute; default: 20")
     args = parser.parse_args(argv)
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    host.prepare_environment()
+    machine.prepare_environment()
     try:
         run(args, rank, ranks)
     except (ValueError, OSError) as error:

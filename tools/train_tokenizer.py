@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.data_prep.sources import SAMPLE_BY, find_sources
 from hmoe_megatron.data_prep.tokenizer_training import KINDS, measure, sample, texts_of
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 HELD_OUT_EVERY = 100  # documents
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     for name, data in files.items():
         path = Path(f"{args.output}{name}")
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, data)
+        atomic_write(path, data)
     where = f"{len(held_out)} held-out documents" if held_out else f"the text itself (under {HELD_OUT_EVERY} documents)"
     print(
         f"{args.output}: {args.vocab_size} entries from {len(texts)} of {seen} documents "

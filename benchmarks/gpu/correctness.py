@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.gpu.rows import device, emit
 from benchmarks.machine import ROOT
-from hmoe_megatron.gemm.choice import first_line
-from hmoe_megatron.gemm.ragged.experts import layer_of, ragged_experts, ragged_swiglu
-from hmoe_megatron.gemm.ragged.self_test import BOUNDS, LARGEST, Case, drawn, errors, results
+from hmoe_megatron.moe.compute.choice import first_line
+from hmoe_megatron.moe.compute.ragged.experts import layer_of, ragged_experts, ragged_swiglu
+from hmoe_megatron.moe.compute.ragged.self_test import BOUNDS, LARGEST, Case, drawn, errors, results
 
 NAMES = ("bfloat16", "float16", "float32")
 DTYPES = tuple(getattr(torch, name) for name in NAMES)

@@ -14,10 +14,10 @@ import torch
 from torch.nn.functional import linear, silu
 
 from benchmarks.gpu.rows import device, emit, median_ms, peak_bytes
-from hmoe_megatron.gemm.choice import first_line
-from hmoe_megatron.gemm.ragged import experts, launches
-from hmoe_megatron.gemm.ragged.experts import ragged_experts
-from hmoe_megatron.gemm.reference import reference_experts
+from hmoe_megatron.moe.compute.choice import first_line
+from hmoe_megatron.moe.compute.ragged import experts, launches
+from hmoe_megatron.moe.compute.ragged.experts import ragged_experts
+from hmoe_megatron.moe.compute.reference import reference_experts
 from hmoe_megatron.widths import layer_widths
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.gpu.rows import emit
-from hmoe_megatron import host
+from hmoe_megatron import machine
 
 PUBLISHED = "h100"
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--tiny", action="store_true", help="small layers, for a test on a CPU")
     given = parser.parse_args(argv)
-    host.prepare_environment()
+    machine.prepare_environment()
     from hmoe_megatron.placement.profiles import PROFILES
     from hmoe_megatron.profiling.fit import errors
     from hmoe_megatron.profiling.layers import layers_kept_apart, layers_to_fit

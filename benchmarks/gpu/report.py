@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 
 def write(folder: Path, machine: dict, rows: dict[str, list[dict]], notes: dict[str, str]) -> None:
     """Both files, whole. rows: item -> its rows so far; notes: item -> why it is not whole."""
     data = {"machine": machine, "items": rows, "not whole": notes}
-    write_whole(folder / "gpu.json", (json.dumps(data, indent=1) + "\n").encode())
-    write_whole(folder / "gpu.md", page(machine, rows, notes).encode())
+    atomic_write(folder / "gpu.json", (json.dumps(data, indent=1) + "\n").encode())
+    atomic_write(folder / "gpu.md", page(machine, rows, notes).encode())
 
 
 def page(machine: dict, rows: dict[str, list[dict]], notes: dict[str, str]) -> str:

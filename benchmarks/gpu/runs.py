@@ -185,9 +185,9 @@ def serve(model: str = MODEL, steps: int = STEPS) -> None:
     """Answers on standard output, a JSON line each; see benchmarks/worker.py."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
-    host.prepare_environment()
+    machine.prepare_environment()
     import torch
 
     from hmoe_megatron.training import prepare

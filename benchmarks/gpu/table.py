@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from benchmarks.gpu import report
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 
 class Table:
@@ -51,7 +51,7 @@ class Table:
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w:gz") as packed:
             packed.add(logs, "gpu_logs")
-        write_whole(self.folder / "gpu_logs.tar.gz", data.getvalue())
+        atomic_write(self.folder / "gpu_logs.tar.gz", data.getvalue())
 
     def wrong(self) -> list[str]:
         """Items in which something failed."""

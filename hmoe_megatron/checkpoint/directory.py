@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from hmoe_megatron.exits import CheckpointRefused
-from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, sync, write_whole
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, sync, atomic_write
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "hmoe_manifest.json"
@@ -20,7 +20,7 @@ MAX_ITERATION = 10**12
 _CHECKPOINT = re.compile(r"iter_(\d{7,12})")
 _LEFTOVER = re.compile(r"\.(iter_\d{7,12})\.(saving|replaced)")
 _WRITTEN_WHOLE = "|".join(map(re.escape, (TRACKER_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE)))
-_TEMPORARY = re.compile(rf"\.({_WRITTEN_WHOLE})\.\d+\.tmp")  # of `write_whole`
+_TEMPORARY = re.compile(rf"\.({_WRITTEN_WHOLE})\.\d+\.tmp")  # of `atomic_write`
 
 
 def checkpoint_path(root: Path, iteration: int) -> Path:
@@ -55,7 +55,7 @@ def read_tracker(root: Path) -> int | None:
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Name the last good checkpoint; the tracker is never half written."""
-    write_whole(Path(root) / TRACKER_FILE, str(iteration).encode())
+    atomic_write(Path(root) / TRACKER_FILE, str(iteration).encode())
 
 
 def complete_iterations(root: Path) -> list[int]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hmoe_megatron.checkpoint import manifest, together
-from hmoe_megatron.checkpoint.finite import not_finite
+from hmoe_megatron import collectives
+from hmoe_megatron.checkpoint import manifest
+from hmoe_megatron.nan_guard.finite import not_finite
 from hmoe_megatron.checkpoint.reader import read_metadata, refused_pickle
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused, RunEnded
 
@@ -30,7 +31,7 @@ def load_checkpoint(stock: Callable, path: Path, skip_integrity: bool, models, *
         raise
     except (Exception, CheckpointException, SystemExit) as error:
         raise _refused(path, error) from None
-    bad = together.all_ranks(lambda: not_finite(models))
+    bad = collectives.all_ranks(lambda: not_finite(models))
     if any(bad):
         rank, names = next((rank, names) for rank, names in enumerate(bad) if names)
         raise CheckpointRefused(f"{path}: not finite on rank {rank}: {', '.join(names[:8])}: {OTHER_CHECKPOINT}")
@@ -45,23 +46,23 @@ def check_files(path: Path, skip_integrity: bool) -> None:
     if not skip_integrity:
         started_s = time.monotonic()
         try:
-            files = together.first_rank(lambda: manifest.load_manifest(path).files)
-            share = manifest.share_of(files, together.rank(), together.world_size())
-            damages = sum(together.all_ranks(lambda: manifest.damages(path, share)), [])
-            damages += together.first_rank(lambda: manifest.intruders(path, files))
-        except together.StepFailed as error:
+            files = collectives.run_on_rank0(lambda: manifest.load_manifest(path).files)
+            share = manifest.share_of(files, collectives.rank(), collectives.world_size())
+            damages = sum(collectives.all_ranks(lambda: manifest.damages(path, share)), [])
+            damages += collectives.run_on_rank0(lambda: manifest.intruders(path, files))
+        except collectives.StepFailed as error:
             raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
         if damages:
             more = f" and {len(damages) - manifest.MAX_DAMAGES} more" if len(damages) > manifest.MAX_DAMAGES else ""
             raise CheckpointRefused(f"{path} is damaged: {'; '.join(damages[: manifest.MAX_DAMAGES])}{more}: "
                                     f"{OTHER_CHECKPOINT}, or load it as it is with --hmoe-skip-integrity")
-        if together.rank() == 0:
+        if collectives.rank() == 0:
             size_mb = sum(record.bytes for record in files.values()) / 1e6
             print(f" {path}: SHA-256 of {len(files)} files, {size_mb:.1f} MB, checked in "
                   f"{time.monotonic() - started_s:.2f} s", flush=True)  # fmt: skip
     try:
-        together.first_rank(lambda: read_metadata(path) and None)
-    except together.StepFailed as error:
+        collectives.run_on_rank0(lambda: read_metadata(path) and None)
+    except collectives.StepFailed as error:
         raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hmoe_megatron.checkpoint.directory import MANIFEST_FILE, MAX_ITERATION
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused
-from hmoe_megatron.files import read_text, sha256_file, write_whole
-from hmoe_megatron.placement.fields import parsed
+from hmoe_megatron.files import read_text, sha256_file, atomic_write
+from hmoe_megatron.untrusted import parsed
 from hmoe_megatron.placement.plan_checks import canonical, checksum
 
 SCHEMA = 1
@@ -51,7 +51,7 @@ class Manifest:
         files = {name: [record.bytes, record.sha256] for name, record in sorted(self.files.items())}
         body = {"schema": SCHEMA, "iteration": self.iteration, "settings": self.settings, "layout": self.layout,
                 "versions": self.versions, "files": files}  # fmt: skip
-        write_whole(Path(folder) / MANIFEST_FILE, (canonical(body | {"sha256": checksum(body)}) + "\n").encode())
+        atomic_write(Path(folder) / MANIFEST_FILE, (canonical(body | {"sha256": checksum(body)}) + "\n").encode())
 
 
 def load_manifest(folder: Path) -> Manifest:

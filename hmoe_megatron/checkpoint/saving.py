@@ -15,8 +15,9 @@ from pathlib import Path
 from megatron.training import async_utils
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hmoe_megatron.checkpoint import directory, together
-from hmoe_megatron.checkpoint.finite import not_finite
+from hmoe_megatron import collectives
+from hmoe_megatron.checkpoint import directory
+from hmoe_megatron.nan_guard.finite import not_finite
 from hmoe_megatron.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, record_files
 from hmoe_megatron.exits import SavingFailed
 from hmoe_megatron.files import sha256_file, sync
@@ -25,7 +26,7 @@ AS_IT_WAS = "the last checkpoint is as it was"
 HASH_SUFFIX = ".sha256"
 TRIES = 2  # of one save; a full disk does not empty itself while the ranks wait
 WORKER = "Worker failure: An error is caught while starting worker 0, error: "  # Megatron's, before what matters
-FAILURES = (CheckpointException, together.StepFailed)
+FAILURES = (CheckpointException, collectives.StepFailed)
 
 
 def write_then_hash(write: Callable, rank: int, buckets: list, results, **named) -> None:
@@ -76,7 +77,7 @@ def finalize_together(stock, writer, metadata, wrapper):
 
     writer.finish = remembering
     stock(writer, metadata, wrapper)
-    together.all_ranks(lambda: _raise(failed))
+    collectives.all_ranks(lambda: _raise(failed))
 
 
 def _raise(failed: list[str]) -> None:
@@ -104,7 +105,7 @@ class Saver:
         Waits until the asynchronous save before it is in its place. Megatron would queue it, each with a copy of all
         state and none in the tracker, where steps are faster than the storage."""
         async_utils.maybe_finalize_async_save(blocking=True)
-        bad = together.all_ranks(lambda: not_finite(model))
+        bad = collectives.all_ranks(lambda: not_finite(model))
         if any(bad):
             rank, names = next((rank, names) for rank, names in enumerate(bad) if names)
             raise SavingFailed(f"iteration {iteration} is not saved: not finite on rank {rank}: {', '.join(names[:8])};"
@@ -113,7 +114,7 @@ class Saver:
             try:
                 # Megatron makes the directory on rank 0 while the others go on.
                 path = directory.checkpoint_path(self.root, iteration)
-                together.first_rank(lambda path=path: path.mkdir(parents=True, exist_ok=True))
+                collectives.run_on_rank0(lambda path=path: path.mkdir(parents=True, exist_ok=True))
                 stock(iteration, model, *args, **named)
             except FAILURES as error:
                 self.report(f"try {number} of {TRIES} to save iteration {iteration} failed", error)
@@ -125,7 +126,7 @@ class Saver:
         """Say on rank 0 that a save failed and why, and remove what it wrote: the next one may need the space."""
         self.last_error = _reason(error) + _free(self.root)
         failed = self.writing.pop(0) if self.writing else None
-        if together.rank() == 0:
+        if collectives.rank() == 0:
             print(f" {what}: {self.last_error}", flush=True)
             if failed:
                 shutil.rmtree(directory.saving_path(failed), ignore_errors=True)
@@ -137,7 +138,7 @@ class Saver:
             raise SavingFailed(f"{self.failed_in_a_row} saves in a row failed (--hmoe-max-failed-saves "
                                f"{self.max_failed}), the last one: {self.last_error}; {AS_IT_WAS}: mend that and start "
                                "again from it")
-        if together.rank() == 0:
+        if collectives.rank() == 0:
             print(f" not saved; training goes on ({self.failed_in_a_row} of --hmoe-max-failed-saves {self.max_failed} "
                   "in a row)", flush=True)
 
@@ -161,7 +162,7 @@ class Saver:
         path = Path(checkpoint_dir)
         saving = directory.saving_path(path)
 
-        together.first_rank(lambda: directory.begin(path))
+        collectives.run_on_rank0(lambda: directory.begin(path))
         self.writing.append(path)
         request = stock(state, str(saving), *args, **named)
         if request is None:
@@ -195,7 +196,7 @@ class Saver:
             self.tracked = directory.read_tracker(path.parent) or 0
             directory.write_tracker(path.parent, iteration)
 
-        together.first_rank(publish)
+        collectives.run_on_rank0(publish)
         self.writing.remove(path)
         self.failed_in_a_row = 0
 

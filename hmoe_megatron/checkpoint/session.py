@@ -14,8 +14,8 @@ from hmoe_megatron.checkpoint import directory, lock, settings
 from hmoe_megatron.checkpoint.manifest import Manifest, load_manifest
 from hmoe_megatron.exits import CheckpointRefused
 from hmoe_megatron.files import PLAN_FILE
-from hmoe_megatron.host.registry import replace
-from hmoe_megatron.layout import ExpertLayout
+from hmoe_megatron.patches.registry import replace
+from hmoe_megatron.moe.layout import ExpertLayout
 
 _LAYOUT = ("world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
            "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "

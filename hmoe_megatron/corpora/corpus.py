@@ -12,7 +12,7 @@ from pathlib import Path
 from hmoe_megatron.corpora.archive import FOLDER, Archive, fetch
 from hmoe_megatron.corpora.cut import is_held_out
 from hmoe_megatron.corpora.near_duplicates import RULE, NearDuplicates
-from hmoe_megatron.files import sha256_file, write_whole
+from hmoe_megatron.files import sha256_file, atomic_write
 
 
 @dataclass
@@ -103,11 +103,11 @@ def get(corpus: Corpus, output: Path, given: Iterable[Path] = ()) -> None:
     files = {}
     for name in corpus.files:
         data = content.data[name]
-        write_whole(output / name, data)
+        atomic_write(output / name, data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} | content.counts[name]
     manifest = {"corpus": corpus.name, "schema": corpus.schema, "archives": [asdict(a) for a in corpus.archives],
                 "files": files} | content.notes  # fmt: skip
-    write_whole(corpus.manifest(output), (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    atomic_write(corpus.manifest(output), (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     report(corpus, output, manifest)
 
 

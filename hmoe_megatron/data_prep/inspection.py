@@ -90,7 +90,7 @@ def draw_lengths(data: DataSet, summary: Summary, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from hmoe_megatron.files import write_whole
+    from hmoe_megatron.files import atomic_write
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     lows, highs, counts = zip(*summary.histogram, strict=True)
@@ -106,4 +106,4 @@ def draw_lengths(data: DataSet, summary: Summary, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     pyplot.close(figure)
-    write_whole(path, picture.getvalue())
+    atomic_write(path, picture.getvalue())

@@ -15,7 +15,7 @@ import numpy as np
 from hmoe_megatron.data_prep.data_set import SCHEMA
 from hmoe_megatron.data_prep.index import write_index
 from hmoe_megatron.data_prep.shard import QUARANTINE, Shard
-from hmoe_megatron.files import sha256_file, sync, write_whole
+from hmoe_megatron.files import sha256_file, sync, atomic_write
 
 PACKAGES = ("megatron-core", "numpy", "sentencepiece", "tokenizers", "tiktoken", "pyarrow")
 
@@ -109,7 +109,7 @@ def _build(folder: Path, name: str, number: int, shards: list[Shard], sidecar: d
     _join([shard.folder / f"{number}.bin" for shard in shards], folder / f"{name}.bin")
     outputs = [folder / f"{name}{suffix}" for suffix in (".bin", ".idx")]
     sidecar["outputs"] = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in outputs}
-    write_whole(folder / f"{name}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
+    atomic_write(folder / f"{name}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
 
 
 def _join(parts: list[Path], path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hmoe_megatron.data_prep.encoding import Encoded
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 COMMIT_S = 10.0
 STATE, QUARANTINE = "state.json", "quarantine.jsonl"
@@ -145,7 +145,7 @@ class Shard:
         self.progress.bytes = {name: file.tell() for name, file in self.files.items()}
         self.progress.bad, self.progress.is_done = dict(sorted(self.bad.items())), is_done
         state = {"request": self.request, "policy": self.policy, "progress": asdict(self.progress)}
-        write_whole(self.folder / STATE, json.dumps(state).encode())
+        atomic_write(self.folder / STATE, json.dumps(state).encode())
         self.committed_s = time.monotonic()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import json
 import textwrap
 from typing import Callable
 
-from hmoe_megatron.fused_kernels import APEX, implementation, summary, switched_off
+from hmoe_megatron.machine.fused_kernels import APEX, implementation, summary, switched_off
 
 from . import machine, software
 from .finding import Finding

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 
-from hmoe_megatron.fused_kernels import (
+from hmoe_megatron.machine.fused_kernels import (
     APEX,
     ENGINE_PARTS,
     Kernels,

@@ -35,9 +35,9 @@ class MegatronModel:
     """The last checkpoint of a run, whole in this process; its tokenizer is the run's."""
 
     def __init__(self, source: Source):
-        from hmoe_megatron import host
+        from hmoe_megatron import machine
 
-        host.prepare_environment()
+        machine.prepare_environment()
         from megatron.training import get_args, get_tokenizer
 
         from hmoe_megatron import generation, training

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import takewhile
 
-from hmoe_megatron.hf.forms import Native
+from hmoe_megatron.hf.architectures import Native
 
 # Of the run's flags those that say where files are on the machine that trained it; they stay there.
 _PATHS = ("--save", "--load", "--data-path", "--train-data-path", "--valid-data-path", "--test-data-path",

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from hmoe_megatron.files import whole_directory
+from hmoe_megatron.files import atomic_directory
 from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.hf import card, tokenizer_files
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
-from hmoe_megatron.hf.forms import FORMS, Native
+from hmoe_megatron.hf.architectures import FORMS, Native
 from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint
 from hmoe_megatron.hf.shards import ShardWriter, digest_of_all
 from hmoe_megatron.hf.tensors import Part, listed, stored_parts
@@ -50,7 +50,7 @@ def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """
-    with whole_directory(output, "--output") as folder:
+    with atomic_directory(output, "--output") as folder:
         flags = run_arguments(root) + (["--tokenizer-model", tokenizer_model] if tokenizer_model else [])
         exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
         proof = check(folder, exported.model, exported.iteration, flags) if check else None

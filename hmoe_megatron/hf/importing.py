@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hmoe_megatron.files import open_regular, read_text, whole_directory
+from hmoe_megatron.files import open_regular, read_text, atomic_directory
 from hmoe_megatron.generation import ONE_PROCESS, build_model
-from hmoe_megatron.hf.forms import Native, form_of
+from hmoe_megatron.hf.architectures import Native, form_of
 from hmoe_megatron.hf.model_settings import megatron_flags
 from hmoe_megatron.hf.shards import INDEX_FILE
 from hmoe_megatron.hf.tensors import Part, blocks, check_complete, listed
@@ -149,7 +149,7 @@ def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str],
     if not any(source.form.model.widths):
         raise ValueError(f"{source.folder}: a dense model has no experts to bring back: use upcycle")
     root = Path(root).absolute()
-    with whole_directory(root, "--save") as folder:
+    with atomic_directory(root, "--save") as folder:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks
             training.prepare()
             here = tokenizer_flags or _tokenizer(source, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hmoe_megatron.hf.forms import EXPERT, Native
+from hmoe_megatron.hf.architectures import EXPERT, Native
 from hmoe_megatron.hf.importing import HFDirectory
 
 

@@ -21,7 +21,7 @@ from itertools import chain
 
 import numpy as np
 
-from hmoe_megatron.placement.fields import checked_fields, names_of, plain, range_problems
+from hmoe_megatron.untrusted import checked_fields, names_of, plain, range_problems
 from hmoe_megatron.placement.profiles import FLOPS, Profile
 from hmoe_megatron.placement.ranks import Rank
 

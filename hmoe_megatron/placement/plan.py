@@ -12,7 +12,7 @@ from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
 
-from hmoe_megatron.files import read_text, write_whole
+from hmoe_megatron.files import read_text, atomic_write
 from hmoe_megatron.placement.cost import CostModel, Prediction, predict
 from hmoe_megatron.placement.plan_checks import (
     MAX_FILE_BYTES,
@@ -210,7 +210,7 @@ class PlacementPlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan whole or not at all."""
-        write_whole(path, self.to_json().encode())
+        atomic_write(path, self.to_json().encode())
 
     @classmethod
     def load(

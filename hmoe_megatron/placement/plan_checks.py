@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 
-from hmoe_megatron.placement.fields import parsed, shown
+from hmoe_megatron.untrusted import parsed, shown
 from hmoe_megatron.placement.ranks import MAX_RANKS
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text, widths_fingerprint
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.cost import CostModel, predict
-from hmoe_megatron.placement.labels import even_bytes, relabel
+from hmoe_megatron.placement.rank_assignment import even_bytes, relabel
 from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan, layer_numbers
 from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.ranks import Rank, as_ranks, kinds

@@ -15,7 +15,7 @@ import numpy as np
 
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.ranks import Rank, kinds
-from hmoe_megatron.placement.whole import Items
+from hmoe_megatron.placement.lpt import Items
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import json
 import os
 from dataclasses import dataclass, field
 
-from hmoe_megatron.files import read_text, write_whole
-from hmoe_megatron.placement.fields import checked_fields, is_text, names_of, parsed, plain, range_problems, shown
+from hmoe_megatron.files import read_text, atomic_write
+from hmoe_megatron.untrusted import checked_fields, is_text, names_of, parsed, plain, range_problems, shown
 
 SCHEMA = 1
 UNITS = ("s", "FLOPs")
@@ -89,7 +89,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the profile whole or not at all."""
-        write_whole(path, self.to_json().encode())
+        atomic_write(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Profile":

@@ -5,17 +5,17 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, write_whole
+from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, atomic_write
 from hmoe_megatron.flag_files import read_args, run_arguments
 from hmoe_megatron.placement.compare import comparison_table, layers_table, outcomes
 from hmoe_megatron.placement.cost import CostModel
-from hmoe_megatron.placement.fields import shown
+from hmoe_megatron.untrusted import shown
 from hmoe_megatron.placement.moves import diff, moved_bytes
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import plan_model, under
 from hmoe_megatron.placement.profiles import FLOPS, profile_named
 from hmoe_megatron.placement.ranks import Rank
-from hmoe_megatron.placement.rivals import CONTIGUOUS, rivals
+from hmoe_megatron.placement.baselines import CONTIGUOUS, rivals
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.planning.loads import mean_loads
 from hmoe_megatron.planning.model import Model, model_of
@@ -48,7 +48,7 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
         from hmoe_megatron.report.plan_picture import draw_plans  # matplotlib takes a second to import
 
         before = OLD if old else CONTIGUOUS
-        write_whole(given.plot, draw_plans({before: plans[before], PLANNED: plan}, drawn))
+        atomic_write(given.plot, draw_plans({before: plans[before], PLANNED: plan}, drawn))
     if given.json:
         return _json(plans, moves, notes)
     return "\n".join(_text(given, plans, moves, notes))

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hmoe_megatron import host
-from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
+from hmoe_megatron import machine
+from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.placement.profiles import Profile
 from hmoe_megatron.profiling.cpu import cpu_name
 from hmoe_megatron.profiling.fit import FITTED, errors, fit_profile
@@ -34,7 +34,7 @@ def measure(fit: Sequence[Layer], apart: Sequence[Layer], seconds: float) -> Mea
     All ranks call it, compute at the same time, and return the same; a time is the mean over ranks. fp32 on one thread
     of a CPU, as training there, bf16 on a GPU. Links that the job does not have stay None in the profile.
     """
-    on_gpu = host.has_gpu()
+    on_gpu = machine.has_gpu()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     ranks = dist.get_world_size() if dist.is_initialized() else 1

@@ -6,7 +6,7 @@ Run files, none of them trusted: telemetry.jsonl, placement_plan.json, TensorBoa
 import os
 from pathlib import Path
 
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 from hmoe_megatron.report.page import html_page
 from hmoe_megatron.report.pictures import draw
 from hmoe_megatron.report.run_files import read_run
@@ -36,5 +36,5 @@ def write_report(
     files = {page: html_page(run, drawn, pngs)} | {png_dir / name: png for name, png in pngs.items()}
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        atomic_write(path, content)
     return list(files)

@@ -12,7 +12,7 @@ from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES
 from hmoe_megatron.report.scalars import Scalars, read_scalars
-from hmoe_megatron.telemetry_file import BALANCES, open_with_remedy, read_records
+from hmoe_megatron.telemetry.reader import BALANCES, open_with_remedy, read_records
 
 MAX_NUMBERS = 1 << 26  # kept of all lines together: 0.5 GiB
 

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from hmoe_megatron.config import LOSS_NAMES
-from hmoe_megatron.telemetry_file import MAX_ITERATION
+from hmoe_megatron.telemetry.reader import MAX_ITERATION
 
 TRAINING, VALIDATION = "lm loss", "lm loss validation"
 AUXILIARY = LOSS_NAMES

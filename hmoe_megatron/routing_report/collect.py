@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hmoe_megatron.data_prep.encoding import Encoder
 from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.flag_files import run_arguments
-from hmoe_megatron.router import HMoERouter
+from hmoe_megatron.moe.router import HMoERouter
 from hmoe_megatron.routing_report.statistics import Model, Routing
 
 BATCH_TOKENS = 2048

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hmoe_megatron.files import TELEMETRY_FILE, write_whole
+from hmoe_megatron.files import TELEMETRY_FILE, atomic_write
 from hmoe_megatron.routing_report import page, pictures
 from hmoe_megatron.routing_report.over_training import read_training
 from hmoe_megatron.routing_report.text import (
@@ -73,9 +73,9 @@ def report(args: argparse.Namespace) -> list[Path]:
 def _from_checkpoint(args: argparse.Namespace) -> tuple[dict, list, dict]:
     """(facts, sections, pictures) of text and questions."""
     questions = [(path, read_questions(path)) for path in (args.easy, args.hard) if path]
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
-    host.prepare_environment()
+    machine.prepare_environment()
     from hmoe_megatron import training
     from hmoe_megatron.checkpoint.directory import find
     from hmoe_megatron.generation import load_model
@@ -110,5 +110,5 @@ def write(output: Path, html: bytes, pngs: dict[str, bytes]) -> list[Path]:
         (output / name).unlink(missing_ok=True)
     files = {output / name: png for name, png in pngs.items()} | {output / PAGE_FILE: html}
     for path, content in files.items():
-        write_whole(path, content)
+        atomic_write(path, content)
     return [output / PAGE_FILE, *(output / name for name in pngs)]

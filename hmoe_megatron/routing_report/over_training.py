@@ -10,7 +10,7 @@ import numpy as np
 
 from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE
 from hmoe_megatron.report.run_files import MAX_NUMBERS, read_plan
-from hmoe_megatron.telemetry_file import read_records
+from hmoe_megatron.telemetry.reader import read_records
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hmoe_megatron.accounting import expert_parameters
+from hmoe_megatron.telemetry.accounting import expert_parameters
 
 PARTS = 10  # deciles
 Z_95 = 1.96  # standard errors on each side of a mean that hold it 19 times in 20

@@ -6,7 +6,7 @@
 import dataclasses
 
 from benchmarks.gpu.runs import LOCAL, RUNS, TE
-from hmoe_megatron.host.flags import cpu_argv
+from hmoe_megatron.machine.flags import cpu_argv
 from tests.distributed.training_run import ONE_ULP
 
 # What a layout is put together from. EP1, ETP of TP's size and alltoall or allgather as Megatron has them by default.

@@ -19,7 +19,7 @@ class BadLogits:
         self.layer, self.step, self.rank, self.value, self.times = layer, step, rank, value, times
 
     def __call__(self):
-        from hmoe_megatron.router import HMoERouter
+        from hmoe_megatron.moe.router import HMoERouter
 
         stock = HMoERouter.gating
 
@@ -44,7 +44,7 @@ class BadExpert:
         self.layers, self.expert, self.step, self.what, self.value = layers, expert, step, what, value
 
     def __call__(self):
-        from hmoe_megatron.experts import HMoEExperts
+        from hmoe_megatron.moe.experts import HMoEExperts
 
         stock = HMoEExperts.forward
 
@@ -67,7 +67,7 @@ class OneExpert:
         self.expert = expert
 
     def __call__(self):
-        from hmoe_megatron.router import HMoERouter
+        from hmoe_megatron.moe.router import HMoERouter
 
         stock = HMoERouter.gating
 

@@ -4,17 +4,17 @@ import os
 # Ranks are CPU ranks on every machine, also where a GPU is there.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from hmoe_megatron import host  # noqa: E402
+from hmoe_megatron import machine, patches  # noqa: E402
 
-host.prepare_environment()
-host.apply()
+machine.prepare_environment()
+patches.apply()
 
 import megatron.core.tokenizers.text.text_tokenizer  # noqa: E402, F401  transformers behind it takes five seconds
 import megatron.training.training  # noqa: E402, F401
 import torch  # noqa: E402
 
-import hmoe_megatron.data  # noqa: E402, F401
-import hmoe_megatron.specs  # noqa: E402, F401
+import hmoe_megatron.data.batches  # noqa: E402, F401
+import hmoe_megatron.moe.specs  # noqa: E402, F401
 import hmoe_megatron.telemetry  # noqa: E402, F401
 import hmoe_megatron.training  # noqa: E402, F401
 

@@ -182,11 +182,11 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
     try:
         import torch.distributed
 
-        from hmoe_megatron import host
+        from hmoe_megatron import machine
 
         from . import preloaded  # noqa: F401
 
-        host.prepare_environment()
+        machine.prepare_environment()
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
                                              world_size=world_size)
         function, args, kwargs = pickle.loads(call)

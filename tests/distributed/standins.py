@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import token_dispatcher
 
-from hmoe_megatron import refusals
+from hmoe_megatron import validate_args as refusals
 from hmoe_megatron.host import flags as host_flags
 from tests.distributed.training_run import steps
 

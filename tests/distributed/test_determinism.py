@@ -26,7 +26,7 @@ def steps_and_streams(flags, count, repaired=True, **more):
 
     repaired: False leaves generators in checkpoints as Megatron has them.
     """
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
     if not repaired:
         host.repair_rng_of_ranks = lambda: False

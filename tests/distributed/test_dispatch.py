@@ -12,7 +12,7 @@ def with_each_dispatcher():
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from hmoe_megatron.dispatch import OneRankDispatcher
+    from hmoe_megatron.moe.token_dispatcher import OneRankDispatcher
 
     _, _, model = build([*TINY, *FLAGS.split()])
     layer = model.decoder.layers[0].mlp

@@ -18,11 +18,11 @@ def parsed(flags_and_worlds, stock=False):
     from megatron.core.transformer.moe import moe_utils
 
     from benchmarks.trainer import configure
-    from hmoe_megatron import host
-    from hmoe_megatron.fused_kernels import Kernels
-    from hmoe_megatron.gemm import choice
+    from hmoe_megatron import machine
+    from hmoe_megatron.machine.fused_kernels import Kernels
+    from hmoe_megatron.moe.compute import choice
 
-    host.has_gpu = lambda: True
+    machine.has_gpu = lambda: True
     torch.cuda.get_device_capability = lambda *device: (9, 0)
     choice._tested = lambda *given: ""
     transformer_config.is_te_min_version = lambda *args, **kwargs: True

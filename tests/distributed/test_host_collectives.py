@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from hmoe_megatron import host
+from hmoe_megatron import machine
 from tests.distributed.ranks import run_ranks
 
 ROWS_SENT = ([1, 2], [3, 0])  # rank 0 keeps 1 row and sends 2; rank 1 sends 3 and keeps none

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from hmoe_megatron import host
+from hmoe_megatron import machine
 from tests.distributed.ranks import run_ranks
 
 STEPS = 4

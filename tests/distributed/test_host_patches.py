@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hmoe_megatron import host
+from hmoe_megatron import patches
+from hmoe_megatron.patches import registry
 from tests.distributed.ranks import run_ranks
 
 CHECKS = {}
@@ -210,7 +211,7 @@ def worker_of_asynchronous_saves(folder):
 
 def _work_as_if_new(folder):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
-    for replaced in host.REPLACED:
+    for replaced in registry.REPLACED:
         if replaced.owner is torch.cuda:
             setattr(torch.cuda, replaced.attribute, replaced.before)
     requests, preloads, finished = queue.Queue(), queue.Queue(), queue.Queue()
@@ -324,7 +325,7 @@ def all_gather_uneven(folder):
 def _with_and_without(name, folder):
     """[error with the patch, {attribute: error without its replacement}], None for no error."""
     errors = [_error(CHECKS[name], f"{folder}/with"), {}]
-    replacements = [replacement for replacement in host.REPLACED if replacement.patch == name]
+    replacements = [replacement for replacement in registry.REPLACED if replacement.patch == name]
     assert replacements, "the patch replaced nothing"
     for attribute in dict.fromkeys(replacement.attribute for replacement in replacements):
         group = [replacement for replacement in replacements if replacement.attribute == attribute]
@@ -349,8 +350,8 @@ def _error(function, folder):
 
 
 def test_every_patch_has_a_check_and_a_reason():
-    assert set(host.patches()) == set(CHECKS)
-    assert all(len(reason) > 60 for reason in host.patches().values())
+    assert set(patches.listed()) == set(CHECKS)
+    assert all(len(reason) > 60 for reason in patches.listed().values())
 
 
 @pytest.mark.parametrize("name", CHECKS)

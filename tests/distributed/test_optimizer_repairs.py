@@ -46,7 +46,7 @@ def steps_with(changes, *args, **kwargs):
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
     if STOCK in changes:
         host.repair_optimizer_checkpoints = lambda: False

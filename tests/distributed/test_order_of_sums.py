@@ -47,7 +47,7 @@ def layer_under_plans(flags, pieces=WHOLE):
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.training.initialize import initialize_megatron
 
-    import hmoe_megatron.layer
+    import hmoe_megatron.moe.layer
     from hmoe_megatron.placement.plan import PlacementPlan
 
     given = f"--hmoe-widths {','.join(map(str, WIDTHS))} {flags}".split()
@@ -65,7 +65,7 @@ def layer_under_plans(flags, pieces=WHOLE):
         first, *rest = layout.plan.layers
         plan = PlacementPlan((dataclasses.replace(first, pieces=pieces), *rest))
         transformer.hmoe = dataclasses.replace(layout, plan=plan)
-        layer = hmoe_megatron.layer.HMoELayer(
+        layer = hmoe_megatron.moe.layer.HMoELayer(
             transformer, MoESubmodules(experts=None), layer_number=1, pg_collection=groups, layer=0
         )
         router = router or layer.router.state_dict()
@@ -145,8 +145,8 @@ def norms_under_plans(shared):
     """
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
-    from hmoe_megatron.gemm.flat import MATRICES
-    from hmoe_megatron.grad_norm import logical_norms
+    from hmoe_megatron.moe.compute.flat import MATRICES
+    from hmoe_megatron.moe.gradient_norm import logical_norms
     from hmoe_megatron.placement.plan import Piece
 
     world = torch.distributed.group.WORLD

@@ -1,7 +1,7 @@
 """torch's norm under sequence parallelism: refused by Megatron, marked for the sum over ranks by the repair."""
 import pytest
 
-from hmoe_megatron import host
+from hmoe_megatron import machine
 from tests.distributed.ranks import run_ranks
 
 

@@ -42,8 +42,8 @@ def route(settings, routing, padding):
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from hmoe_megatron.router import HMoERouter
-    from hmoe_megatron.stats import RoutingStats
+    from hmoe_megatron.moe.router import HMoERouter
+    from hmoe_megatron.telemetry.counters import RoutingStats
 
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)

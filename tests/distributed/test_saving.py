@@ -39,7 +39,7 @@ def fail(where, times, rank):
     from megatron.core.dist_checkpointing import core
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from hmoe_megatron.host.registry import replace
+    from hmoe_megatron.patches.registry import replace
 
     if torch.distributed.get_rank() != rank:
         return

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from hmoe_megatron.accounting import ParameterCounts
+from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.config import HMoEConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_router import WIDTHS
@@ -23,7 +23,7 @@ def report_five_steps(run_dir):
     from megatron.core import parallel_state
 
     from hmoe_megatron.placement.planner import contiguous_plan
-    from hmoe_megatron.stats import RoutingStats
+    from hmoe_megatron.telemetry.counters import RoutingStats
     from hmoe_megatron.telemetry import HMoEMetricsTracker
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)

@@ -110,7 +110,7 @@ def build(argv: list[str]):
 def _initialize_stock_experts(chunks, own_optimizer):
     from megatron.training import get_args
 
-    from hmoe_megatron.experts import initial_weights
+    from hmoe_megatron.moe.experts import initial_weights
 
     seed = get_args().seed
     for chunk in chunks:

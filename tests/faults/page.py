@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT, stamp
-from hmoe_megatron.files import write_whole
+from hmoe_megatron.files import atomic_write
 
 OUTPUT = ROOT / "docs" / "faults.md"
 HEAD = """# Faults
@@ -43,7 +43,7 @@ def page(rows: list[dict], stamp: str, by: str = "`make faults`") -> str:
 
 def main() -> None:
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
-    write_whole(OUTPUT, page(rows, stamp("torch", "megatron-core"), *sys.argv[2:]).encode())
+    atomic_write(OUTPUT, page(rows, stamp("torch", "megatron-core"), *sys.argv[2:]).encode())
     print(f"{len(rows)} rows, written to {OUTPUT}")
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.duel import Side
 from benchmarks.gpu.correctness import CASES, DTYPES, KINDS, in_a_graph, random_case, worst_of
 from benchmarks.gpu.runs import MODEL, RUNS, lacking, verdict
-from hmoe_megatron.host.optional import kernels
+from hmoe_megatron.machine.optional import kernels
 from hmoe_megatron.report.scalars import read_scalars
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_a_cuda_graph_gives_the_same_for_other_rows():
 def test_experts_are_drawn_from_seed_layer_and_expert_only():
     from types import SimpleNamespace
 
-    from hmoe_megatron.experts import initial_weights
+    from hmoe_megatron.moe.experts import initial_weights
 
     config = SimpleNamespace(hidden_size=512, init_method=torch.nn.init.normal_,
                              output_layer_init_method=torch.nn.init.normal_)  # fmt: skip

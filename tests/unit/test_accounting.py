@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from hmoe_megatron.accounting import expected_active_width, parameter_counts
+from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts
 from hmoe_megatron.config import HMoEConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import TINY, build
@@ -56,7 +56,7 @@ def flops_of(width_and_topk, active_width):
     """(Megatron's FLOPs as patched, Megatron's own for one width and Top-K) of one batch."""
     from megatron.training import training
 
-    from hmoe_megatron.accounting import report_real_widths
+    from hmoe_megatron.telemetry.accounting import report_real_widths
     from hmoe_megatron.training import parse_arguments
 
     args, layout, _ = parse_arguments([*TINY, "--hmoe-widths", WIDTHS])

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 
-from hmoe_megatron import refusals
+from hmoe_megatron import validate_args as refusals
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
-from hmoe_megatron.refusals import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES, check_megatron_arguments
+from hmoe_megatron.validate_args import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES, check_megatron_arguments
 
 FLAGS = {
     "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",

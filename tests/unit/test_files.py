@@ -4,29 +4,29 @@ import os
 
 import pytest
 
-from hmoe_megatron.files import whole_directory, write_whole
+from hmoe_megatron.files import atomic_directory, atomic_write
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"new")
+        atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_directory_is_whole_or_not_there(tmp_path):
-    with whole_directory(tmp_path / "out", "--output") as folder:
+    with atomic_directory(tmp_path / "out", "--output") as folder:
         (folder / "inner").mkdir()
         (folder / "inner/file").write_text("x")
         assert not (tmp_path / "out").exists()
-        with pytest.raises(ValueError, match="another process is writing it"), whole_directory(tmp_path / "out", "-o"):
+        with pytest.raises(ValueError, match="another process is writing it"), atomic_directory(tmp_path / "out", "-o"):
             pass
     assert (tmp_path / "out/inner/file").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="--output .*exists already"), whole_directory(tmp_path / "out", "--output"):
+    with pytest.raises(ValueError, match="--output .*exists already"), atomic_directory(tmp_path / "out", "--output"):
         pass
-    with pytest.raises(ZeroDivisionError), whole_directory(tmp_path / "other", "--output") as folder:
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "other", "--output") as folder:
         (folder / "file").write_text("x")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -35,12 +35,12 @@ def test_a_directory_is_whole_or_not_there(tmp_path):
 def test_what_a_killed_process_left_of_a_directory_is_cleared(tmp_path):
     (tmp_path / ".out.writing/inner").mkdir(parents=True)
     (tmp_path / ".out.writing/file").write_text("half")
-    with whole_directory(tmp_path / "out", "--output") as folder:
+    with atomic_directory(tmp_path / "out", "--output") as folder:
         assert list(folder.iterdir()) == []
 
 
 def test_a_directory_that_came_to_be_meanwhile_is_kept(tmp_path):
-    with pytest.raises(OSError, match="not empty"), whole_directory(tmp_path / "out", "--output"):
+    with pytest.raises(OSError, match="not empty"), atomic_directory(tmp_path / "out", "--output"):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/precious").write_text("x")
     assert (tmp_path / "out/precious").read_text() == "x" and len(list(tmp_path.iterdir())) == 1

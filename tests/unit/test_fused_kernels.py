@@ -9,10 +9,10 @@ import textwrap
 
 import pytest
 
-from hmoe_megatron import fused_kernels
-from hmoe_megatron.fused_kernels import APEX, GRADIENT_ACCUMULATION, MASKED_SOFTMAX, Kernels, summary
+from hmoe_megatron.machine import fused_kernels
+from hmoe_megatron.machine.fused_kernels import APEX, GRADIENT_ACCUMULATION, MASKED_SOFTMAX, Kernels, summary
 from hmoe_megatron.host import optional
-from hmoe_megatron.host.flags import LIMITED, gpu_argv
+from hmoe_megatron.machine.flags import LIMITED, gpu_argv
 
 NONE = Kernels("", "not installed", frozenset(), True)
 ENGINE = Kernels("2.20.2", "", frozenset(), True)
@@ -127,14 +127,14 @@ PYRAMIDS = {"apex/__init__.py": ""}
 SCRIPT = """
     import json, os, sys, warnings
     warnings.simplefilter("ignore")
-    from hmoe_megatron import host
-    host.has_gpu = lambda: True
-    host.prepare_environment()
+    from hmoe_megatron import machine
+    machine.has_gpu = lambda: True
+    machine.prepare_environment()
     from hmoe_megatron import training
     from benchmarks.gpu.runs import MODEL
-    host.has_gpu = lambda: False
+    machine.has_gpu = lambda: False
     training.prepare()                      # so that what follows runs without a GPU
-    host.has_gpu = lambda: True
+    machine.has_gpu = lambda: True
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.optimizer import distrib_optimizer
     found = {"adam": distrib_optimizer.HAVE_APEX_OR_TE, "apex": gpt_layer_specs.HAVE_APEX,
@@ -142,7 +142,7 @@ SCRIPT = """
     args, layout, _ = training.parse_arguments([*MODEL.split(), *sys.argv[1:]])
     found |= {name: getattr(args, name) for name in ("transformer_impl", "apply_rope_fusion",
               "gradient_accumulation_fusion", "masked_softmax_fusion", "no_persist_layer_norm")}
-    found["line"] = host.machine_line(args)
+    found["line"] = machine.machine_line(args)
     try:
         training.parse_arguments([*MODEL.split(), "--transformer-impl", "transformer_engine"])
     except ValueError as error:

@@ -5,11 +5,11 @@ import contextlib
 import pytest
 import torch
 
-from hmoe_megatron.gemm import choice
-from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
-from hmoe_megatron.gemm.cpu import cpu_experts
-from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
-from hmoe_megatron.gemm.reference import reference_experts
+from hmoe_megatron.moe.compute import choice
+from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
+from hmoe_megatron.moe.compute.cpu import cpu_experts
+from hmoe_megatron.moe.compute.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.moe.compute.reference import reference_experts
 
 HIDDEN = 24
 WIDTHS = (8, 40, 16, 24)
@@ -152,7 +152,7 @@ def test_the_cpu_backend_is_refused_on_a_gpu_machine():
 @pytest.fixture
 def a_gpu(monkeypatch):
     """A GPU of whose kernels self_test says what it is told to."""
-    from hmoe_megatron.gemm.ragged import self_test
+    from hmoe_megatron.moe.compute.ragged import self_test
 
     said = {"capability": (9, 0), "wrong": "", "after": None}
 

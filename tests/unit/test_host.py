@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 
-from hmoe_megatron import host
+from hmoe_megatron import machine, patches
+from hmoe_megatron.patches import registry
 from hmoe_megatron.host import flags
 
 
@@ -28,15 +29,15 @@ def megatron_parser():
 
 def test_needed_flags_come_first_and_the_users_words_stay():
     user = ["--num-layers", "2", "--lr=1e-3", "--bf16"]
-    found = host.machine_argv(user)
+    found = machine.machine_argv(user)
     assert found[-len(user):] == user
     assert found[:-len(user)] == [word for flag in flags.NEEDED for word in flag]
-    assert host.machine_argv(found) == found
+    assert machine.machine_argv(found) == found
 
 
 @pytest.mark.parametrize("user", [["--distributed-backend", "gloo"], ["--distributed-backend=gloo"]])
 def test_what_the_user_gave_is_not_given_twice(user):
-    assert sum(word.startswith("--distributed-backend") for word in host.machine_argv(user)) == 1
+    assert sum(word.startswith("--distributed-backend") for word in machine.machine_argv(user)) == 1
 
 
 @pytest.mark.parametrize("user, shown", [
@@ -52,7 +53,7 @@ def test_what_the_user_gave_is_not_given_twice(user):
 ])
 def test_a_flag_that_needs_a_gpu_is_refused_with_the_remedy(user, shown):
     with pytest.raises(ValueError) as raised:
-        host.machine_argv(user)
+        machine.machine_argv(user)
     message = str(raised.value)
     assert message.startswith(f"{shown}: this machine has no GPU") and "Remedy: " in message
 
@@ -60,15 +61,15 @@ def test_a_flag_that_needs_a_gpu_is_refused_with_the_remedy(user, shown):
 @pytest.mark.parametrize("flag", flags.LIMITED)
 def test_every_limited_flag_is_refused_and_its_allowed_values_are_not(flag):
     with pytest.raises(ValueError, match=f"^{flag}.*no GPU.*Remedy"):
-        host.machine_argv([flag, "what-no-cpu-has"] if flags.LIMITED[flag][0] else [flag])
+        machine.machine_argv([flag, "what-no-cpu-has"] if flags.LIMITED[flag][0] else [flag])
     for value in flags.LIMITED[flag][0]:
-        assert host.machine_argv([flag, value])[-2:] == [flag, value]
+        assert machine.machine_argv([flag, value])[-2:] == [flag, value]
 
 
 def test_settings_that_a_cpu_can_have_pass():
     user = ["--context-parallel-size", "1", "--moe-token-dispatcher-type", "allgather", "--profile",
             "--use-pytorch-profiler"]
-    assert host.machine_argv(user)[-len(user):] == user
+    assert machine.machine_argv(user)[-len(user):] == user
 
 
 def test_every_flag_is_one_of_megatrons(megatron_parser):
@@ -86,28 +87,28 @@ def test_every_flag_is_one_of_megatrons(megatron_parser):
 
 def test_environment_is_set_where_the_user_did_not(monkeypatch):
     import torch
-    for name in host.ENVIRONMENT:
+    for name in machine.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     threads = torch.get_num_threads()
-    host.prepare_environment()
-    assert {**host.ENVIRONMENT, "OMP_NUM_THREADS": "2"}.items() <= os.environ.items()
+    machine.prepare_environment()
+    assert {**machine.ENVIRONMENT, "OMP_NUM_THREADS": "2"}.items() <= os.environ.items()
     assert torch.get_num_threads() == threads
     monkeypatch.delenv("OMP_NUM_THREADS")
-    host.prepare_environment()
+    machine.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "1" and torch.get_num_threads() == 1
 
 
 def test_the_environment_is_left_alone_where_a_gpu_is(monkeypatch):
     monkeypatch.setattr(host, "has_gpu", lambda: True)
     monkeypatch.setattr(host.optional, "hide_what_megatron_cannot_use", lambda has_gpu: None)
-    for name in (host.CONNECTIONS, *host.ENVIRONMENT):
+    for name in (host.CONNECTIONS, *machine.ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
-    host.prepare_environment()
-    assert not set(host.ENVIRONMENT) & set(os.environ)
+    machine.prepare_environment()
+    assert not set(machine.ENVIRONMENT) & set(os.environ)
     assert os.environ[host.CONNECTIONS] == "1", "tensor parallelism is refused without it"
     monkeypatch.setenv(host.CONNECTIONS, "8")
-    host.prepare_environment()
+    machine.prepare_environment()
     assert os.environ[host.CONNECTIONS] == "8"
 
 
@@ -120,7 +121,8 @@ def late():
         import megatron.training.training
         from megatron.core.tensor_parallel import layers
         from megatron.training import training
-        from hmoe_megatron import host
+        from hmoe_megatron import machine, patches
+        from hmoe_megatron.patches import registry
         from hmoe_megatron.host import cuda, gloo, megatron
 
         def names():
@@ -132,17 +134,17 @@ def late():
                     for key, value in list(vars(owner).items())}
 
         found = {}
-        before, has_gpu = names(), host.has_gpu
-        host.has_gpu = lambda: True
-        found["applied with a GPU"] = host.apply()
+        before, has_gpu = names(), machine.has_gpu
+        machine.has_gpu = lambda: True
+        found["applied with a GPU"] = patches.apply()
         found["changed with a GPU"] = len(before.items() ^ names().items())
-        found["replaced with a GPU"] = len(host.REPLACED)
-        host.has_gpu = has_gpu
-        host.prepare_environment()
-        found["applied without"] = host.apply()
+        found["replaced with a GPU"] = len(registry.REPLACED)
+        machine.has_gpu = has_gpu
+        machine.prepare_environment()
+        found["applied without"] = patches.apply()
         after = names()
         found["changed without"] = len(before.items() ^ after.items()) > 20
-        found["again"] = host.apply()
+        found["again"] = patches.apply()
         found["changed again"] = len(after.items() ^ names().items())
         try:
             training.initialize_megatron()
@@ -155,7 +157,7 @@ def late():
         found["available"] = torch.cuda.is_available()
         print(json.dumps(found))
     """)
-    environment = {name: value for name, value in os.environ.items() if name not in host.ENVIRONMENT}
+    environment = {name: value for name, value in os.environ.items() if name not in machine.ENVIRONMENT}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True,
                          text=True, timeout=240)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.losses import load_balance, p_penalty, router_entropy
-from hmoe_megatron.router import top_p_routing
+from hmoe_megatron.moe.losses import load_balance, p_penalty, router_entropy
+from hmoe_megatron.moe.router import top_p_routing
 
 WIDTHS = np.array([9.0, 13.0, 17.0, 23.0])
 # fp32 sums over 4 experts and 12 tokens, compared with float64.

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.experts import HMoEExperts
-from hmoe_megatron.idle_experts import MOST_NAMED, IdleExperts
-from hmoe_megatron.numeric_culprit import GRADIENTS, LOGITS, WEIGHTS, ModuleProbe, findings_of, kind_of
-from hmoe_megatron.numeric_guard import remedy
+from hmoe_megatron.moe.experts import HMoEExperts
+from hmoe_megatron.telemetry.idle_experts import MOST_NAMED, IdleExperts
+from hmoe_megatron.nan_guard.locate import GRADIENTS, LOGITS, WEIGHTS, ModuleProbe, findings_of, kind_of
+from hmoe_megatron.nan_guard.guard import remedy
 from hmoe_megatron.placement.plan import Piece
-from hmoe_megatron.stats import RoutingStats
+from hmoe_megatron.telemetry.counters import RoutingStats
 
 NAN, INFINITY = float("nan"), float("inf")
 

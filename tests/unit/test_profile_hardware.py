@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
+from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.placement import CostModel, Profile, nodes_of, plan_layer
 from hmoe_megatron.placement.profiles import PROFILES, profile_named
 from hmoe_megatron.profiling import machine

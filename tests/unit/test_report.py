@@ -11,8 +11,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from hmoe_megatron import telemetry, telemetry_file, training
-from hmoe_megatron.accounting import ParameterCounts
+from hmoe_megatron import telemetry, training
+from hmoe_megatron.telemetry import reader as telemetry_file
+from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.config import LOSS_NAMES
 from hmoe_megatron.placement import CostModel, LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.cost import predict

@@ -9,8 +9,8 @@ from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantizat
 
 from hmoe_megatron.config import HMoEConfig
 from hmoe_megatron.placement.plan import Piece
-from hmoe_megatron.refusals import check_dispatch
-from hmoe_megatron.slots import dispatch_slots, most_slots, slot2expert, to_slots, unpadded
+from hmoe_megatron.validate_args import check_dispatch
+from hmoe_megatron.moe.slots import dispatch_slots, most_slots, slot2expert, to_slots, unpadded
 
 PIECES = ((Piece(2, 0, 5), Piece(0, 0, 3), Piece(1, 0, 2)), (Piece(1, 2, 9),), ())
 

@@ -8,8 +8,8 @@ import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.mlp import MLP
 
-from hmoe_megatron.layer import HMoELayer
-from hmoe_megatron.specs import hmoe_block_spec, with_hmoe_layer
+from hmoe_megatron.moe.layer import HMoELayer
+from hmoe_megatron.moe.specs import hmoe_block_spec, with_hmoe_layer
 from tests.distributed.ranks import run_ranks
 
 

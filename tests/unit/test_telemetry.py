@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.accounting import ParameterCounts
-from hmoe_megatron.losses import p_penalty, router_entropy
+from hmoe_megatron.telemetry.accounting import ParameterCounts
+from hmoe_megatron.moe.losses import p_penalty, router_entropy
 from hmoe_megatron.placement.plan import Piece
-from hmoe_megatron.router import top_p_routing
-from hmoe_megatron.stats import RoutingStats
+from hmoe_megatron.moe.router import top_p_routing
+from hmoe_megatron.telemetry.counters import RoutingStats
 from hmoe_megatron.telemetry import TelemetryFile, console_line, max_over_mean, over_layers, routing_record, summary
 
 HIDDEN = 4

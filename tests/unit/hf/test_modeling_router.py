@@ -1,11 +1,11 @@
-"""The exported model's router: bitwise the training router's, its losses those of hmoe_megatron/losses.py."""
+"""The exported model's router: bitwise the training router's, its losses those of hmoe_megatron/moe/losses.py."""
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
 from tiny_models import TOP_K, TOP_P, tiny_config, tiny_model, token_ids
 
-from hmoe_megatron import losses, router
+from hmoe_megatron.moe import losses, router
 from hmoe_megatron.hf.modeling_hmoe import HMoERouter, route, router_loss, top_k_routing, top_p_routing
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -90,7 +90,7 @@ def test_router_in_float32_stays_so_under_autocast():
 
 
 def losses_of_training(logits_TE, widths, valid_T, config):
-    """As hmoe_megatron.router.HMoERouter puts hmoe_megatron.losses together on one rank."""
+    """As hmoe_megatron.moe.router.HMoERouter puts hmoe_megatron.moe.losses together on one rank."""
     width_E = torch.tensor(widths)
     routing_map_TE = route(logits_TE, config)[1]
     counts_E = (routing_map_TE if valid_T is None else routing_map_TE & valid_T.unsqueeze(-1)).sum(dim=0)

@@ -119,7 +119,7 @@ def test_halves_are_scaled_in_fp32(tmp_path):
     {"model_type": "mixtral", "num_local_experts": True}, {"model_type": "qwen3_moe", "num_experts": 10**13},
 ])  # fmt: skip
 def test_what_a_config_asks_in_vain_is_refused(folder, changed):
-    from hmoe_megatron.hf.forms import form_of
+    from hmoe_megatron.hf.architectures import form_of
 
     config = json.loads((folder / "dense/config.json").read_text())
     more = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
@@ -129,7 +129,7 @@ def test_what_a_config_asks_in_vain_is_refused(folder, changed):
 
 
 def test_a_mixtral_without_a_base_has_that_of_transformers():
-    from hmoe_megatron.hf.forms import Mixtral
+    from hmoe_megatron.hf.architectures import Mixtral
 
     config = transformers.MixtralConfig(**SIZES).to_dict()
     assert Mixtral.settings(config | {"rope_parameters": None}).rope_theta == config["rope_parameters"]["rope_theta"]

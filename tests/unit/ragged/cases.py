@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from hmoe_megatron.gemm.ragged.self_test import Case
-from hmoe_megatron.gemm.ragged.tiles import Tile, Tiles
+from hmoe_megatron.moe.compute.ragged.self_test import Case
+from hmoe_megatron.moe.compute.ragged.tiles import Tile, Tiles
 
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="for machines without a GPU; tests/gpu runs the kernels there"

@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from hmoe_megatron.gemm.ragged import launches
-from hmoe_megatron.gemm.ragged.schedule import Layer
-from hmoe_megatron.gemm.ragged.tiles import TILES
+from hmoe_megatron.moe.compute.ragged import launches
+from hmoe_megatron.moe.compute.ragged.schedule import Layer
+from hmoe_megatron.moe.compute.ragged.tiles import TILES
 
 ROWS = 100  # of a piece: kernels do not depend on it
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hmoe_megatron.gemm import ragged
-from hmoe_megatron.gemm.ragged.self_test import Case, drawn
+from hmoe_megatron.moe.compute import ragged
+from hmoe_megatron.moe.compute.ragged.self_test import Case, drawn
 from tests.unit.ragged import cases
 
 pytestmark = cases.INTERPRETED

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hmoe_megatron.gemm import ragged
-from hmoe_megatron.gemm.ragged.self_test import Case, drawn, problem
+from hmoe_megatron.moe.compute import ragged
+from hmoe_megatron.moe.compute.ragged.self_test import Case, drawn, problem
 from tests.distributed.ranks import run_ranks
 from tests.unit.ragged import cases
 
@@ -72,7 +72,7 @@ def planted(folder, number, bug):
             assert bug.right in text, f"{bug.name}: not in {bug.file} any more"
             text = text.replace(bug.right, bug.wrong)
         (folder / name).mkdir(exist_ok=True)
-        (folder / name / file.name).write_text(text.replace("hmoe_megatron.gemm.ragged", name))
+        (folder / name / file.name).write_text(text.replace("hmoe_megatron.moe.compute.ragged", name))
         compile((folder / name / file.name).read_text(), file.name, "exec")
     return name
 

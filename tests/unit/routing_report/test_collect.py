@@ -88,7 +88,7 @@ def test_no_window_of_a_batch_sees_another_or_the_padding(found):
 
 
 def test_the_choice_is_top_p_of_the_probabilities(found):
-    from hmoe_megatron.router import top_p_routing
+    from hmoe_megatron.moe.router import top_p_routing
 
     routing = found[1]
     probs_TLE = np.exp(routing.log_probs_TLE)

@@ -89,7 +89,7 @@ def test_wrong_flags_are_refused_before_megatron_is_imported(run_dir, tmp_path, 
     (tmp_path / "file").write_text("no json\n")
     (tmp_path / "good").write_text('{"text": "one"}\n' * 2)
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr("hmoe_megatron.host.prepare_environment", lambda: pytest.fail("too late"))
+    monkeypatch.setattr("hmoe_megatron.machine.prepare_environment", lambda: pytest.fail("too late"))
     assert tool("--output", "out", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("routing_report: error: ") and said in error and not (tmp_path / "out").exists()

@@ -1,8 +1,8 @@
 """What Megatron must be told or spared by what a machine has: no GPU, no Transformer Engine, no Apex, halves of them.
 
-    host.prepare_environment()        # first of all, before Megatron is imported
-    if host.apply(): ...              # imports Megatron; True where there is no GPU
-    argv = host.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have
+    machine.prepare_environment()        # first of all, before Megatron is imported
+    if patches.apply(): ...              # imports Megatron; True where there is no GPU
+    argv = machine.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have
 
 `apply` lets Megatron train without a GPU, on the CPU with gloo, and changes nothing where there is one. It may come
 before or after Megatron is imported, and must come before its first process group or model. Beside them stand
@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 
-from hmoe_megatron.fused_kernels import summary
+from hmoe_megatron.machine.fused_kernels import summary
 
 from . import optional, registry
 from .flags import cpu_argv, gpu_argv

@@ -14,8 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
-from hmoe_megatron.gemm.flat import MATRICES, fc1_pieces, fc2_pieces
-from hmoe_megatron.gemm.main_grad import placeholder
+from hmoe_megatron.moe.compute.flat import MATRICES, fc1_pieces, fc2_pieces
+from hmoe_megatron.moe.compute.main_grad import placeholder
 from hmoe_megatron.placement.plan import Piece
 
 

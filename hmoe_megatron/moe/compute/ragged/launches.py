@@ -4,11 +4,11 @@ import functools
 
 import torch
 
-from hmoe_megatron.gemm.ragged import schedule
-from hmoe_megatron.gemm.ragged.activation import activation_grad
-from hmoe_megatron.gemm.ragged.row_products import from_hidden, hidden_grad, up
-from hmoe_megatron.gemm.ragged.schedule import Batch, Layer
-from hmoe_megatron.gemm.ragged.weight_products import weight_grad
+from hmoe_megatron.moe.compute.ragged import schedule
+from hmoe_megatron.moe.compute.ragged.activation import activation_grad
+from hmoe_megatron.moe.compute.ragged.row_products import from_hidden, hidden_grad, up
+from hmoe_megatron.moe.compute.ragged.schedule import Batch, Layer
+from hmoe_megatron.moe.compute.ragged.weight_products import weight_grad
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The logits of a checkpoint and of a Hugging Face directory on the same tokens, each model in a process of its own.
 
-python -m hmoe_megatron.hf.proof KIND PLACE TOKENS.npy OUT.npy [FLAG ...]
+python -m hmoe_megatron.hf.parity KIND PLACE TOKENS.npy OUT.npy [FLAG ...]
 """
 
 import contextlib
@@ -154,9 +154,9 @@ KINDS = {"megatron": _megatron, "all experts on": _all_experts_on, "exported": _
 
 
 def main(kind: str, place: str, tokens: str, out: str, *flags: str) -> None:
-    from hmoe_megatron import host
+    from hmoe_megatron import machine
 
-    host.prepare_environment()
+    machine.prepare_environment()
     import torch
 
     with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):

@@ -9,10 +9,10 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from hmoe_megatron.dispatch import LogicalOrderDispatcher, OneRankDispatcher
-from hmoe_megatron.experts import HMoEExperts
-from hmoe_megatron.router import HMoERouter
-from hmoe_megatron.slots import dispatch_slots, logical_slot_order, to_slots, unpadded
+from hmoe_megatron.moe.token_dispatcher import LogicalOrderDispatcher, OneRankDispatcher
+from hmoe_megatron.moe.experts import HMoEExperts
+from hmoe_megatron.moe.router import HMoERouter
+from hmoe_megatron.moe.slots import dispatch_slots, logical_slot_order, to_slots, unpadded
 
 
 class HMoELayer(MoELayer):

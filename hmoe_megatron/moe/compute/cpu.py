@@ -8,8 +8,8 @@ import functools
 
 import torch
 
-from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
-from hmoe_megatron.gemm.main_grad import added, main_grads
+from hmoe_megatron.moe.compute.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.moe.compute.main_grad import added, main_grads
 
 
 def cpu_experts(x_RH, probs_R, rows, fc1, fc2, widths):

@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 
 from hmoe_megatron.config import HMoEConfig
-from hmoe_megatron.slots import most_slots, slot2expert
+from hmoe_megatron.moe.slots import most_slots, slot2expert
 
 # (attribute of Megatron's arguments, values that work, what the user gave, why and what to do).
 # True and False stand for a flag that is set or not.

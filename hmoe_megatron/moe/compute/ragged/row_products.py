@@ -7,7 +7,7 @@ that may pass 2^31 elements are int64, those inside a tile's block of rows int32
 import triton
 import triton.language as tl
 
-from hmoe_megatron.gemm.ragged.blocks import (
+from hmoe_megatron.moe.compute.ragged.blocks import (
     VECTOR,
     halves,
     hidden_start,

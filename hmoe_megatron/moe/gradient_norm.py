@@ -10,8 +10,8 @@ import functools
 import torch
 import torch.distributed
 
-from hmoe_megatron.experts import HMoEExperts
-from hmoe_megatron.gemm.flat import MATRICES
+from hmoe_megatron.moe.experts import HMoEExperts
+from hmoe_megatron.moe.compute.flat import MATRICES
 
 
 def use_logical_norm() -> None:

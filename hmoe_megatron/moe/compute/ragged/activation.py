@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hmoe_megatron.gemm.ragged.blocks import VECTOR, hidden_start, row_start, sigmoid, tile_at, tile_count
+from hmoe_megatron.moe.compute.ragged.blocks import VECTOR, hidden_start, row_start, sigmoid, tile_at, tile_count
 
 
 @triton.jit(do_not_specialize=["E", "tiles_at"])

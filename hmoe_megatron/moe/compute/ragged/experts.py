@@ -9,11 +9,11 @@ import functools
 
 import torch
 
-from hmoe_megatron.gemm.main_grad import added, main_grads
-from hmoe_megatron.gemm.ragged import launches
-from hmoe_megatron.gemm.ragged.schedule import Layer
-from hmoe_megatron.gemm.ragged.tiles import TILES, VECTOR, tile_class, unsupported
-from hmoe_megatron.gemm.reference import reference_experts
+from hmoe_megatron.moe.compute.main_grad import added, main_grads
+from hmoe_megatron.moe.compute.ragged import launches
+from hmoe_megatron.moe.compute.ragged.schedule import Layer
+from hmoe_megatron.moe.compute.ragged.tiles import TILES, VECTOR, tile_class, unsupported
+from hmoe_megatron.moe.compute.reference import reference_experts
 
 
 def ragged_experts(x_RH, probs_R, rows, fc1, fc2, widths, keep_hidden=False):

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import linear, silu
 
-from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.moe.compute.flat import fc1_pieces, fc2_pieces
 
 
 def reference_experts(x_RH, probs_R, rows, fc1, fc2, widths):

@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.router import TopKRouter
 
-from hmoe_megatron.losses import load_balance, p_penalty, router_entropy
+from hmoe_megatron.moe.losses import load_balance, p_penalty, router_entropy
 
 
 def top_p_routing(

@@ -18,7 +18,7 @@ from megatron.core.rerun_state_machine import (
     RerunStateMachine,
 )
 
-from hmoe_megatron.numeric_culprit import CHECK, Finding, ModuleProbe, finding_of_norm, findings_of, first_of_all_ranks
+from hmoe_megatron.nan_guard.locate import CHECK, Finding, ModuleProbe, finding_of_norm, findings_of, first_of_all_ranks
 
 EXIT_CODE = EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 

@@ -15,10 +15,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-from hmoe_megatron.accounting import ParameterCounts, expert_parameters
-from hmoe_megatron.files import TELEMETRY_FILE, write_whole
-from hmoe_megatron.idle_experts import IdleExperts
-from hmoe_megatron.numeric_guard import end_for_router
+from hmoe_megatron.telemetry.accounting import ParameterCounts, expert_parameters
+from hmoe_megatron.files import TELEMETRY_FILE, atomic_write
+from hmoe_megatron.telemetry.idle_experts import IdleExperts
+from hmoe_megatron.nan_guard.guard import end_for_router
 
 
 def summary(values_L) -> dict[str, float]:
@@ -146,7 +146,7 @@ class TelemetryFile:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut off
-        write_whole(self.path, "".join(kept).encode())
+        atomic_write(self.path, "".join(kept).encode())
 
 
 class HMoEMetricsTracker(MoEMetricsTracker):

@@ -2,7 +2,7 @@
 
 import itertools
 
-from hmoe_megatron.fused_kernels import Kernels, implementation, switched_off
+from hmoe_megatron.machine.fused_kernels import Kernels, implementation, switched_off
 
 # Without a GPU.
 NEEDED = (

@@ -8,8 +8,8 @@ import functools
 import importlib
 import sys
 
-from hmoe_megatron import fused_kernels
-from hmoe_megatron.fused_kernels import APEX, Kernels
+from hmoe_megatron.machine import fused_kernels
+from hmoe_megatron.machine.fused_kernels import APEX, Kernels
 
 
 @functools.cache

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from hmoe_megatron.fused_kernels import found_at
-from hmoe_megatron.gemm.compute import ExpertCompute
-from hmoe_megatron.gemm.cpu import cpu_experts
-from hmoe_megatron.gemm.ragged.tiles import unsupported
-from hmoe_megatron.gemm.reference import reference_experts
+from hmoe_megatron.machine.fused_kernels import found_at
+from hmoe_megatron.moe.compute.compute import ExpertCompute
+from hmoe_megatron.moe.compute.cpu import cpu_experts
+from hmoe_megatron.moe.compute.ragged.tiles import unsupported
+from hmoe_megatron.moe.compute.reference import reference_experts
 
 OLDEST = (8, 0)  # compute capability: asynchronous copies and bf16
 
@@ -57,7 +57,7 @@ def choose_compute(name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: 
         if name == "triton":
             raise DeviceFailed(f"--hmoe-gemm-backend triton: {lacking}: use auto or reference")
         return Chosen(reference_experts, f"reference, one expert after the other: {lacking}")
-    from hmoe_megatron.gemm.ragged.experts import ragged_experts
+    from hmoe_megatron.moe.compute.ragged.experts import ragged_experts
 
     checked = f"checked on this device in {time.monotonic() - started_s:.1f} s"
     return Chosen(partial(ragged_experts, keep_hidden=keep_hidden), f"triton, {checked}{_left_out(shapes)}")
@@ -88,7 +88,7 @@ def _failing(has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool) -> str:
         return f"it takes none of the layers ({unsupported(min(shapes.widths), shapes.hidden, shapes.dtype)})"
     if not has_gpu:
         return ""
-    from hmoe_megatron.gemm.ragged.self_test import Variants, alignment
+    from hmoe_megatron.moe.compute.ragged.self_test import Variants, alignment
 
     of = shapes.supported()
     variants = Variants(shapes.hidden, shapes.dtype, frozenset(map(alignment, of)), max(map(len, of)),
@@ -99,7 +99,7 @@ def _failing(has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool) -> str:
 @functools.cache
 def _tested(variants, device) -> str:
     """What the self-test says on this device; once a process. DeviceFailed if the device is not usable after it."""
-    from hmoe_megatron.gemm.ragged import self_test
+    from hmoe_megatron.moe.compute.ragged import self_test
 
     name = str(device)
     try:

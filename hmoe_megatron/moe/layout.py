@@ -3,9 +3,9 @@
 import dataclasses
 
 from hmoe_megatron.config import HMoEConfig
-from hmoe_megatron.gemm.compute import ExpertCompute
+from hmoe_megatron.moe.compute.compute import ExpertCompute
 from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
-from hmoe_megatron.stats import RoutingStats
+from hmoe_megatron.telemetry.counters import RoutingStats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hmoe_megatron.gemm.ragged.blocks import KINDS
-from hmoe_megatron.gemm.ragged.tiles import Tiles
+from hmoe_megatron.moe.compute.ragged.blocks import KINDS
+from hmoe_megatron.moe.compute.ragged.tiles import Tiles
 
 UP, DOWN, HIDDEN_GRAD, ACTIVATION, INPUT_GRAD, FC1_GRAD, FC2_GRAD = range(7)
 GROUP = 8  # rows of tiles that are walked together, column by column: they share operands in the L2 cache

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hmoe_megatron.gemm.ragged.blocks import (
+from hmoe_megatron.moe.compute.ragged.blocks import (
     INLINE_PTX,
     VECTOR,
     halves,

@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from hmoe_megatron.layer import hmoe_layer
+from hmoe_megatron.moe.layer import hmoe_layer
 
 
 def hmoe_block_spec(model_config, vp_stage=None):

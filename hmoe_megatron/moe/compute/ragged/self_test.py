@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from hmoe_megatron.gemm.compute import ExpertCompute
-from hmoe_megatron.gemm.flat import fc1_pieces, fc2_pieces
-from hmoe_megatron.gemm.ragged.experts import ragged_experts
-from hmoe_megatron.gemm.reference import reference_experts
+from hmoe_megatron.moe.compute.compute import ExpertCompute
+from hmoe_megatron.moe.compute.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.moe.compute.ragged.experts import ragged_experts
+from hmoe_megatron.moe.compute.reference import reference_experts
 
 # Rows of three pieces, one without: few and many by tiles.FEW_ROWS.
 ROWS = ((130, 0, 70), (300, 0, 700))

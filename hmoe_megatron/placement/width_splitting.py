@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from hmoe_megatron.placement.problem import LayerProblem
-from hmoe_megatron.placement.whole import STARTS, from_many_starts, improve, largest_first
+from hmoe_megatron.placement.lpt import STARTS, from_many_starts, improve, largest_first
 
 Timed = tuple[list[dict[int, int]], float]  # a placement and the time of its slowest rank
 

@@ -18,8 +18,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from hmoe_megatron.checkpoint import together
-from hmoe_megatron.data_checks import verify_data
+from hmoe_megatron import collectives
+from hmoe_megatron.data.checks import verify_data
 from hmoe_megatron.exits import DataRefused
 
 SPIKY_LOSS_FACTOR = 10.0  # Megatron's: of the largest loss seen
@@ -121,10 +121,10 @@ def _verify(args) -> None:
     """Raises DataRefused on all ranks if one found a file that is not what its sidecar says."""
     started_s = time.monotonic()
     try:
-        together.all_ranks(lambda: verify_data(args, together.rank(), together.world_size()))
-    except together.StepFailed as error:
+        collectives.all_ranks(lambda: verify_data(args, collectives.rank(), collectives.world_size()))
+    except collectives.StepFailed as error:
         raise DataRefused(str(error).replace("ValueError: ", "")) from None
-    if together.rank() == 0:
+    if collectives.rank() == 0:
         print(f" data: SHA-256 of all files compared in {time.monotonic() - started_s:.1f} s", flush=True)
 
 
