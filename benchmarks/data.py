@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import ROOT, stamp
-from hmoe_megatron.files import sha256_file, atomic_write
+from hmoe_megatron.files import atomic_write, sha256_file
 
 OUTPUT = ROOT / "benchmarks" / "data.md"
 CORPUS = "debian-prose"

@@ -19,10 +19,10 @@ from benchmarks.cases import under_caps, whole_layer
 from benchmarks.machine import ROOT, stamp
 from hmoe_megatron.files import atomic_write
 from hmoe_megatron.placement import CostModel, nodes_of, plan_layer, plan_model
+from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, equal_counts, rivals
 from hmoe_megatron.placement.milp import fastest
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.profiles import PROFILES
-from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, equal_counts, rivals
 from hmoe_megatron.placement.simulate import campaign, campaign_table, standard_cases
 from hmoe_megatron.placement.traces import TRACES, snapshot
 from hmoe_megatron.widths import expert_widths

@@ -30,13 +30,14 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
         finally:
             sys.argv = given
         validate_args(args, {})
+        layout = None
     else:
         args, layout, _ = parse_arguments(argv)
         if guarded:
             numeric_guard.install(layout.stats)
     set_global_variables(args)
     config = gpt_config_from_args(args) if stock else model_config(args, layout)
-    return args, config, pretrain_cfg_container_from_args(args, config)
+    return args, config, pretrain_cfg_container_from_args(args, config), layout
 
 
 class Trainer:
@@ -55,7 +56,7 @@ class Trainer:
             raise
 
     def _set_up(self, argv, stock, guarded, batches, hooks):
-        self.args, self.config, container = configure(argv, stock, guarded)
+        self.args, self.config, container, self.layout = configure(argv, stock, guarded)
         self.config.pre_wrap_hooks.extend(hooks)
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.enums import ModelType
@@ -89,11 +90,6 @@ class Trainer:
         self.build_s = time.perf_counter() - started_s
         return chunks
 
-    @property
-    def layout(self):
-        """ExpertLayout of our model."""
-        return self.config.transformer.hmoe
-
     def step(self) -> tuple[float | None, float]:
         """(loss, on the ranks that have one; gradient norm) of one more step."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -115,7 +111,7 @@ class Trainer:
         """Forget the model and all that Megatron keeps of it, so that this process can train another."""
         from megatron.training.training import destroy_global_state
 
-        self.model = self.optimizer = self.scheduler = self.config = self.model_config = self.data = None
+        self.model = self.optimizer = self.scheduler = self.config = self.layout = self.model_config = self.data = None
         self._begin_overlap = self.end_overlap = None
         destroy_global_state()
         if torch.cuda.is_available():

@@ -64,7 +64,7 @@ class Worker:
 
     def experts_a_token(self) -> dict:
         """Mean number of experts that tokens chose since the last call."""
-        counts_LE, tokens_L = self.trainer.layout.stats.take((), "cuda" if self.on_gpu else "cpu")
+        counts_LE, tokens_L, _ = self.trainer.layout.stats.take((), "cuda" if self.on_gpu else "cpu")
         return {"experts": float(counts_LE.sum() / tokens_L.sum())}
 
     def memory(self) -> dict:

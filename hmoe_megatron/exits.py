@@ -1,9 +1,5 @@
 """Why a run ends, each reason with an exit code of its own: see docs/checkpoints.md and `tools/launch.py`."""
 
-import multiprocessing.connection
-import os
-import threading
-
 OTHER_CHECKPOINT = "give another checkpoint as --ckpt-step N"
 
 
@@ -42,13 +38,3 @@ class DirectoryInUse(RunEnded):
     """Another run saves to the directory that --save names."""
 
     exit_code = 5
-
-
-def end_with_parent() -> None:
-    """This process, started by multiprocessing, ends when the one that started it is gone, however it went."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

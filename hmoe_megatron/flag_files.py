@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from hmoe_megatron.files import RUN_ARGUMENTS_FILE
+from hmoe_megatron.untrusted import parsed
 
 MAX_BYTES = 1 << 20
 
@@ -34,8 +35,6 @@ def read_args(path: str | Path, included_by: tuple[Path, ...] = ()) -> list[str]
 
 def run_arguments(run_dir: Path) -> list[str]:
     """The flags that ``pretrain_hmoe.py`` was started with. Raises ValueError with file and remedy."""
-    from hmoe_megatron.untrusted import parsed  # scipy behind it takes a launcher a second
-
     path = Path(run_dir) / RUN_ARGUMENTS_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the --save directory of a run of pretrain_hmoe.py")

@@ -6,41 +6,38 @@ import os
 import sys
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hmoe_megatron import collectives, machine, patches
-from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.exits import RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
-from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
+from hmoe_megatron.moe import gradient_norm
+from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
+from hmoe_megatron.patches import hooks
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
-from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments, expert_tensor_parallel_size
+from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.telemetry.counters import RoutingStats
+from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments, expert_tensor_parallel_size
 
 
 def prepare() -> None:
     """What must happen before Megatron is used: this process's place among the ranks, patches for a machine without a
     GPU, repairs. ValueError where mpirun's ranks can't be told."""
-    from hmoe_megatron.moe.gradient_norm import use_logical_norm
-
     if not set_environment_from_mpi():
         alone_without_torchrun()
     patches.apply()
-    host.repair_dataset_helpers()
-    host.repair_sequence_parallel_norm()
-    host.repair_distributed_optimizer()
-    host.repair_optimizer_checkpoints()
-    host.repair_rng_of_ranks()
-    use_logical_norm()
+    patches.fix()
+    hooks.optimizer_is_built(gradient_norm.attach)
 
 
 def alone_without_torchrun() -> None:
@@ -147,17 +144,16 @@ def check_plan(plan: PlacementPlan, widths, expert_tp: int) -> None:
 
 
 def model_config(args: argparse.Namespace, layout: ExpertLayout):
-    """Megatron's GPTModelConfig with HMoE's layer specs; ``layout`` rides on its TransformerConfig as ``hmoe``."""
+    """Megatron's GPTModelConfig with HMoE's layer specs for ``layout``."""
     from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
     from hmoe_megatron.moe.specs import hmoe_block_spec
 
     transformer = core_transformer_config_from_args(args)
-    transformer.hmoe = layout
     # Layers of different widths can't be stacked in one checkpoint key. (The spelling is Megatron's.)
     transformer.hetereogenous_dist_checkpoint = True
     config = gpt_config_from_args(args, config=transformer)
-    config.transformer_layer_spec = hmoe_block_spec
+    config.transformer_layer_spec = partial(hmoe_block_spec, layout)
     return config
 
 
@@ -186,14 +182,16 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from hmoe_megatron.nan_guard import guard as numeric_guard
     from hmoe_megatron.data.batches import datasets_provider, forward_step
-    from hmoe_megatron.telemetry import HMoEMetricsTracker
+    from hmoe_megatron.nan_guard import guard as numeric_guard
+    from hmoe_megatron.telemetry.tracker import HMoEMetricsTracker
 
     set_global_variables(args)
     config = model_config(args, layout)
     parameters, run_dir = parameter_counts(args, layout.widths), run_directory(args, layout.settings)
-    tracker = HMoEMetricsTracker(layout, args.hidden_size, parameters, args.log_interval, run_dir)
+    tracker = HMoEMetricsTracker(
+        layout, args.hidden_size, parameters, args.log_interval, run_dir, numeric_guard.end_for_router
+    )
     set_moe_metrics_tracker(tracker)
     expected = sum(
         expected_active_width(layout.settings, args.moe_router_topk, widths) for widths in layout.widths.values()

@@ -1,5 +1,6 @@
-"""Dataclasses of numbers to JSON and back: every field is there, of its type and in its range."""
+"""JSON from outside and back: parsed within limits, every field there, of its type and in its range; checksums."""
 
+import hashlib
 import json
 from dataclasses import fields
 from numbers import Integral, Real
@@ -78,3 +79,13 @@ def shown(value) -> str:
     if type(value) is int and abs(value) >= 10**300:
         return "of over 300 digits"
     return f"{value!r:.80}" if type(value) in (str, int, float, bool, type(None)) else type(value).__name__
+
+
+def canonical(value) -> str:
+    """JSON that is the same text for the same value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def checksum(content: dict) -> str:
+    """SHA-256 of the canonical text, in hexadecimal."""
+    return hashlib.sha256(canonical(content).encode()).hexdigest()

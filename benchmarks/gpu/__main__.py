@@ -26,7 +26,7 @@ from benchmarks.machine import ROOT
 MACHINE = """
 import json, os, platform, torch, triton
 from benchmarks.machine import stamp
-from hmoe_megatron.host import optional
+from hmoe_megatron.machine import optional
 kernels = optional.kernels()
 gpu = torch.cuda.is_available()
 card = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else "no GPU"

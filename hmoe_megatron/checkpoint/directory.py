@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from hmoe_megatron.exits import CheckpointRefused
-from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, sync, atomic_write
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE, atomic_write, sync
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "hmoe_manifest.json"

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hmoe_megatron import collectives
 from hmoe_megatron.checkpoint import manifest
-from hmoe_megatron.nan_guard.finite import not_finite
 from hmoe_megatron.checkpoint.reader import read_metadata, refused_pickle
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused, RunEnded
+from hmoe_megatron.nan_guard.finite import not_finite
 
 # Their message is enough; of others the traceback is printed too.
 EXPECTED = (AssertionError, CheckpointException, CheckpointingException, OSError, pickle.UnpicklingError, ValueError)
@@ -48,8 +48,8 @@ def check_files(path: Path, skip_integrity: bool) -> None:
         try:
             files = collectives.run_on_rank0(lambda: manifest.load_manifest(path).files)
             share = manifest.share_of(files, collectives.rank(), collectives.world_size())
-            damages = sum(collectives.all_ranks(lambda: manifest.damages(path, share)), [])
-            damages += collectives.run_on_rank0(lambda: manifest.intruders(path, files))
+            damages = sum(collectives.all_ranks(lambda: manifest.damaged_files(path, share)), [])
+            damages += collectives.run_on_rank0(lambda: manifest.unlisted_files(path, files))
         except collectives.StepFailed as error:
             raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
         if damages:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from hmoe_megatron.checkpoint.directory import MANIFEST_FILE, MAX_ITERATION
 from hmoe_megatron.exits import OTHER_CHECKPOINT, CheckpointRefused
-from hmoe_megatron.files import read_text, sha256_file, atomic_write
-from hmoe_megatron.untrusted import parsed
-from hmoe_megatron.placement.plan_checks import canonical, checksum
+from hmoe_megatron.files import atomic_write, read_text, sha256_file
+from hmoe_megatron.untrusted import canonical, checksum, parsed
 
 SCHEMA = 1
 MAX_BYTES = 64 << 20
@@ -97,14 +96,14 @@ def share_of(files: dict[str, FileRecord], rank: int, ranks: int) -> dict[str, F
     return dict(dealt[rank::ranks])
 
 
-def intruders(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+def unlisted_files(folder: Path, files: dict[str, FileRecord]) -> list[str]:
     """What would be loaded from this directory and is not in its manifest, a phrase each."""
     if LEGACY_FILE in files or not os.path.lexists(Path(folder) / LEGACY_FILE):
         return []
     return [f"{LEGACY_FILE} was added to it"]
 
 
-def damages(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+def damaged_files(folder: Path, files: dict[str, FileRecord]) -> list[str]:
     """What is wrong with these files, a phrase each: missing, no regular file, shorter, longer, altered."""
     found = []
     for name, record in files.items():

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hmoe_megatron import collectives
 from hmoe_megatron.checkpoint import directory
-from hmoe_megatron.nan_guard.finite import not_finite
 from hmoe_megatron.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, record_files
 from hmoe_megatron.exits import SavingFailed
 from hmoe_megatron.files import sha256_file, sync
+from hmoe_megatron.nan_guard.finite import not_finite
 
 AS_IT_WAS = "the last checkpoint is as it was"
 HASH_SUFFIX = ".sha256"

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ from hmoe_megatron.checkpoint import directory, lock, settings
 from hmoe_megatron.checkpoint.manifest import Manifest, load_manifest
 from hmoe_megatron.exits import CheckpointRefused
 from hmoe_megatron.files import PLAN_FILE
-from hmoe_megatron.patches.registry import replace
 from hmoe_megatron.moe.layout import ExpertLayout
+from hmoe_megatron.patches import hooks
 
 _LAYOUT = ("world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
            "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
@@ -121,34 +120,17 @@ class Checkpoints:
         return Manifest(iteration, self.settings, layout, versions, files)
 
     def install(self) -> None:
-        """Put this run's save and load around Megatron's: they have no seam. Once a process."""
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
-        from megatron.core.dist_checkpointing.strategies import torch as strategies
-        from megatron.training import async_utils, checkpointing, training  # noqa: F401  it takes them by name
-
+        """Put this run's save and load around Megatron's. Once a process."""
         from hmoe_megatron.checkpoint import reader, saving
 
-        self.saver = saver = saving.Saver(
+        self.saver = saving.Saver(
             Path(self.args.save or "."), self.manifest, lambda folder: self.plan.save(folder / PLAN_FILE),
             self.hmoe.max_failed_saves,
-        )  # fmt: skip
-        _around(checkpointing, "save_checkpoint", saver.save_checkpoint)
-        _around(checkpointing, "load_checkpoint", self.load_checkpoint)
-        _around(async_utils, "maybe_finalize_async_save", saver.finalize)
-        _around(dist_checkpointing, "save", saver.write)
-        _around(dist_checkpointing.core, "save_config", saver.write_config)
-        _around(state_dict_saver, "save_state_dict_async_finalize", saving.finalize_together)
-        strategies.TorchDistSaveShardedStrategy.async_save = functools.partialmethod(
-            _method_around, strategies.TorchDistSaveShardedStrategy.async_save, saving.hashing_request
         )
-        writer = filesystem_async.FileSystemWriterAsync
-        writer.write_preloaded_data = staticmethod(
-            functools.partial(saving.write_or_raise, writer.write_preloaded_data)
+        hooks.checkpoints(
+            self.saver, self.load_checkpoint, reader.checkpoint_reader, saving.hashing_request, saving.write_or_raise,
+            saving.finalize_together,
         )
-        replace(strategies, "_get_filesystem_reader", reader.checkpoint_reader)
-        # Megatron truncates the tracker before it writes it. Its `open` in this one module is ours.
-        checkpointing.maybe_msc = _Opener(checkpointing.maybe_msc, saver.open_tracker)
 
     def load_checkpoint(self, stock, models, optimizer, scheduler, load_arg="load", **named):
         """Megatron's load_checkpoint of `start`; without one Megatron starts anew."""
@@ -167,27 +149,6 @@ class Checkpoints:
         self.saver.end()
 
 
-class _Opener:
-    """`original` with another `open`."""
-
-    def __init__(self, original, opener):
-        self._original, self._opener = original, opener
-
-    def __getattr__(self, name):
-        stock = getattr(self._original, name)
-        return functools.partial(self._opener, stock) if name == "open" else stock
-
-
-def _around(owner, name: str, function) -> None:
-    """Let `function`, which is handed the stock one first, stand for `owner.name`, also where it was imported."""
-    stock = getattr(owner, name)
-    replace(owner, name, functools.wraps(stock)(functools.partial(function, stock)))
-
-
-def _method_around(self, stock, function, *args, **named):
-    return function(functools.partial(stock, self), *args, **named)
-
-
 @contextlib.contextmanager
 def _setting(args, name: str, value):
     before = getattr(args, name)
@@ -196,5 +157,3 @@ def _setting(args, name: str, value):
         yield
     finally:
         setattr(args, name, before)
-
-

@@ -12,7 +12,7 @@ from pathlib import Path
 from hmoe_megatron.corpora.archive import FOLDER, Archive, fetch
 from hmoe_megatron.corpora.cut import is_held_out
 from hmoe_megatron.corpora.near_duplicates import RULE, NearDuplicates
-from hmoe_megatron.files import sha256_file, atomic_write
+from hmoe_megatron.files import atomic_write, sha256_file
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy as np
 from hmoe_megatron.data_prep.data_set import SCHEMA
 from hmoe_megatron.data_prep.index import write_index
 from hmoe_megatron.data_prep.shard import QUARANTINE, Shard
-from hmoe_megatron.files import sha256_file, sync, atomic_write
+from hmoe_megatron.files import atomic_write, sha256_file, sync
 
 PACKAGES = ("megatron-core", "numpy", "sentencepiece", "tokenizers", "tiktoken", "pyarrow")
 

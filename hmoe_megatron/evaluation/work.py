@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 
+from hmoe_megatron.child_process import end_with_parent
 from hmoe_megatron.evaluation.inputs import Source, go_offline
-from hmoe_megatron.exits import end_with_parent
 
 
 @dataclass(frozen=True)

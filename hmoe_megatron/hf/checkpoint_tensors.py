@@ -24,7 +24,7 @@ class CheckpointTensors:
         self.settings = manifest.load_manifest(self.path).settings
         if not skip_integrity:
             files = manifest.load_manifest(self.path).files
-            found = manifest.damages(self.path, files) + manifest.intruders(self.path, files)
+            found = manifest.damaged_files(self.path, files) + manifest.unlisted_files(self.path, files)
             if found:
                 raise CheckpointRefused(f"{self.path} is damaged: {'; '.join(found[: manifest.MAX_DAMAGES])}: give "
                                         "another with --ckpt-step")  # fmt: skip

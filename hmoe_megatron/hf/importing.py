@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hmoe_megatron.files import open_regular, read_text, atomic_directory
+from hmoe_megatron.files import atomic_directory, open_regular, read_text
 from hmoe_megatron.generation import ONE_PROCESS, build_model
 from hmoe_megatron.hf.architectures import Native, form_of
 from hmoe_megatron.hf.model_settings import megatron_flags

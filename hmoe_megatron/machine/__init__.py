@@ -1,31 +1,16 @@
-"""What Megatron must be told or spared by what a machine has: no GPU, no Transformer Engine, no Apex, halves of them.
+"""What a machine has - a GPU, Transformer Engine, Apex, halves of them - and what Megatron must be told for it.
 
     machine.prepare_environment()        # first of all, before Megatron is imported
-    if patches.apply(): ...              # imports Megatron; True where there is no GPU
     argv = machine.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have
-
-`apply` lets Megatron train without a GPU, on the CPU with gloo, and changes nothing where there is one. It may come
-before or after Megatron is imported, and must come before its first process group or model. Beside them stand
-`repairs`, `optimizer_repairs` and `rng`: defects of Megatron 0.19.2 that a machine with a GPU has as well.
 """
+
 import functools
 import os
 import sys
 
+from hmoe_megatron.machine import optional
+from hmoe_megatron.machine.flags import cpu_argv, gpu_argv
 from hmoe_megatron.machine.fused_kernels import summary
-
-from . import optional, registry
-from .flags import cpu_argv, gpu_argv
-from .optimizer_repairs import repair_optimizer_checkpoints
-from .registry import REPLACED
-from .repairs import repair_dataset_helpers, repair_distributed_optimizer, repair_sequence_parallel_norm
-from .rng import repair_rng_of_ranks
-
-__all__ = ["ENVIRONMENT", "REPLACED", "apply", "has_gpu", "machine_argv", "machine_line", "patches",
-           "prepare_environment", "repair_dataset_helpers", "repair_distributed_optimizer",
-           "repair_optimizer_checkpoints", "repair_rng_of_ranks", "repair_sequence_parallel_norm"]
-
-_applied = False
 
 # Megatron asks for it with tensor parallelism, whatever the device: kernels then start in the order of their calls.
 # CUDA reads it when it starts.
@@ -60,26 +45,6 @@ def prepare_environment():
         torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
     if "TORCHDYNAMO_DISABLE" in unset and "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True
-
-
-def patches():
-    """{name: its reason} of every patch, whether or not they run on this machine. Does not import
-    Megatron."""
-    from . import async_save, cuda, gloo, megatron  # noqa: F401  registers them
-    return {name: " ".join(function.__doc__.split()) for name, function in registry.PATCHES.items()}
-
-
-def apply():
-    """Run every patch, once a process. Returns whether the process now stands on them: False, and nothing
-    changed, where there is a GPU."""
-    global _applied
-    if has_gpu():
-        return False
-    if not _applied:
-        for name in patches():
-            registry.run(name)
-        _applied = True
-    return True
 
 
 def machine_argv(argv):

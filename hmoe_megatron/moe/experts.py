@@ -52,17 +52,17 @@ class HMoEExperts(MegatronModule):
     ``config.params_dtype``; None on a rank without pieces.
     """
 
-    def __init__(self, num_slots: int, config, *, layer: int, pg_collection, name: str | None = None):
+    def __init__(self, num_slots: int, config, *, layout, layer: int, pg_collection, name: str | None = None):
         super().__init__(config=config)
-        layout = config.hmoe
         self.layer, self.num_slots = layer, num_slots
         self.widths = layout.widths[layer]
-        self.compute = layout.compute
+        self.seed = layout.seed
         self.stats = layout.stats
         self.tp_group, self.dp_group, self.ep_group = pg_collection.expt_tp, pg_collection.expt_dp, pg_collection.ep
         planned = layout.pieces(layer)[utils.get_pg_rank(self.ep_group)]
         self.pieces = tuple(self._share(piece) for piece in planned)
         self.piece_widths = tuple(piece.width for piece in self.pieces)
+        self.compute = partial(layout.compute, widths=self.piece_widths)
         for matrix, dim, stride, rows in (("linear_fc1_weight", 0, 2, 2), ("linear_fc2_weight", 1, 1, 1)):
             self.register_parameter(matrix, self._weight(rows * sum(self.piece_widths), dim, stride))
         if config.perform_initialization:
@@ -93,7 +93,7 @@ class HMoEExperts(MegatronModule):
     def _initialize(self) -> None:
         for (piece, fc1), (_, fc2) in zip(*map(self.by_piece, MATRICES), strict=True):
             whole1, whole2 = initial_weights(
-                self.config, self.config.hmoe.seed, self.layer, piece.expert, self.widths[piece.expert], fc1.device
+                self.config, self.seed, self.layer, piece.expert, self.widths[piece.expert], fc1.device
             )
             fc1.copy_(whole1[:, piece.lo : piece.hi].flatten(0, 1))
             fc2.copy_(whole2[:, piece.lo : piece.hi])
@@ -115,10 +115,9 @@ class HMoEExperts(MegatronModule):
             # Both inputs stay in the graph, or this rank would skip a backward all-to-all that the others wait in.
             return x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype), None
         with self.stats.expert_time(x_RH, self.training) as timed:
-            y_RH = self.compute(
-                x_RH, probs_R, rows[:used], self.linear_fc1_weight, self.linear_fc2_weight, self.piece_widths
+            y_RH = timed.output = self.compute(
+                x_RH, probs_R, rows[:used], self.linear_fc1_weight, self.linear_fc2_weight
             )
-            timed.output = y_RH
         return y_RH, None
 
     def backward_dw(self):

@@ -10,33 +10,15 @@ import functools
 import torch
 import torch.distributed
 
-from hmoe_megatron.moe.experts import HMoEExperts
 from hmoe_megatron.moe.compute.flat import MATRICES
+from hmoe_megatron.moe.experts import HMoEExperts
 
 
-def use_logical_norm() -> None:
-    """Give this norm to every optimizer that Megatron's training builds from now on for a model with HMoE's experts."""
-    from megatron.training import training
-
-    stock = training.get_megatron_optimizer
-    if getattr(stock, "logical_norm", False):
-        return
-
-    @functools.wraps(stock)
-    def get_megatron_optimizer(config, model_chunks, *args, **kwargs):
-        optimizer = stock(config, model_chunks, *args, **kwargs)
-        attach(optimizer, [module for chunk in model_chunks for module in chunk.modules()])
-        return optimizer
-
-    get_megatron_optimizer.logical_norm = True
-    training.get_megatron_optimizer = get_megatron_optimizer
-
-
-def attach(optimizer, modules) -> None:
+def attach(optimizer, model_chunks) -> None:
     """Replace what the experts' part of the ChainedOptimizer ``optimizer`` hands to Megatron's norm."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    layers = [module for module in modules if isinstance(module, HMoEExperts)]
+    layers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, HMoEExperts)]
     if not layers:
         return
     (experts,) = (

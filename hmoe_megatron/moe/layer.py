@@ -1,5 +1,13 @@
 """The MoE layer: Megatron's, with slots in place of experts and a router that doesn't know it.
 
+A token's way:
+1. router.py scores it against the E logical experts, chooses by Top-K or Top-P, and adds the losses (losses.py).
+2. slots.py turns the E columns into S: a piece of an expert that this layer's plan puts on a rank is a slot.
+3. Megatron's dispatcher, or token_dispatcher.py's where the order of sums must not depend on the plan, sends the token
+   by all-to-all to the ranks of its slots.
+4. experts.py computes the rows of each piece with the backend that compute/choice.py chose.
+5. The dispatcher sends the results back and adds them up: pieces of one expert sum to the whole.
+
 Legend: T tokens, E logical experts, S slots over all expert-parallel ranks.
 """
 
@@ -9,44 +17,47 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from hmoe_megatron.moe.token_dispatcher import LogicalOrderDispatcher, OneRankDispatcher
 from hmoe_megatron.moe.experts import HMoEExperts
 from hmoe_megatron.moe.router import HMoERouter
 from hmoe_megatron.moe.slots import dispatch_slots, logical_slot_order, to_slots, unpadded
+from hmoe_megatron.moe.token_dispatcher import LogicalOrderDispatcher, OneRankDispatcher
+from hmoe_megatron.patches.hooks import unpadded_flex_dispatcher
 
 
 class HMoELayer(MoELayer):
     """MoELayer whose dispatcher counts slots and whose router, losses and experts count logical experts.
 
     ``config.num_moe_experts`` is the number of logical experts; the layer hands Megatron's own parts a copy that holds
-    the number of slots instead. ``layer`` is the decoder layer from 0, known to the spec only: Megatron tells a layer
-    its number after construction, too late for parameters that depend on it.
+    the number of slots instead. ``layout`` (ExpertLayout) and ``layer``, the decoder layer from 0, come with the spec:
+    Megatron gives a layer its number after construction, too late for parameters that depend on it.
     """
 
     def __init__(self, config, submodules=None, layer_number=None, pg_collection=None, is_mtp_layer=False, name=None,
-                 *, layer: int):  # fmt: skip
+                 *, layout, layer: int):  # fmt: skip
         if is_mtp_layer:
             raise ValueError("--mtp-num-layers: multi-token-prediction layers with unequal experts are not implemented")
-        slots, slot_config = dispatch_slots(config, layer)
+        slots, slot_config = dispatch_slots(config, layout, layer)
 
         # MoELayer hands its builders the config of slots; ours take the logical one instead.
         def router(*, config, pg_collection, is_mtp_layer):
-            return HMoERouter(logical_config, pg_collection, is_mtp_layer, layer=layer)
+            return HMoERouter(logical_config, pg_collection, is_mtp_layer, layout=layout, layer=layer)
 
         def experts(num_slots, config, *, pg_collection, name=None):
-            return HMoEExperts(num_slots, logical_config, layer=layer, pg_collection=pg_collection, name=name)
+            return HMoEExperts(
+                num_slots, logical_config, layout=layout, layer=layer, pg_collection=pg_collection, name=name
+            )
 
         logical_config = config
         submodules = MoESubmodules(experts=experts, shared_experts=submodules.shared_experts, router=router)
         super().__init__(slot_config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.flex = config.moe_token_dispatcher_type == "flex"
         if self.flex:
-            self.token_dispatcher._comm_manager.config = unpadded(slot_config)
+            unpadded_flex_dispatcher(self.token_dispatcher, unpadded(slot_config))
         self.register_buffer("slot2expert_S", None, persistent=False)
         if slots != list(range(config.num_moe_experts)):
             self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
         if config.moe_token_dispatcher_type == "alltoall":
-            self._choose_dispatcher(logical_slot_order(config.hmoe.pieces(layer)), pg_collection)
+            self._choose_dispatcher(logical_slot_order(layout.pieces(layer)), pg_collection)
 
     def _choose_dispatcher(self, slot_order: list[int], pg_collection) -> None:
         """Another than Megatron's where the order of the slots could show in the last bit, or rows are of one rank."""
@@ -76,6 +87,6 @@ class HMoELayer(MoELayer):
         return to_slots(probs_TE, self.slot2expert_S), to_slots(routing_map_TE, self.slot2expert_S)
 
 
-def hmoe_layer(shared_experts, layer: int):
+def hmoe_layer(layout, shared_experts, layer: int):
     """Builder of the MLP submodule of decoder layer ``layer`` (from 0), for a transformer layer's spec."""
-    return partial(HMoELayer, layer=layer, submodules=MoESubmodules(experts=None, shared_experts=shared_experts))
+    return partial(HMoELayer, layout=layout, layer=layer, submodules=MoESubmodules(experts=None, shared_experts=shared_experts))

@@ -10,7 +10,7 @@ from hmoe_megatron.telemetry.counters import RoutingStats
 
 @dataclasses.dataclass(frozen=True)
 class ExpertLayout:
-    """Rides on Megatron's TransformerConfig as ``config.hmoe``.
+    """Bound into the layers' specs.
 
     widths: decoder layer (from 0) -> width of each logical expert. plan: one LayerPlan a MoE layer, in the order of
     the layers. computed_by: which backend ``compute`` is, and why. seed: of the experts' initial weights.

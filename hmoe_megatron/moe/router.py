@@ -31,14 +31,13 @@ def top_p_routing(
 class HMoERouter(TopKRouter):
     """Megatron's router with ``config.num_moe_experts`` logical experts; knows nothing of slots, pieces or ranks."""
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer=False, *, layer: int):
+    def __init__(self, config, pg_collection=None, is_mtp_layer=False, *, layout, layer: int):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.layer = layer
-        self.hmoe = config.hmoe.settings
-        self.stats = config.hmoe.stats
+        self.hmoe, self.stats, self.widths = layout.settings, layout.stats, layout.widths[layer]
         # Integers: Megatron casts every floating-point buffer of a bf16 model to bf16.
         # On the device at once, as Megatron's own: with --use-cpu-initialization the model is not moved.
-        width_E = torch.tensor(config.hmoe.widths[layer], device=torch.cuda.current_device())
+        width_E = torch.tensor(self.widths, device=torch.cuda.current_device())
         self.register_buffer("width_E", width_E, persistent=False)
         self.relative_width_E = None  # float32, made once: at every call it would be three kernels
 
@@ -65,8 +64,7 @@ class HMoERouter(TopKRouter):
         local_tokens = weights_TE.shape[0] if valid_T is None else valid_T.sum()
         # 0, or NaN where a logit is NaN or infinite: who is to blame is known without a copy from the device.
         least, most = logits_TE.detach().aminmax()
-        not_finite = (least * 0 + most * 0).double()
-        self.stats.record(self.layer, counts_E, local_tokens + not_finite)
+        self.stats.record(self.layer, counts_E, local_tokens, mark=least * 0 + most * 0)
 
         coeffs = self.hmoe.loss_coeffs
         if not coeffs:

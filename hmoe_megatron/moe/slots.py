@@ -40,9 +40,9 @@ def most_slots(slot2expert_S: list[int], num_experts: int, settings, topk: int) 
     return sum(sorted(slots_E, reverse=True)[:experts])
 
 
-def dispatch_slots(config, layer: int):
+def dispatch_slots(config, layout, layer: int):
     """(slot2expert, copy of ``config`` that counts slots, for Megatron's dispatchers) of decoder layer ``layer``."""
-    layout, experts = config.hmoe, config.num_moe_experts
+    experts = config.num_moe_experts
     flex = config.moe_token_dispatcher_type == "flex"
     # HybridEP has one buffer for all layers: with one number of slots it is not allocated again from layer to layer.
     one_size = flex and config.moe_flex_dispatcher_backend == "hybridep"

@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from hmoe_megatron.moe.layer import hmoe_layer
 
 
-def hmoe_block_spec(model_config, vp_stage=None):
-    """Spec of this pipeline stage's decoder block (``GPTModelConfig.transformer_layer_spec``).
+def hmoe_block_spec(layout, model_config, vp_stage=None):
+    """Spec of this pipeline stage's decoder block (``GPTModelConfig.transformer_layer_spec``, with ``layout`` bound).
 
     Attention, norms, dense and shared MLPs stay as Megatron's local or Transformer Engine spec has them.
     """
@@ -25,7 +25,7 @@ def hmoe_block_spec(model_config, vp_stage=None):
         vp_stage=vp_stage,
     )
     layers = _layers_of_stage(config, len(block.layer_specs), vp_stage)
-    block.layer_specs = [with_hmoe_layer(spec, layer) for spec, layer in zip(block.layer_specs, layers, strict=True)]
+    block.layer_specs = [with_hmoe_layer(layout, spec, layer) for spec, layer in zip(block.layer_specs, layers, strict=True)]
     return block
 
 
@@ -36,7 +36,7 @@ def _layers_of_stage(config, num_layers: int, vp_stage) -> list[int]:
     return list(range(first, first + num_layers))
 
 
-def with_hmoe_layer(spec, layer: int):
+def with_hmoe_layer(layout, spec, layer: int):
     """The transformer layer's spec with its MoELayer replaced; a dense layer's spec as it is.
 
     Copies what it changes: Megatron hands out one spec object for all layers.
@@ -46,5 +46,5 @@ def with_hmoe_layer(spec, layer: int):
         return spec
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)
-    spec.submodules.mlp = hmoe_layer(mlp.keywords["submodules"].shared_experts, layer)
+    spec.submodules.mlp = hmoe_layer(layout, mlp.keywords["submodules"].shared_experts, layer)
     return spec

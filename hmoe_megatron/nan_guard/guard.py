@@ -19,6 +19,7 @@ from megatron.core.rerun_state_machine import (
 )
 
 from hmoe_megatron.nan_guard.locate import CHECK, Finding, ModuleProbe, finding_of_norm, findings_of, first_of_all_ranks
+from hmoe_megatron.patches import hooks
 
 EXIT_CODE = EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 
@@ -107,12 +108,10 @@ def remedy(fault: str, step: int, host: str) -> str:
 
 
 def end_for_router(step: int, layers: list[int]) -> None:
-    """End the run if ``layers``, the same on all ranks, names decoder layers whose routers gave what is not finite.
+    """End the run: the routers of ``layers``, decoder layers, the same on all ranks, gave what is not finite.
 
     Minus infinity as a logit only keeps an expert from being chosen: loss and gradients stay finite.
     """
-    if not layers:
-        return
     if torch.distributed.get_rank() == 0:
         named = ", ".join(map(str, layers))
         cause = f"the router's logits in decoder layer {named} held NaN or infinity"
@@ -122,31 +121,24 @@ def end_for_router(step: int, layers: list[int]) -> None:
 
 
 def install(stats) -> None:
-    """Put the guard into Megatron's training loop. ``stats``: the run's RoutingStats.
+    """Put the guard into Megatron's training loop. ``stats``: the run's RoutingStats."""
+    from megatron.training import get_args
 
-    Megatron offers no seam for either: its machine's class and the loop's ``train_step`` are replaced where they are
-    looked up.
-    """
-    from megatron.training import training
-
-    stock_step = training.train_step
-    rerun_state_machine.RerunStateMachine = NumericGuard
-
-    def train_step(forward_step_func, data_iterator, model, optimizer, *more, iteration, **named):
+    def train_step(stock, forward_step_func, data_iterator, model, optimizer, *more, iteration, **named):
         guard = rerun_state_machine.get_rerun_state_machine()
         if not guard.chunks:
             guard.chunks = model
-            if training.get_args().check_for_nan_in_loss_and_grad:
+            if get_args().check_for_nan_in_loss_and_grad:
                 _check_norm(optimizer, guard, stats)
         guard.step = iteration + 1
-        result = stock_step(forward_step_func, data_iterator, model, optimizer, *more, iteration=iteration, **named)
+        result = stock(forward_step_func, data_iterator, model, optimizer, *more, iteration=iteration, **named)
         if guard.fault:
             if guard.fault != "norm":  # that one was explained before the optimizer changed anything
                 guard.explain(stats)
             return {}, 1, False, True, EXIT_CODE, None, None, 0
         return result
 
-    training.train_step = train_step
+    hooks.training_step(NumericGuard, train_step)
 
 
 def _check_norm(optimizer, guard, stats) -> None:

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from hmoe_megatron.exits import end_with_parent
+from hmoe_megatron.child_process import end_with_parent
+from hmoe_megatron.patches import cpu_cuda, registry
+from hmoe_megatron.patches.registry import patch, replace
 
-from . import registry
-from .registry import patch, replace
 
-
-@patch
+@patch("cpu")
 def worker_of_asynchronous_saves():
     """The worker is a new process, without these patches: it divides by the number of GPUs and dies, and the run waits
     for it for ever."""
@@ -24,16 +23,15 @@ def worker_loop(*args):
     """Body of the worker: Megatron's, after the two patches that it needs."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    from . import cuda  # noqa: F401  registers them
     end_with_parent()  # Megatron's loop waits for work for ever where its rank was killed
-    registry.run("cuda_device_is_the_cpu")
-    registry.run("cuda_streams")
+    cpu_cuda.cuda_device_is_the_cpu()
+    cpu_cuda.cuda_streams()
     before = [replaced.before for replaced in registry.REPLACED if replaced.attribute == "async_loop"]
     stock = before[0] if before else PersistentAsyncCaller.async_loop  # a new process, or a fork of one with the patch
     return stock(*args)
 
 
-@patch
+@patch("cpu")
 def queue_of_asynchronous_saves():
     """The queue's server, a fork of the rank, has no watch of its own: where its rank was killed it stays for ever,
     and holds open what tells the worker that the rank is gone."""
@@ -48,7 +46,7 @@ def queue_of_asynchronous_saves():
     replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
 
 
-@patch
+@patch("cpu")
 def copies_for_asynchronous_saves():
     """Megatron copies tensors from the GPU before the training loop goes on. One that is in CPU memory it shares with
     the worker, which then writes what later steps have made of it."""

@@ -11,12 +11,12 @@ import psutil
 import torch
 from torch.utils._device import _device_constructors
 
-from .registry import patch, replace
+from hmoe_megatron.patches.registry import patch, replace
 
 CPU = torch.device("cpu")
 
 
-@patch
+@patch("cpu")
 def cuda_device_is_the_cpu():
     """Megatron builds tensors on torch.cuda.current_device() and starts model parallelism only where
     device_count() > 0. One rank, one device: as many as ranks on this machine."""
@@ -25,7 +25,7 @@ def cuda_device_is_the_cpu():
     replace(torch.cuda, "set_device", lambda device: None)
 
 
-@patch
+@patch("cpu")
 def cuda_device_properties():
     """validate_args compares the architecture of the device for tensor parallelism. 0.0 is older than any
     GPU."""
@@ -34,7 +34,7 @@ def cuda_device_properties():
         multi_processor_count=os.cpu_count()))
 
 
-@patch
+@patch("cpu")
 def cuda_streams():
     """DDP, dispatchers and timers order work by streams and events. A CPU does it in the order it was
     asked."""
@@ -97,7 +97,7 @@ class Event:
         return (end.recorded_at_s - self.recorded_at_s) * 1e3
 
 
-@patch
+@patch("cpu")
 def cuda_memory():
     """Megatron's memory reports read torch.cuda: give them the memory of this process, not zeros or an error.
     memory_allocated, memory_reserved and their maxima are computed from memory_stats."""
@@ -115,7 +115,7 @@ def _memory_stats(device=None):
     return stats | {"allocation.all.current": 0}
 
 
-@patch
+@patch("cpu")
 def cuda_rng():
     """Megatron seeds, saves and forks the generator of the device. Without a GPU torch.cuda.manual_seed is
     put off for ever and get_rng_state raises; here the device's generator is the CPU's."""
@@ -125,7 +125,7 @@ def cuda_rng():
         replace(owner, "set_rng_state", lambda new_state, device="cuda": torch.set_rng_state(new_state))
 
 
-@patch
+@patch("cpu")
 def cuda_factories():
     """Megatron writes device="cuda" in these factories, in optimizers, schedules, logging and checkpoints."""
     # The set of factories that `with torch.device(...)` redirects is built at its first use, and must hold
@@ -144,13 +144,13 @@ def _on_cpu(factory):
     return build
 
 
-@patch
+@patch("cpu")
 def tensor_cuda():
     """Megatron calls .cuda() on modules (which call it on their tensors), batches and optimizer states."""
     replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
 
 
-@patch
+@patch("cpu")
 def tensor_type():
     """Optimizers and gradient clipping compare Tensor.type() with 'torch.cuda.FloatTensor' and refuse
     others."""

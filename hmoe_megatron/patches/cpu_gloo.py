@@ -4,10 +4,10 @@ import functools
 import torch
 import torch.distributed
 
-from .registry import patch, replace
+from hmoe_megatron.patches.registry import patch, replace
 
 
-@patch
+@patch("cpu")
 def all_to_all_split_tensors():
     """Megatron's dispatcher hands split sizes as tensors (on a GPU it turns them into arrays first); gloo
     wants lists."""
@@ -25,7 +25,7 @@ def _as_list(sizes):
     return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
 
 
-@patch
+@patch("cpu")
 def all_gather_uneven():
     """gloo refuses an all_gather of unequal tensors (tensor_parallel/mappings.py, expert tensor parallel >
     1). Pads to the largest. Its reduce_scatter of unequal tensors is right as it is."""

@@ -5,10 +5,10 @@ import warnings
 
 import torch
 
-from .registry import patch, replace
+from hmoe_megatron.patches.registry import patch, replace
 
 
-@patch
+@patch("cpu")
 def megatron_without_cuda():
     """initialize_megatron asserts torch.cuda.is_available(), but has an argument to go without, which
     pretrain() does not pass on."""
@@ -18,14 +18,14 @@ def megatron_without_cuda():
             functools.partial(initialize.initialize_megatron, allow_no_cuda=True))
 
 
-@patch
+@patch("cpu")
 def no_fusion_warmup():
     """The warm-up of fused kernels runs on device="cuda" and draws random numbers; nothing is fused here."""
     from megatron.training import initialize
     replace(initialize, "_warmup_jit_function", lambda tp_size=None: None)
 
 
-@patch
+@patch("cpu")
 def megatron_rng_state():
     """Megatron's own setter takes the device's generator from a list that is empty without a GPU, and is put
     off until CUDA starts: it never sets anything."""
@@ -34,7 +34,7 @@ def megatron_rng_state():
             lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state))
 
 
-@patch
+@patch("cpu")
 def permutation_without_a_sort():
     """permute() sorts all pairs of token and expert to find the chosen ones, so that shapes are known to a GPU. On a
     CPU that grows with their product: 66 of the 840 ms of a layer with 256 experts. nonzero() gives the same
@@ -54,7 +54,7 @@ def permutation_without_a_sort():
     replace(moe_utils, "permute", permute)
 
 
-@patch
+@patch("cpu")
 def queue_of_a_synchronous_save():
     """A save starts a manager process, which imports the main script again (11 s at the first save on a CPU),
     for a queue between processes. A synchronous save writes in this process: a plain queue does. An
@@ -73,7 +73,7 @@ def queue_of_a_synchronous_save():
     replace(TorchDistSaveShardedStrategy, "save", save)
 
 
-@patch
+@patch("cpu")
 def quiet_pin_memory():
     """Megatron's DataLoader asks for pinned memory, has no flag against it, and torch warns at every
     epoch."""

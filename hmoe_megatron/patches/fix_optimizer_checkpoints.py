@@ -4,13 +4,16 @@ import functools
 
 import torch
 
+from hmoe_megatron.patches.registry import patch, replace
 
-def repair_optimizer_checkpoints():
-    """True if repaired, False where it was before. Must come before the first optimizer is made."""
+
+@patch("fix")
+def optimizer_checkpoints():
+    """Where buckets or the experts of the ranks are unequal, Megatron saves the state of a parameter's neighbours,
+    leaves out what a load asks for, or asks for what was not saved: each repair below says which."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params
-    if hasattr(ChainedOptimizer.sharded_state_dict, "__wrapped__"):
-        return False
+
     for owner, name, repair in (
         (DistributedOptimizer, "sharded_param_state_fully_reshardable", _by_padded_position),
         (ChainedOptimizer, "sharded_state_dict", _with_all_that_is_loaded),
@@ -18,8 +21,7 @@ def repair_optimizer_checkpoints():
         (Float16OptimizerWithFloat16Params, "sharded_state_dict", _with_masters_by_group),
         (Float16OptimizerWithFloat16Params, "load_state_dict", _from_masters_by_group),
     ):
-        setattr(owner, name, repair(getattr(owner, name)))
-    return True
+        replace(owner, name, repair(getattr(owner, name)))
 
 
 def _by_padded_position(stock):

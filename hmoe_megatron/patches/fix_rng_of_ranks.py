@@ -2,13 +2,16 @@
 import dataclasses
 import functools
 
+from hmoe_megatron.patches.registry import patch, replace
+
 # Of Megatron's arguments: what must be equal for a rank to find its own streams in a checkpoint.
 LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
           "expert_model_parallel_size", "expert_tensor_parallel_size", "use_tp_pp_dp_mapping",
           "data_parallel_random_init")
 
 
-def repair_rng_of_ranks():
+@patch("fix")
+def rng_of_ranks():
     """Save and load the generators of every rank. Megatron saves those of data-parallel rank 0 for all ranks of one
     tensor and pipeline rank. But expert-parallel ranks are data-parallel ranks too, and each has an expert stream of
     its own: after a resume all of them go on with rank 0's.
@@ -17,10 +20,10 @@ def repair_rng_of_ranks():
     the same seed begins (Megatron does so only for another tensor or pipeline size).
     """
     from megatron.training import checkpointing
-    if not getattr(checkpointing.get_rng_state, "repaired", False):
-        checkpointing.get_rng_state = _by_rank(checkpointing.get_rng_state)
-        checkpointing._load_base_checkpoint = _with_own_streams_or_none(checkpointing._load_base_checkpoint)
-    return True
+
+    replace(checkpointing, "get_rng_state", _by_rank(checkpointing.get_rng_state))
+    load = _with_own_streams_or_none(checkpointing._load_base_checkpoint)
+    replace(checkpointing, "_load_base_checkpoint", load)
 
 
 def _by_rank(stock):
@@ -36,7 +39,6 @@ def _by_rank(stock):
         group = dp_cp_group or mpu.get_data_parallel_group(with_context_parallel=True)
         return dataclasses.replace(state, global_shape=(*state.global_shape, group.size()),
                                    global_offset=(*state.global_offset, group.rank()), replica_id=0)
-    get_rng_state.repaired = True
     return get_rng_state
 
 

@@ -1,45 +1,15 @@
-"""Defects of Megatron-Core 0.19.2 that a machine with a GPU has as well. Each repair has its own
-condition."""
-import copy
+"""The distributed optimizer with torch's Adam, that is without Transformer Engine and Apex."""
+
 import functools
-import os
 
 import torch
 
-
-def repair_dataset_helpers():
-    """True if repaired. compile_helpers() runs `make` in the package, and the wheel has the compiled helpers
-    but no Makefile: the run would end there. Without a Makefile there is nothing to compile."""
-    from megatron.core.datasets import utils
-    if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "Makefile")):
-        return False
-    utils.compile_helpers = lambda: None
-    return True
+from hmoe_megatron.patches.registry import patch, replace
 
 
-def repair_sequence_parallel_norm():
-    """True if repaired. torch's norm, the only one without Transformer Engine or Apex, is refused under sequence
-    parallelism because nobody marks its parameters. Marked, their gradients are summed over the tensor parallel
-    ranks as those of TE's are."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    stock = WrappedTorchNorm.__new__
-    if not getattr(stock, "repaired", False):
-        @functools.wraps(stock)
-        def new(cls, config, *args, **kwargs):
-            plain = copy.copy(config)
-            plain.sequence_parallel = False
-            norm = stock(cls, plain, *args, **kwargs)
-            for parameter in norm.parameters():
-                parameter.sequence_parallel = config.sequence_parallel
-            return norm
-        new.repaired = True
-        WrappedTorchNorm.__new__ = new
-    return True
-
-
-def repair_distributed_optimizer():
-    """True if repaired. With torch's Adam, that is without Transformer Engine and Apex, the distributed
-    optimizer can neither save before its first step nor resume:
+@patch("fix")
+def torch_adam_of_the_distributed_optimizer():
+    """With torch's Adam the distributed optimizer can neither save before its first step nor resume:
     - state_dict() asserts one `step` over all states, and there is no state yet, or never on a rank that holds no
       parameter;
     - _set_main_param_and_optimizer_states() copies into parameters that require a gradient, and copies every
@@ -48,14 +18,16 @@ def repair_distributed_optimizer():
       the second step after a resume is wrong in silence.
     """
     from megatron.core.optimizer import distrib_optimizer
+
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return False
-    optimizer = distrib_optimizer.DistributedOptimizer
-    if not getattr(optimizer.state_dict, "repaired", False):
-        optimizer.state_dict = _with_state(optimizer.state_dict)
-        optimizer.load_state_dict = _with_own_steps(optimizer.load_state_dict)
-        optimizer._set_main_param_and_optimizer_states = _without_step(
-            optimizer._set_main_param_and_optimizer_states)
+    owner = distrib_optimizer.DistributedOptimizer
+    for name, repair in (
+        ("state_dict", _with_state),
+        ("load_state_dict", _with_own_steps),
+        ("_set_main_param_and_optimizer_states", _without_step),
+    ):
+        replace(owner, name, repair(getattr(owner, name)))
     return True
 
 
@@ -69,7 +41,6 @@ def _with_state(stock):
                     moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                     adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
         return stock(self) if adam.state else _state_without_parameters(self)
-    state_dict.repaired = True
     return state_dict
 
 

@@ -21,9 +21,9 @@ from itertools import chain
 
 import numpy as np
 
-from hmoe_megatron.untrusted import checked_fields, names_of, plain, range_problems
 from hmoe_megatron.placement.profiles import FLOPS, Profile
 from hmoe_megatron.placement.ranks import Rank
+from hmoe_megatron.untrusted import checked_fields, names_of, plain, range_problems
 
 FORWARD_AND_BACKWARD = 3  # backward has two products for each one of the forward
 MAIN_GRAD_BYTES = 8  # the gradient of a weight is added to one in fp32: read and written

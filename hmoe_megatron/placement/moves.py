@@ -16,7 +16,10 @@ from hmoe_megatron.widths import ranges_text
 
 @dataclass(frozen=True, order=True)
 class Move:
-    """[lo, hi) of an expert's width goes from rank `source` to rank `to`, both of the decoder layer's pipeline stage."""
+    """[lo, hi) of an expert's width goes from rank `source` to rank `to`, both of the pipeline stage of its layer.
+
+    layer: the decoder's number.
+    """
 
     layer: int
     expert: int

@@ -12,14 +12,12 @@ from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
 
-from hmoe_megatron.files import read_text, atomic_write
+from hmoe_megatron.files import atomic_write, read_text
 from hmoe_megatron.placement.cost import CostModel, Prediction, predict
 from hmoe_megatron.placement.plan_checks import (
     MAX_FILE_BYTES,
     RANK_FIELDS,
     SCHEMA,
-    canonical,
-    checksum,
     content_problems,
     form_problems,
     listed,
@@ -27,6 +25,7 @@ from hmoe_megatron.placement.plan_checks import (
     parse_json,
 )
 from hmoe_megatron.placement.ranks import Rank, as_ranks
+from hmoe_megatron.untrusted import canonical, checksum
 from hmoe_megatron.widths import MAX_LAYERS, ranges_text, widths_fingerprint
 
 

@@ -3,13 +3,11 @@
 Every check returns its problems as sentences, so one error can name all of them.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from itertools import islice
 
-from hmoe_megatron.untrusted import parsed, shown
 from hmoe_megatron.placement.ranks import MAX_RANKS
+from hmoe_megatron.untrusted import checksum, parsed, shown
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text, widths_fingerprint
 
 SCHEMA = 3
@@ -145,14 +143,6 @@ def _is_rank(value) -> bool:
     """Types only: `Rank` checks the amounts."""
     return (type(value) is list and len(value) == 3 and type(value[0]) is int and _is_amount(value[1])
             and type(value[2]) in (int, type(None)))
-
-
-def canonical(value) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def checksum(content: dict) -> str:
-    return hashlib.sha256(canonical(content).encode()).hexdigest()
 
 
 def listed(what: str, problems: list[str]) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 
 from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.cost import CostModel, predict
-from hmoe_megatron.placement.rank_assignment import even_bytes, relabel
 from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan, layer_numbers
 from hmoe_megatron.placement.problem import LayerProblem
+from hmoe_megatron.placement.rank_assignment import even_bytes, relabel
 from hmoe_megatron.placement.ranks import Rank, as_ranks, kinds
 from hmoe_megatron.placement.solver import InfeasiblePlan, contiguous, solve
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS, MAX_TOTAL_WIDTH, ranges_text
@@ -78,8 +78,8 @@ def plan_model(
 
     Layers may differ in widths and number of experts. stages: pipeline stage of each layer (default: one); the layers
     of a stage share a rank's bytes. old: a plan in force, for the same widths: ranks are renamed and cuts laid so that
-    the fewest bytes move from it. numbers: decoder layer of each (default: in order). Raises as plan_layer does, InfeasiblePlan with the layers of the stage; of the ways
-    to share caps among layers a few are tried.
+    the fewest bytes move from it. numbers: decoder layer of each (default: in order). Raises as plan_layer does,
+    InfeasiblePlan with the layers of the stage; of the ways to share caps among layers a few are tried.
     """
     ranks, cost = as_ranks(ranks), cost or CostModel()
     keys = [(None if tokens_E is None else tuple(tokens_E), tuple(widths_E))

@@ -14,8 +14,8 @@ from itertools import chain
 import numpy as np
 
 from hmoe_megatron.placement.cost import CostModel
-from hmoe_megatron.placement.ranks import Rank, kinds
 from hmoe_megatron.placement.lpt import Items
+from hmoe_megatron.placement.ranks import Rank, kinds
 
 
 @dataclasses.dataclass(frozen=True)

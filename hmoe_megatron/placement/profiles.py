@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass, field
 
-from hmoe_megatron.files import read_text, atomic_write
+from hmoe_megatron.files import atomic_write, read_text
 from hmoe_megatron.untrusted import checked_fields, is_text, names_of, parsed, plain, range_problems, shown
 
 SCHEMA = 1

@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from hmoe_megatron.placement.bound import lower_bound
-from hmoe_megatron.placement.width_splitting import Timed, fit
+from hmoe_megatron.placement.lpt import CLOSE, FEW_ITEMS, from_many_starts, improve, largest_first
 from hmoe_megatron.placement.milp import any_that_fits, fastest
 from hmoe_megatron.placement.problem import LayerProblem
-from hmoe_megatron.placement.lpt import CLOSE, FEW_ITEMS, from_many_starts, improve, largest_first
+from hmoe_megatron.placement.width_splitting import Timed, fit
 
 # A cut is taken only if the slowest rank gets faster by more than this share: each piece is a slot to permute into.
 EQUAL_TIME = 0.002

@@ -10,8 +10,8 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from hmoe_megatron.placement.problem import LayerProblem
 from hmoe_megatron.placement.lpt import STARTS, from_many_starts, improve, largest_first
+from hmoe_megatron.placement.problem import LayerProblem
 
 Timed = tuple[list[dict[int, int]], float]  # a placement and the time of its slowest rank
 

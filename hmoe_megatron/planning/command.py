@@ -7,18 +7,18 @@ from pathlib import Path
 
 from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, atomic_write
 from hmoe_megatron.flag_files import read_args, run_arguments
+from hmoe_megatron.placement.baselines import CONTIGUOUS, rivals
 from hmoe_megatron.placement.compare import comparison_table, layers_table, outcomes
 from hmoe_megatron.placement.cost import CostModel
-from hmoe_megatron.untrusted import shown
 from hmoe_megatron.placement.moves import diff, moved_bytes
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import plan_model, under
 from hmoe_megatron.placement.profiles import FLOPS, profile_named
 from hmoe_megatron.placement.ranks import Rank
-from hmoe_megatron.placement.baselines import CONTIGUOUS, rivals
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.planning.loads import mean_loads
 from hmoe_megatron.planning.model import Model, model_of
+from hmoe_megatron.untrusted import shown
 
 MAX_LAST, MAX_NUMBER = 100_000, 1e6
 PLANNED, OLD = "planned", "old plan"

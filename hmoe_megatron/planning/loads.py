@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.untrusted import parsed
 from hmoe_megatron.placement.planner import MAX_TOKENS
 from hmoe_megatron.planning.model import Model
 from hmoe_megatron.telemetry.reader import MAX_LINE_BYTES, open_with_remedy, read_records
+from hmoe_megatron.untrusted import parsed
 
 _REMEDY = "give telemetry.jsonl of a run, or lines {\"tokens\": [[rows of each expert], ... of each layer]}"
 

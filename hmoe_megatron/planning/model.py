@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hmoe_megatron.telemetry.accounting import expected_active_width
 from hmoe_megatron.config import add_hmoe_arguments, hmoe_config_from_args, moe_layers, widths_from_args
-from hmoe_megatron.untrusted import shown
 from hmoe_megatron.placement.ranks import MAX_RANKS
+from hmoe_megatron.telemetry.accounting import expected_active_width
+from hmoe_megatron.untrusted import shown
 
 MAX_SIZE = 1 << 40
 _SIZES = {  # Megatron's flags: default

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 
 from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.patches import hooks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +64,15 @@ def report_real_widths(widths: dict[int, tuple[int, ...]], active_width) -> None
     """Make Megatron's FLOPs and memory reports use the real widths.
 
     active_width: function without arguments, the width a token activates in a MoE layer, mean over MoE layers, latest
-    measurement. Megatron reads ``args.moe_ffn_hidden_size`` and ``args.moe_router_topk`` in the middle of its
-    functions and offers no seam, so the two functions are wrapped where the training loop looks them up.
+    measurement.
     """
-    from megatron.training import training
-
-    stock_flops, stock_memory = training.num_floating_point_operations, training.report_theoretical_memory
     mean_width = sum(map(sum, widths.values())) / sum(map(len, widths.values()))
 
-    def seen_by_reports(args, width, topk):
+    def seen(args, width, topk):
         seen = copy.copy(args)
         seen.moe_ffn_hidden_size, seen.moe_router_topk = width, topk
         return seen
 
-    def num_floating_point_operations(args, *more, **named):
-        return stock_flops(seen_by_reports(args, active_width(), 1), *more, **named)
-
-    def report_theoretical_memory(args, *more, **named):
-        return stock_memory(seen_by_reports(args, mean_width, active_width() / mean_width), *more, **named)
-
-    training.num_floating_point_operations = num_floating_point_operations
-    training.report_theoretical_memory = report_theoretical_memory
+    hooks.reports_of_flops_and_memory(
+        lambda args: seen(args, active_width(), 1), lambda args: seen(args, mean_width, active_width() / mean_width)
+    )

@@ -17,25 +17,27 @@ class RoutingStats:
 
     def __init__(self, layers: list[int], num_experts: int):
         self._row = {layer: row for row, layer in enumerate(layers)}
-        self._shape = (len(layers), num_experts + 1)  # the last column counts the tokens routed
+        self._shape = (len(layers), num_experts + 2)  # and: tokens routed, 0 or NaN of a router that was not finite
         self._totals = None
         self._intervals = []
         self.timing = False
 
-    def record(self, layer: int, counts_E: torch.Tensor, num_tokens: torch.Tensor | int) -> None:
+    def record(self, layer: int, counts_E: torch.Tensor, num_tokens: torch.Tensor | int, mark=0.0) -> None:
         """Add one micro-batch of this rank: tokens that chose each expert of ``layer``, tokens routed.
 
-        A NaN for ``num_tokens`` stays in the layer's sum: it marks a router whose logits were not finite.
+        mark: scalar, 0, or NaN where the router's logits were not finite, which stays in the layer's sum.
         """
         totals = self._on(counts_E.device)[self._row[layer]]
-        totals[:-1] += counts_E
-        totals[-1] += num_tokens
+        totals[:-2] += counts_E
+        totals[-2] += num_tokens
+        totals[-1] += mark
 
     def layers_not_finite(self) -> list[int]:
         """Layers that this rank has marked with a NaN since the last ``take``. Copies from the device."""
-        if self._totals is None:
-            return []
-        marked_L = self._totals[:, -1].isnan().tolist()
+        return [] if self._totals is None else self._marked(self._totals)
+
+    def _marked(self, totals) -> list[int]:
+        marked_L = totals[:, -1].isnan().tolist()
         return [layer for layer, row in self._row.items() if marked_L[row]]
 
     def _on(self, device):
@@ -75,17 +77,17 @@ class RoutingStats:
         output.register_hook(begin)
         x_RH.register_hook(finish)
 
-    def take(self, groups, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(counts_LE, tokens_L) since the last call, float64 on the CPU, summed over each process group in turn.
+    def take(self, groups, device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """(counts_LE, tokens_L, marked) since the last call, float64 on the CPU, summed over each group in turn.
 
-        tokens_L is NaN in a layer whose router gave logits that are not finite, on any rank.
+        marked: the layers whose router gave logits that are not finite, on any rank.
         """
         totals = self._on(device).clone()
         self._totals.zero_()
         for group in groups:
             torch.distributed.all_reduce(totals, group=group)
         totals = totals.cpu()
-        return totals[:, :-1], totals[:, -1]
+        return totals[:, :-2], totals[:, -2], self._marked(totals)
 
     def take_expert_time_ms(self) -> float:
         """Milliseconds this rank spent in its experts, forward and backward, in the steps timed since the last call."""

@@ -77,7 +77,7 @@ def _check(record, last: dict | None) -> None:
         raise ValueError(f"a {type(record).__name__}, not a JSON object")
     after = last["iteration"] + 1 if last else 0
     if type(record.get("iteration")) is not int or not after <= record["iteration"] <= MAX_ITERATION:
-        raise ValueError(f"iteration {_shown(record.get('iteration'))} is not a whole number from {after} on")
+        raise ValueError(f"iteration {shown(record.get('iteration'))} is not a whole number from {after} on")
     _number(record, "total_parameters", MAX_AMOUNT)
     _number(record, "activated_parameters", MAX_AMOUNT)
     for name in BALANCES:
@@ -98,9 +98,9 @@ def _check(record, last: dict | None) -> None:
     idle = _listed(record, "experts_without_token", 0, len(layers) * experts)
     for pair in idle:
         if type(pair) is not list or [type(x) for x in pair] != [int, int]:
-            raise ValueError(f"experts_without_token: {_shown(pair)} is not [layer, expert]")
+            raise ValueError(f"experts_without_token: {shown(pair)} is not [layer, expert]")
         if pair[0] not in known or not 0 <= pair[1] < experts:
-            raise ValueError(f"experts_without_token: no layer {_shown(pair[0])} with expert {_shown(pair[1])}")
+            raise ValueError(f"experts_without_token: no layer {shown(pair[0])} with expert {shown(pair[1])}")
 
 
 def _check_layer(layer, experts: int | None) -> int:
@@ -108,7 +108,7 @@ def _check_layer(layer, experts: int | None) -> int:
     if type(layer) is not dict:
         raise ValueError(f"a {type(layer).__name__}, not a JSON object")
     if type(layer.get("layer")) is not int or not 0 <= layer["layer"] <= MAX_ITERATION:
-        raise ValueError(f"layer {_shown(layer.get('layer'))} is not the number of a layer")
+        raise ValueError(f"layer {shown(layer.get('layer'))} is not the number of a layer")
     fewest, most = (experts, experts) if experts else (1, MAX_EXPERTS)
     shares = _numbers(layer, "token_share", 1.000001, fewest, most)
     _numbers(layer, "flops_share", 1.000001, len(shares), len(shares))
@@ -125,13 +125,13 @@ def _is_amount(value, most: float) -> bool:
 
 def _number(fields: dict, name: str, most: float) -> None:
     if not _is_amount(fields.get(name), most):
-        raise ValueError(f"{name} {_shown(fields.get(name))} is not a number from 0 to {most:g}")
+        raise ValueError(f"{name} {shown(fields.get(name))} is not a number from 0 to {most:g}")
 
 
 def _listed(fields: dict, name: str, fewest: int, most: int) -> list:
     value = fields.get(name)
     if type(value) is not list or not fewest <= len(value) <= most:
-        size = len(value) if type(value) is list else _shown(value)
+        size = len(value) if type(value) is list else shown(value)
         raise ValueError(f"{name} is not a list of {fewest} to {most}, but {size}")
     return value
 
@@ -140,9 +140,5 @@ def _numbers(fields: dict, name: str, most: float, fewest: int, longest: int) ->
     values = _listed(fields, name, fewest, longest)
     for index, value in enumerate(values):
         if not _is_amount(value, most):
-            raise ValueError(f"{name}[{index}] {_shown(value)} is not a number from 0 to {most:g}")
+            raise ValueError(f"{name}[{index}] {shown(value)} is not a number from 0 to {most:g}")
     return values
-
-
-def _shown(value) -> str:
-    return f"{value!r:.80}" if type(value) in (str, float, bool, type(None)) else type(value).__name__

@@ -26,10 +26,10 @@ def steps_and_streams(flags, count, repaired=True, **more):
 
     repaired: False leaves generators in checkpoints as Megatron has them.
     """
-    from hmoe_megatron import machine
+    from hmoe_megatron.patches import registry
 
     if not repaired:
-        host.repair_rng_of_ranks = lambda: False
+        registry.DONE["rng_of_ranks"] = False
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result = steps(flags, count, **more)
     result["said"] = [line for line in said.getvalue().splitlines() if "random number" in line]

@@ -34,13 +34,12 @@ def parsed(flags_and_worlds, stock=False):
     for flags, world in flags_and_worlds:
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
         te = "local" not in flags
-        host.optional.kernels = lambda te=te: Kernels("2.20.2" if te else "", "" if te else "none", frozenset(), True)
+        machine.optional.kernels = lambda te=te: Kernels("2.20.2" if te else "", "" if te else "none", frozenset(), True)
         rope_utils.fused_apply_rotary_pos_emb = object() if te else fused_rope
         try:
-            args, config, _ = configure(flags.split(), stock)
+            args, _, _, layout = configure(flags.split(), stock)
             assert args.transformer_impl == ("transformer_engine" if te else "local")
             if not stock:
-                layout = config.transformer.hmoe
                 wanted = "reference" if "reference" in flags else "triton, checked on this device"
                 assert layout.computed_by.startswith(wanted)
             said.append(None)

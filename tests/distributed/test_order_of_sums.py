@@ -1,6 +1,5 @@
 """Many plans in one process: a layer's outputs and gradients, and the gradient norm, do not depend on the plan."""
 
-import copy
 import dataclasses
 import random
 from types import SimpleNamespace
@@ -51,7 +50,7 @@ def layer_under_plans(flags, pieces=WHOLE):
     from hmoe_megatron.placement.plan import PlacementPlan
 
     given = f"--hmoe-widths {','.join(map(str, WIDTHS))} {flags}".split()
-    _, config, _ = configure([*TINY, *given])
+    _, config, _, layout = configure([*TINY, *given])
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     x_SBH, upstream_SBH = torch.randn(
@@ -61,12 +60,11 @@ def layer_under_plans(flags, pieces=WHOLE):
     ranks = groups.ep.size()
     plans = [in_order(ranks, pieces), *(random_plan(random.Random(seed), ranks, pieces) for seed in range(1, PLANS))]
     for pieces in plans:
-        transformer, layout = copy.copy(config.transformer), config.transformer.hmoe
         first, *rest = layout.plan.layers
         plan = PlacementPlan((dataclasses.replace(first, pieces=pieces), *rest))
-        transformer.hmoe = dataclasses.replace(layout, plan=plan)
         layer = hmoe_megatron.moe.layer.HMoELayer(
-            transformer, MoESubmodules(experts=None), layer_number=1, pg_collection=groups, layer=0
+            config.transformer, MoESubmodules(experts=None), layer_number=1, pg_collection=groups, layer=0,
+            layout=dataclasses.replace(layout, plan=plan),
         )
         router = router or layer.router.state_dict()
         layer.router.load_state_dict(router)

@@ -53,8 +53,8 @@ def route(settings, routing, padding):
         moe_router_load_balancing_type="none", moe_z_loss_coeff=None if padding else Z_LOSS_COEFF,
     )  # fmt: skip
     stats = RoutingStats([0], len(WIDTHS))
-    config.hmoe = SimpleNamespace(settings=settings, stats=stats, widths={0: WIDTHS})
-    router = HMoERouter(config, ProcessGroupCollection.use_mpu_process_groups(), layer=0)
+    layout = SimpleNamespace(settings=settings, stats=stats, widths={0: WIDTHS})
+    router = HMoERouter(config, ProcessGroupCollection.use_mpu_process_groups(), layout=layout, layer=0)
     router.set_layer_number(1)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     share = slice(rank * TOKENS // world, (rank + 1) * TOKENS // world)
@@ -63,7 +63,7 @@ def route(settings, routing, padding):
     weights, routing_map = router.routing(leaf, torch.tensor(mask) if padding else None)
     (weights * torch.tensor(direction).view_as(weights)).sum().backward()
     groups = [parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)]
-    counts, tokens = stats.take(groups, torch.device("cpu"))
+    counts, tokens, _ = stats.take(groups, torch.device("cpu"))
     return weights.detach().numpy(), routing_map.numpy(), leaf.grad.numpy(), counts.numpy()[0], tokens.numpy()[0]
 
 

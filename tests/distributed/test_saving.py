@@ -29,7 +29,7 @@ def assert_sound(root, last):
     """The tracker names `last`, which is complete and undamaged; nothing half written is left."""
     iteration, path = directory.find(root)
     assert iteration == last
-    assert manifest.damages(path, manifest.load_manifest(path).files) == []
+    assert manifest.damaged_files(path, manifest.load_manifest(path).files) == []
     assert [entry.name for entry in root.iterdir() if entry.name.startswith(".") and entry.name != ".hmoe_lock"] == []
 
 

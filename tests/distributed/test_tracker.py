@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.telemetry.accounting import ParameterCounts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_router import WIDTHS
 
@@ -24,7 +24,7 @@ def report_five_steps(run_dir):
 
     from hmoe_megatron.placement.planner import contiguous_plan
     from hmoe_megatron.telemetry.counters import RoutingStats
-    from hmoe_megatron.telemetry import HMoEMetricsTracker
+    from hmoe_megatron.telemetry.tracker import HMoEMetricsTracker
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     plan = contiguous_plan([WIDTHS], 2)
@@ -32,7 +32,7 @@ def report_five_steps(run_dir):
         settings=HMoEConfig(router="topp", top_p=0.6, **COEFFS), stats=RoutingStats([0], 4), layers=[0],
         widths={0: WIDTHS}, plan=plan, pieces=lambda layer: plan.layers[0].pieces,
     )  # fmt: skip
-    tracker = HMoEMetricsTracker(layout, 8, ParameterCounts(10, 24 * sum(WIDTHS)), 2, run_dir)
+    tracker = HMoEMetricsTracker(layout, 8, ParameterCounts(10, 24 * sum(WIDTHS)), 2, run_dir, None)
     writer, timed, totals = Writer(), [], {}
     for iteration in range(1, 6):
         timed.append(layout.stats.timing)

@@ -90,7 +90,7 @@ def steps(
     if telemetry:
         stats, groups = trainer.layout.stats, trainer.groups
         result["expert_time_ms"] = stats.take_expert_time_ms()
-        counts, tokens = stats.take([groups.tp_dp_cp, groups.pp], torch.device("cpu"))
+        counts, tokens, _ = stats.take([groups.tp_dp_cp, groups.pp], torch.device("cpu"))
         result["counts"], result["tokens"] = counts.numpy(), tokens.numpy()
     return result
 
@@ -100,11 +100,11 @@ def build(argv: list[str]):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.initialize import initialize_megatron
 
-    args, config, _ = configure(argv)
+    args, config, _, layout = configure(argv)
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     (model,) = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
-    return args, config.transformer.hmoe, model
+    return args, layout, model
 
 
 def _initialize_stock_experts(chunks, own_optimizer):

@@ -126,7 +126,7 @@ def check_lasting(root: Path, expected: Reference) -> int | None:
     of that iteration bit by bit. Returns its iteration."""
     for path in (entry for entry in root.glob("iter_*") if any(entry.iterdir())):
         recorded = manifest.load_manifest(path).files
-        assert manifest.damages(path, recorded) == []
+        assert manifest.damaged_files(path, recorded) == []
         assert {entry.name for entry in path.iterdir()} == {*recorded, directory.MANIFEST_FILE}
     complete = directory.complete_iterations(root)
     tracked = directory.read_tracker(root)

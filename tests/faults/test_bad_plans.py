@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hmoe_megatron.placement.plan import PlacementPlan
-from hmoe_megatron.placement.plan_checks import canonical, checksum
+from hmoe_megatron.untrusted import canonical, checksum
 from hmoe_megatron.placement.planner import contiguous_plan
 from tests.distributed.plans import WIDTHS
 from tests.distributed.training_run import LAYERS

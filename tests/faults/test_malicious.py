@@ -11,7 +11,7 @@ import torch
 
 from hmoe_megatron.checkpoint import directory
 from hmoe_megatron.checkpoint.manifest import MANIFEST_FILE, load_manifest, record_files
-from hmoe_megatron.placement.plan_checks import canonical, checksum
+from hmoe_megatron.untrusted import canonical, checksum
 from tests.faults.harness import run
 
 

@@ -57,7 +57,7 @@ def test_two_runs_into_one_directory_then_sigterm(tmp_path, told):
         tracked = directory.read_tracker(root)
         assert tracked == last
         path = directory.checkpoint_path(root, tracked)
-        assert manifest.damages(path, manifest.load_manifest(path).files) == []
+        assert manifest.damaged_files(path, manifest.load_manifest(path).files) == []
         told("SIGTERM to torchrun, `--exit-signal-handler`", 1, "all ranks saved the step that they were in, and ended")
     finally:
         for process in psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []:

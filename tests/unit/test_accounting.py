@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts
 from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import TINY, build
 

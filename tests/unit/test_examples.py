@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from hmoe_megatron.telemetry.accounting import parameter_counts
 from hmoe_megatron.launch.nodes import ranks_here
+from hmoe_megatron.telemetry.accounting import parameter_counts
 from hmoe_megatron.training import parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,11 +8,11 @@ import sys
 import textwrap
 
 import pytest
+from hmoe_megatron.machine import optional
 
 from hmoe_megatron.machine import fused_kernels
-from hmoe_megatron.machine.fused_kernels import APEX, GRADIENT_ACCUMULATION, MASKED_SOFTMAX, Kernels, summary
-from hmoe_megatron.host import optional
 from hmoe_megatron.machine.flags import LIMITED, gpu_argv
+from hmoe_megatron.machine.fused_kernels import APEX, GRADIENT_ACCUMULATION, MASKED_SOFTMAX, Kernels, summary
 
 NONE = Kernels("", "not installed", frozenset(), True)
 ENGINE = Kernels("2.20.2", "", frozenset(), True)

@@ -12,14 +12,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from hmoe_megatron import telemetry, training
-from hmoe_megatron.telemetry import reader as telemetry_file
-from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.config import LOSS_NAMES
 from hmoe_megatron.placement import CostModel, LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.cost import predict
 from hmoe_megatron.placement.ranks import as_ranks
 from hmoe_megatron.report import draw, html_page, read_run, run_files, series, write_report
 from hmoe_megatron.report.scalars import AUXILIARY, read_scalars
+from hmoe_megatron.telemetry import reader as telemetry_file
+from hmoe_megatron.telemetry.accounting import ParameterCounts
 from tools import run_report
 
 HIDDEN, TOKENS = 2, 5

@@ -8,9 +8,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 
 from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.moe.slots import dispatch_slots, most_slots, slot2expert, to_slots, unpadded
 from hmoe_megatron.placement.plan import Piece
 from hmoe_megatron.validate_args import check_dispatch
-from hmoe_megatron.moe.slots import dispatch_slots, most_slots, slot2expert, to_slots, unpadded
 
 PIECES = ((Piece(2, 0, 5), Piece(0, 0, 3), Piece(1, 0, 2)), (Piece(1, 2, 9),), ())
 
@@ -53,9 +53,9 @@ def model(settings=None, pieces=PIECES, **config):
         settings=settings or HMoEConfig(), pieces=lambda layer: pieces, slots=lambda: 12, layers=[0],
         plan=SimpleNamespace(ranks=3), has_cuts=lambda layer: pieces is PIECES,
     )  # fmt: skip
-    values = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_expert_capacity_factor": None, "hmoe": layout,
+    values = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_expert_capacity_factor": None,
               "moe_token_dispatcher_type": "alltoall", "moe_flex_dispatcher_backend": "deepep"}  # fmt: skip
-    return SimpleNamespace(**(values | config))
+    return SimpleNamespace(**(values | config)), layout
 
 
 WHOLE = ((Piece(2, 0, 5),), (Piece(0, 0, 3),), (Piece(1, 0, 9),))
@@ -74,7 +74,8 @@ WHOLE = ((Piece(2, 0, 5),), (Piece(0, 0, 3),), (Piece(1, 0, 9),))
 )
 def test_what_the_dispatchers_count(config, counted):
     """Slots, the most of a token, and a capacity factor wherever a token's number of slots varies."""
-    slots, found = dispatch_slots(config, 0)
+    config, layout = config
+    slots, found = dispatch_slots(config, layout, 0)
     assert (found.num_moe_experts, found.moe_router_topk, found.moe_expert_capacity_factor) == counted
     assert len(slots) == counted[0] and len(slots) % 3 == 0
     assert config.num_moe_experts == 3, "the model's own config counts experts"
@@ -94,11 +95,11 @@ def test_more_slots_than_deepep_moves():
     many = tuple(tuple(Piece(expert, rank, rank + 1) for expert in range(9)) for rank in range(4))
     args = argparse.Namespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep", num_experts=9,
                               moe_router_topk=8, expert_tensor_parallel_size=None, tensor_model_parallel_size=1)
-    check_dispatch(args, model(pieces=many).hmoe)
+    check_dispatch(args, model(pieces=many)[1])
     with pytest.raises(ValueError, match="a token can fill 36 slots in layer 0, its kernels move 32 at most"):
-        check_dispatch(args, model(TOPP, many).hmoe)
+        check_dispatch(args, model(TOPP, many)[1])
     args.tensor_model_parallel_size = 2
     with pytest.raises(ValueError, match="a token can fill 64 slots"):
-        check_dispatch(args, model(pieces=many).hmoe)
+        check_dispatch(args, model(pieces=many)[1])
     args.moe_flex_dispatcher_backend = "hybridep"
-    check_dispatch(args, model(TOPP, many).hmoe)
+    check_dispatch(args, model(TOPP, many)[1])

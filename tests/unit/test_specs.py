@@ -28,7 +28,7 @@ def block(transformer_impl):
         moe_layer_freq=[0, 1, 1], transformer_impl=transformer_impl, add_bias_linear=False, gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, normalization="RMSNorm",
     )  # fmt: skip
-    spec = hmoe_block_spec(SimpleNamespace(transformer=config))
+    spec = hmoe_block_spec(None, SimpleNamespace(transformer=config))
     backend = TESpecProvider() if transformer_impl == "transformer_engine" else None
     layers = []
     for layer in spec.layer_specs:
@@ -62,11 +62,11 @@ def test_only_the_moe_layers_mlp_is_ours(transformer_impl):
 def test_the_stock_spec_is_left_as_it_was():
     spec = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
     before = spec.submodules.mlp
-    ours = with_hmoe_layer(spec, 5)
+    ours = with_hmoe_layer(None, spec, 5)
     assert spec.submodules.mlp is before
     assert ours.submodules.mlp.keywords["layer"] == 5
     dense = gpt_layer_specs.get_gpt_layer_local_spec()
-    assert with_hmoe_layer(dense, 5) is dense
+    assert with_hmoe_layer(None, dense, 5) is dense
 
 
 def test_multi_token_prediction_layers_are_refused():

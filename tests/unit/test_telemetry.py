@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.moe.losses import p_penalty, router_entropy
-from hmoe_megatron.placement.plan import Piece
 from hmoe_megatron.moe.router import top_p_routing
+from hmoe_megatron.placement.plan import Piece
+from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.telemetry.counters import RoutingStats
-from hmoe_megatron.telemetry import TelemetryFile, console_line, max_over_mean, over_layers, routing_record, summary
+from hmoe_megatron.telemetry.record import console_line, max_over_mean, over_layers, routing_record, summary
+from hmoe_megatron.telemetry.writer import TelemetryFile
 
 HIDDEN = 4
 PIECES = ((Piece(0, 0, 10), Piece(1, 0, 5)), (Piece(1, 5, 30),))
@@ -105,9 +106,9 @@ def test_counters_start_again_after_they_are_taken():
     stats = RoutingStats([0, 2], 3)
     stats.record(2, torch.tensor([4, 0, 1]), 5)
     stats.record(2, torch.tensor([1, 0, 1]), torch.tensor(3))
-    counts, tokens = stats.take([], torch.device("cpu"))
+    counts, tokens, _ = stats.take([], torch.device("cpu"))
     assert counts.tolist() == [[0, 0, 0], [5, 0, 2]] and tokens.tolist() == [0, 8]
-    counts, tokens = stats.take([], torch.device("cpu"))
+    counts, tokens, _ = stats.take([], torch.device("cpu"))
     assert not counts.any() and not tokens.any()
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from hmoe_megatron.checkpoint import manifest
 from hmoe_megatron.checkpoint.directory import MANIFEST_FILE
-from hmoe_megatron.checkpoint.manifest import FileRecord, Manifest, damages, load_manifest, record_files, share_of
+from hmoe_megatron.checkpoint.manifest import FileRecord, Manifest, damaged_files, load_manifest, record_files, share_of
 from hmoe_megatron.exits import CheckpointRefused
-from hmoe_megatron.placement.plan_checks import canonical, checksum
+from hmoe_megatron.untrusted import canonical, checksum
 
 NAMES = ("a", "b.distcp", ".metadata")
 
@@ -30,7 +30,7 @@ def test_it_comes_back_as_it_went(folder):
     saved = made(record_files(folder, NAMES))
     saved.save(folder)
     assert load_manifest(folder) == saved
-    assert damages(folder, saved.files) == []
+    assert damaged_files(folder, saved.files) == []
 
 
 def test_every_damage_is_named(folder):
@@ -40,7 +40,7 @@ def test_every_damage_is_named(folder):
     text = bytearray((folder / ".metadata").read_bytes())
     text[100] ^= 1
     (folder / ".metadata").write_bytes(text)
-    found = damages(folder, files)
+    found = damaged_files(folder, files)
     assert [next(phrase for phrase in found if phrase.startswith(name)) for name in ("a", "b.distcp", ".metadata")] == [
         "a: No such file or directory", "b.distcp has 511 bytes, 512 were saved",
         ".metadata is altered (SHA-256 does not match)"]  # fmt: skip
@@ -53,7 +53,7 @@ def test_links_and_pipes_are_damage(folder):
     (folder / "a").symlink_to("elsewhere")
     (folder / "b.distcp").unlink()
     os.mkfifo(folder / "b.distcp")
-    assert damages(folder, files) == ["a is a symbolic link", "b.distcp is a special file"]
+    assert damaged_files(folder, files) == ["a is a symbolic link", "b.distcp is a special file"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

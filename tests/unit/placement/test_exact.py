@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.cases import capped_layer, whole_layer
 from hmoe_megatron.placement import exact
+from hmoe_megatron.placement.baselines import equal_counts
 from hmoe_megatron.placement.bound import lower_bound
 from hmoe_megatron.placement.milp import any_that_fits, fastest
-from hmoe_megatron.placement.baselines import equal_counts
 
 NODES = 20_000
 WITHIN = 0.005

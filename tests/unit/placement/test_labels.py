@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hmoe_megatron.placement.cost import predict
-from hmoe_megatron.placement.rank_assignment import LEAST_GAIN, even_bytes, relabel
 from hmoe_megatron.placement.moves import diff
 from hmoe_megatron.placement.plan import Piece, PlacementPlan
+from hmoe_megatron.placement.rank_assignment import LEAST_GAIN, even_bytes, relabel
 from hmoe_megatron.placement.ranks import Rank, as_ranks, kinds
 from tests.unit.placement.test_moves import COST, made_layer, random_layer, random_widths
 

@@ -19,7 +19,8 @@ from hmoe_megatron.placement import (
     validate_pieces,
 )
 from hmoe_megatron.placement.cost import predict
-from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES, MAX_NESTS, checksum
+from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES, MAX_NESTS
+from hmoe_megatron.untrusted import checksum
 
 WIDTHS = ((96, 160, 64), (32, 32, 256))
 TOKENS = ((5.0, 2.5, 0.0), (1.0, 1.0, 4.0))

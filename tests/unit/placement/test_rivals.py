@@ -3,8 +3,8 @@
 import pytest
 
 from hmoe_megatron.placement import CostModel, Rank, contiguous_plan, plan_model
-from hmoe_megatron.placement.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE, equal_counts, rivals
+from hmoe_megatron.placement.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 
 @pytest.mark.parametrize("weights, ranks, owners", [

@@ -18,9 +18,9 @@ from hmoe_megatron.placement import (
     plan_model,
     validate_pieces,
 )
+from hmoe_megatron.placement.lpt import CLOSE
 from hmoe_megatron.placement.ranks import as_ranks, kinds
 from hmoe_megatron.placement.solver import EQUAL_TIME
-from hmoe_megatron.placement.lpt import CLOSE
 from hmoe_megatron.widths import expert_widths
 
 MAIN = "arithmetic:9:23"

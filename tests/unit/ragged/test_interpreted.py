@@ -8,7 +8,14 @@ import torch
 from hmoe_megatron.moe.compute import ragged
 from hmoe_megatron.moe.compute.cpu import cpu_experts
 from hmoe_megatron.moe.compute.ragged import experts, launches, schedule, self_test, tiles
-from hmoe_megatron.moe.compute.ragged.self_test import Case, Variants, errors, problem, problem_without_gradients, results
+from hmoe_megatron.moe.compute.ragged.self_test import (
+    Case,
+    Variants,
+    errors,
+    problem,
+    problem_without_gradients,
+    results,
+)
 from tests.unit.ragged import cases
 
 pytestmark = cases.INTERPRETED

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from hmoe_megatron import machine
+from hmoe_megatron.patches.fix_sequence_parallel_norm import sequence_parallel_norm
 from tests.distributed.ranks import run_ranks
 
 ROWS_SENT = ([1, 2], [3, 0])  # rank 0 keeps 1 row and sends 2; rank 1 sends 3 and keeps none
@@ -99,7 +99,7 @@ def _norm_gradient():
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-    host.repair_sequence_parallel_norm()
+    sequence_parallel_norm()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm",
                                tensor_model_parallel_size=2, sequence_parallel=True)
 

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from hmoe_megatron import machine
+from hmoe_megatron.patches.fix_dataset_helpers import dataset_helpers
+from hmoe_megatron.patches.fix_torch_adam import torch_adam_of_the_distributed_optimizer
 from tests.distributed.ranks import run_ranks
 
 STEPS = 4
@@ -65,7 +66,7 @@ def _load(model, optimizer, saved):
 
 def _resume_after(steps, repaired):
     """[weights of an unbroken run], [weights of a run that is broken after `steps`]."""
-    assert not repaired or host.repair_distributed_optimizer()
+    assert not repaired or torch_adam_of_the_distributed_optimizer()
     whole = _ddp_and_optimizer()
     for number in range(STEPS):
         _step(*whole, number)
@@ -114,7 +115,7 @@ def test_stock_shares_one_step():
 
 def _tensors_of_step(repaired):
     """How many different tensors the `step` of the parameters are after a load."""
-    assert not repaired or host.repair_distributed_optimizer()
+    assert not repaired or torch_adam_of_the_distributed_optimizer()
     first, second = _ddp_and_optimizer(), _ddp_and_optimizer()
     _step(*first, 0)
     inner, = second[1].chained_optimizers
@@ -130,7 +131,7 @@ def _repair_with_fused_adam():
     from megatron.core.optimizer import distrib_optimizer
     before = dict(vars(distrib_optimizer.DistributedOptimizer))
     distrib_optimizer.HAVE_APEX_OR_TE = True
-    return host.repair_distributed_optimizer(), dict(vars(distrib_optimizer.DistributedOptimizer)) == before
+    return torch_adam_of_the_distributed_optimizer(), dict(vars(distrib_optimizer.DistributedOptimizer)) == before
 
 
 def test_a_second_repair_changes_nothing():
@@ -139,9 +140,9 @@ def test_a_second_repair_changes_nothing():
 
 def _repair_twice():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    host.repair_distributed_optimizer()
+    torch_adam_of_the_distributed_optimizer()
     before = dict(vars(DistributedOptimizer))
-    return host.repair_distributed_optimizer() and dict(vars(DistributedOptimizer)) == before
+    return torch_adam_of_the_distributed_optimizer() and dict(vars(DistributedOptimizer)) == before
 
 
 def test_dataset_helpers_are_not_compiled_where_there_is_no_makefile():
@@ -161,4 +162,4 @@ def _helpers():
         stock = "nothing was run"
     except RuntimeError as error:
         stock = str(error)
-    return stock, host.repair_dataset_helpers(), utils.compile_helpers()
+    return stock, dataset_helpers(), utils.compile_helpers()

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from hmoe_megatron.moe.experts import HMoEExperts
-from hmoe_megatron.telemetry.idle_experts import MOST_NAMED, IdleExperts
-from hmoe_megatron.nan_guard.locate import GRADIENTS, LOGITS, WEIGHTS, ModuleProbe, findings_of, kind_of
 from hmoe_megatron.nan_guard.guard import remedy
+from hmoe_megatron.nan_guard.locate import GRADIENTS, LOGITS, WEIGHTS, ModuleProbe, findings_of, kind_of
 from hmoe_megatron.placement.plan import Piece
 from hmoe_megatron.telemetry.counters import RoutingStats
+from hmoe_megatron.telemetry.idle_experts import MOST_NAMED, IdleExperts
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -29,11 +29,11 @@ def test_a_marked_layer_stays_marked_until_it_is_taken():
     assert stats.layers_not_finite() == []
     for layer in (2, 5):
         stats.record(layer, counts_E, 2)
-    stats.record(5, counts_E, 2 + (torch.tensor([1.0, -INFINITY]) * 0).sum())
+    stats.record(5, counts_E, 2, (torch.tensor([1.0, -INFINITY]) * 0).sum())
     stats.record(5, counts_E, 2)
     assert stats.layers_not_finite() == [5]
-    _, tokens_L = stats.take([], torch.device("cpu"))
-    assert tokens_L.isnan().tolist() == [False, True]
+    _, tokens_L, marked = stats.take([], torch.device("cpu"))
+    assert tokens_L.tolist() == [2, 6] and marked == [5]
     assert stats.layers_not_finite() == []
 
 

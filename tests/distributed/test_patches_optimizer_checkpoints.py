@@ -46,10 +46,10 @@ def steps_with(changes, *args, **kwargs):
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from hmoe_megatron import machine
+    from hmoe_megatron.patches import registry
 
     if STOCK in changes:
-        host.repair_optimizer_checkpoints = lambda: False
+        registry.DONE["optimizer_checkpoints"] = False
     if FUSED in changes:
         optimizer.Adam = distrib_optimizer.Adam = FusedAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -1,7 +1,7 @@
 """torch's norm under sequence parallelism: refused by Megatron, marked for the sum over ranks by the repair."""
 import pytest
 
-from hmoe_megatron import machine
+from hmoe_megatron.patches.fix_sequence_parallel_norm import sequence_parallel_norm
 from tests.distributed.ranks import run_ranks
 
 
@@ -14,7 +14,7 @@ def norms():
                                  tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
     with pytest.raises(AssertionError, match="sequence parallel not supported"):
         WrappedTorchNorm(config=config("RMSNorm", True), hidden_size=8)
-    assert host.repair_sequence_parallel_norm() and host.repair_sequence_parallel_norm()
+    assert sequence_parallel_norm() and sequence_parallel_norm()
     for normalization in ("RMSNorm", "LayerNorm"):
         for sequence_parallel in (True, False):
             given = config(normalization, sequence_parallel)

@@ -1,4 +1,4 @@
-"""The host's flags and environment, and that nothing of it is active where a GPU is."""
+"""Flags and environment of this machine, and that nothing of it is active where a GPU is."""
 import argparse
 import json
 import os
@@ -9,14 +9,13 @@ import warnings
 
 import pytest
 
-from hmoe_megatron import machine, patches
-from hmoe_megatron.patches import registry
-from hmoe_megatron.host import flags
+from hmoe_megatron import machine
+from hmoe_megatron.machine import flags
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(host, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +99,16 @@ def test_environment_is_set_where_the_user_did_not(monkeypatch):
 
 
 def test_the_environment_is_left_alone_where_a_gpu_is(monkeypatch):
-    monkeypatch.setattr(host, "has_gpu", lambda: True)
-    monkeypatch.setattr(host.optional, "hide_what_megatron_cannot_use", lambda has_gpu: None)
-    for name in (host.CONNECTIONS, *machine.ENVIRONMENT):
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine.optional, "hide_what_megatron_cannot_use", lambda has_gpu: None)
+    for name in (machine.CONNECTIONS, *machine.ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
     machine.prepare_environment()
     assert not set(machine.ENVIRONMENT) & set(os.environ)
-    assert os.environ[host.CONNECTIONS] == "1", "tensor parallelism is refused without it"
-    monkeypatch.setenv(host.CONNECTIONS, "8")
+    assert os.environ[machine.CONNECTIONS] == "1", "tensor parallelism is refused without it"
+    monkeypatch.setenv(machine.CONNECTIONS, "8")
     machine.prepare_environment()
-    assert os.environ[host.CONNECTIONS] == "8"
+    assert os.environ[machine.CONNECTIONS] == "8"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def late():
         from megatron.training import training
         from hmoe_megatron import machine, patches
         from hmoe_megatron.patches import registry
-        from hmoe_megatron.host import cuda, gloo, megatron
+        patches.listed()
 
         def names():
             modules = [module for name, module in list(sys.modules.items()) if name.startswith("megatron.")]

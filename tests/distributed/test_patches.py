@@ -1,5 +1,6 @@
-"""Every patch of the host has a check here that passes with it and fails when any one of its replacements is
-undone."""
+"""Every patch has a check that fails without it. Those of a CPU are here: each passes with its patch, and fails when
+any one of its replacements is undone. A fix or a hook names the test that compares runs with and without it."""
+import ast
 import contextlib
 import functools
 import multiprocessing
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import hmoe_megatron
 from hmoe_megatron import patches
 from hmoe_megatron.patches import registry
 from tests.distributed.ranks import run_ranks
@@ -349,9 +351,55 @@ def _error(function, folder):
         return f"{type(error).__name__}: {error} at `{line.line}`"
 
 
+# Of fixes and hooks: the test that fails without it, file and function.
+TESTS = {
+    "dataset_helpers": ("test_patches_optimizer", "test_dataset_helpers_are_not_compiled_where_there_is_no_makefile"),
+    "torch_adam_of_the_distributed_optimizer": ("test_patches_optimizer", "test_stock_shares_one_step"),
+    "optimizer_checkpoints": ("test_patches_optimizer_checkpoints", "test_stock_loses_the_step_where_rank_0_holds_no_expert"),
+    "rng_of_ranks": ("test_determinism", "test_stock_gives_all_expert_parallel_ranks_the_streams_of_the_first"),
+    "sequence_parallel_norm": ("test_patches_norm", "test_the_norm_is_marked_for_the_sum_over_tensor_parallel_ranks"),
+    "optimizer_is_built": ("test_determinism", "test_the_norm_with_cut_experts_is_that_of_whole_ones"),
+    "reports_of_flops_and_memory": ("test_accounting", "test_flops_use_the_measured_activated_width"),
+    "training_step": ("test_numeric_faults", "test_stock_saves_the_step_and_locks_out"),
+    "checkpoints": ("test_saving", "test_a_save_that_fails_once_is_tried_again"),
+    "unpadded_flex_dispatcher": ("test_slots", "test_no_dispatcher_pads_rows_for_fp8_kernels"),
+}
+
+
 def test_every_patch_has_a_check_and_a_reason():
-    assert set(patches.listed()) == set(CHECKS)
-    assert all(len(reason) > 60 for reason in patches.listed().values())
+    listed = patches.listed()
+    assert set(CHECKS) == {name for name, patch in listed.items() if patch.kind == "cpu"}
+    assert set(TESTS) == set(listed) - set(CHECKS)
+    for name, (file, function) in TESTS.items():
+        (path,) = Path(__file__).parents[1].rglob(f"{file}.py")
+        assert f"def {function}(" in path.read_text(), f"{name}: {path} has no {function}"
+    assert all(len(patch.reason) > 60 for patch in listed.values())
+
+
+def test_nothing_else_changes_megatron():
+    """No module outside patches/ sets an attribute of a module or class that it imported from Megatron or torch."""
+    package = Path(hmoe_megatron.__file__).parent
+    found = []
+    for path in package.rglob("*.py"):
+        if path.parent.name == "patches":
+            continue
+        tree = ast.parse(path.read_text())
+        foreign = {
+            alias.asname or alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (getattr(node, "module", None) or alias.name).split(".")[0] in ("megatron", "torch")
+        }
+        for node in ast.walk(tree):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                root = target
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                if isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in foreign:
+                    found.append(f"{path.relative_to(package)}:{node.lineno}")
+    assert found == []
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -1,0 +1,1 @@
+"""A NaN or an infinity ends the run and is located: guard, locate, finite."""
