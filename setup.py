@@ -27,8 +27,16 @@ EXTRAS_REQUIRE = {
     # One version: its prompts are what makes numbers comparable.
     "eval": ["lm-eval==0.4.13"],
     "mpi": ["mpi4py>=4.0"],
-    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "packaging>=24.2", "mpi4py>=4.0",
-            "mpich>=4.2", "pyarrow>=15"],
+    "dev": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "packaging>=24.2",
+        "mpi4py>=4.0",
+        "mpich>=4.2",
+        "pyarrow>=15",
+    ],
 }
 
 setup(

@@ -17,9 +17,7 @@ def main() -> None:
     packages = sorted((line for line in lines if line), key=str.lower)
     local = [line for line in packages if "==" not in line or "+" in line]
     if local:
-        sys.exit(
-            f"requirements.lock not written: {', '.join(local)} came from no registry; reinstall and repeat"
-        )
+        sys.exit(f"requirements.lock not written: {', '.join(local)} came from no registry; reinstall and repeat")
     with open("requirements.lock.new", "w") as file:
         file.write(HEADER + "\n".join(packages) + "\n")
     os.replace("requirements.lock.new", "requirements.lock")

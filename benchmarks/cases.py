@@ -41,7 +41,9 @@ def whole_layer(seed: int) -> Case:
         tokens_E=[draw.lognormvariate(4, draw.choice([0.3, 1])) for _ in range(experts)],
         widths_E=[draw.randint(1, 3000) for _ in range(experts)],
         ranks=[Rank(node=r // 2, speed=draw.choice([1, 1, 1, 0.5])) if unequal else Rank() for r in range(ranks)],
-        cost=cost, max_cuts=0)
+        cost=cost,
+        max_cuts=0,
+    )
 
 
 def capped_layer(seed: int) -> Case:
@@ -52,7 +54,11 @@ def capped_layer(seed: int) -> Case:
     case = Case(
         tokens_E=[draw.choice([0.0, draw.lognormvariate(4, 1)]) for _ in range(experts)],
         widths_E=[draw.choice([draw.randint(1, 40), draw.randint(100, 3000)]) for _ in range(experts)],
-        ranks=[], cost=cost, max_cuts=draw.choice([0, ranks - 1]), cut_multiple=draw.choice([1, 16]))
+        ranks=[],
+        cost=cost,
+        max_cuts=draw.choice([0, ranks - 1]),
+        cut_multiple=draw.choice([1, 16]),
+    )
     held, cuts = [Counter() for _ in range(ranks)], 0
     for e, width in enumerate(case.widths_E):
         inner = range(case.cut_multiple, width, case.cut_multiple)

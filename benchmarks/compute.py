@@ -83,23 +83,38 @@ def sides(of: dict[str, tuple], ranks: int = 1):
 def experts_layer_and_step(table: Table, rounds: int) -> None:
     """One rank: experts, MoE layer and training step beside Megatron's, and slots beside none."""
     turned = turned_plan(RUNS / "turned.json")
-    kinds = {"ours": ("ours", ours()), "stock": ("stock", stock()),
-             "with slots": ("ours", ours(more=f"--hmoe-placement {turned}"))}  # fmt: skip
+    kinds = {
+        "ours": ("ours", ours()),
+        "stock": ("stock", stock()),
+        "with slots": ("ours", ours(more=f"--hmoe-placement {turned}")),
+    }
     with sides(kinds) as of:
-        medians = alternate({name: timed(side, what, count=2, rows=ROWS) for name, side, what in (
-            ("ours", of["ours"], "experts"), ("stock", of["stock"], "experts"), ("dense", of["stock"], "dense"),
-        )}, rounds)  # fmt: skip
-        table.add("experts, beside one dense FFN of the same FLOPs", medians, "ours", "dense",
-                  GOALS["experts over dense"])  # fmt: skip
-        table.add("experts, beside SequentialMLP of equal widths", medians, "ours", "stock",
-                  GOALS["experts over stock"])  # fmt: skip
+        medians = alternate(
+            {
+                name: timed(side, what, count=2, rows=ROWS)
+                for name, side, what in (
+                    ("ours", of["ours"], "experts"),
+                    ("stock", of["stock"], "experts"),
+                    ("dense", of["stock"], "dense"),
+                )
+            },
+            rounds,
+        )
+        table.add(
+            "experts, beside one dense FFN of the same FLOPs", medians, "ours", "dense", GOALS["experts over dense"]
+        )
+        table.add(
+            "experts, beside SequentialMLP of equal widths", medians, "ours", "stock", GOALS["experts over stock"]
+        )
         tokens = ROWS * 8 // 2
         # The difference that slots make is far below the noise of a round.
-        medians = alternate({name: timed(side, "moe_layer", count=2, tokens=tokens) for name, side in of.items()},
-                            SLOTS_ROUNDS * rounds)  # fmt: skip
+        medians = alternate(
+            {name: timed(side, "moe_layer", count=2, tokens=tokens) for name, side in of.items()}, SLOTS_ROUNDS * rounds
+        )
         table.add("MoE layer, beside Megatron's", medians, "ours", "stock")
-        table.add("MoE layer with experts in other slots, beside one without", medians, "with slots", "ours",
-                  GOALS["slots"])  # fmt: skip
+        table.add(
+            "MoE layer with experts in other slots, beside one without", medians, "with slots", "ours", GOALS["slots"]
+        )
         medians = alternate({name: timed(of[name], "step", count=2) for name in ("ours", "stock")}, rounds)
         table.add("training step, beside Megatron's MoE", medians, "ours", "stock", GOALS["step"])
 
@@ -122,16 +137,29 @@ def step_on_two_ranks(table: Table, rounds: int) -> None:
 
 def scaling(rounds: int) -> list[str]:
     """Cost of a token in an MoE layer by the number of experts, each with as many rows: ours and Megatron's."""
-    lines = ["| experts | tokens | us a token, ours | of 8 experts | us a token, Megatron's | ours over Megatron's |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    kinds = {f"{kind}_{experts}": (kind, flags(experts, SCALING_WIDTH, "--num-layers 1")) for experts in SCALING
-             for kind, flags in (("ours", ours), ("stock", stock))}  # fmt: skip
+    lines = [
+        "| experts | tokens | us a token, ours | of 8 experts | us a token, Megatron's | ours over Megatron's |",
+        "|---|---|---|---|---|---|",
+    ]
+    kinds = {
+        f"{kind}_{experts}": (kind, flags(experts, SCALING_WIDTH, "--num-layers 1"))
+        for experts in SCALING
+        for kind, flags in (("ours", ours), ("stock", stock))
+    }
     tokens = {experts: SCALING_ROWS * experts // 2 for experts in SCALING}
     with sides(kinds) as of:  # all at once, so that the sizes are compared within the same rounds
-        medians = alternate({
-            name: timed(side, "moe_layer", count=max(2, 4096 // tokens[int(name.split("_")[1])]),
-                        tokens=tokens[int(name.split("_")[1])]) for name, side in of.items()
-        }, rounds)  # fmt: skip
+        medians = alternate(
+            {
+                name: timed(
+                    side,
+                    "moe_layer",
+                    count=max(2, 4096 // tokens[int(name.split("_")[1])]),
+                    tokens=tokens[int(name.split("_")[1])],
+                )
+                for name, side in of.items()
+            },
+            rounds,
+        )
     for name, of_rounds in medians.items():
         medians[name] = [ms * 1e3 / tokens[int(name.split("_")[1])] for ms in of_rounds]
     most = 0.0
@@ -139,8 +167,10 @@ def scaling(rounds: int) -> list[str]:
         mine, theirs = f"ours_{experts}", f"stock_{experts}"
         to_first = ratio(medians, mine, f"ours_{SCALING[0]}")[0]
         most = max(most, to_first)
-        lines.append(f"| {experts} | {tokens[experts]} | {statistics.median(medians[mine]):.1f} | {to_first:.3f} | "
-                     f"{statistics.median(medians[theirs]):.1f} | {ratio(medians, mine, theirs)[0]:.3f} |")  # fmt: skip
+        lines.append(
+            f"| {experts} | {tokens[experts]} | {statistics.median(medians[mine]):.1f} | {to_first:.3f} | "
+            f"{statistics.median(medians[theirs]):.1f} | {ratio(medians, mine, theirs)[0]:.3f} |"
+        )
         print(lines[-1], flush=True)
     met = "met" if most <= GOALS["a token"] else "MISSED"
     return [*lines, "", f"Goal: flat within 20 %; the most is {most:.3f} of 8 experts' cost: {met}."]

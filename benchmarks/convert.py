@@ -53,13 +53,40 @@ def run(words: list) -> tuple[float, int]:
 def save(run_dir: Path, flags: list[str]) -> None:
     """A checkpoint after one step on one rank."""
     model = [word for word in read_args(ROOT / "examples/hmoe_0.4b/hmoe_topk.args") if word != "--bf16"]
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "pretrain_hmoe.py",
-         *model, *ONE_STEP, "--save", run_dir, "--expert-model-parallel-size", 1, *flags])  # fmt: skip
+    run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            1,
+            "pretrain_hmoe.py",
+            *model,
+            *ONE_STEP,
+            "--save",
+            run_dir,
+            "--expert-model-parallel-size",
+            1,
+            *flags,
+        ]
+    )
 
 
 def export(run_dir: Path, output: Path, flags: tuple[str, ...]) -> Measured:
-    wall_s, peak = run([sys.executable, "tools/convert_checkpoint.py", "to-hf", "--load", run_dir, "--output", output,
-                        "--no-logits", *flags])  # fmt: skip
+    wall_s, peak = run(
+        [
+            sys.executable,
+            "tools/convert_checkpoint.py",
+            "to-hf",
+            "--load",
+            run_dir,
+            "--output",
+            output,
+            "--no-logits",
+            *flags,
+        ]
+    )
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Measured(wall_s, peak, size)
 
@@ -94,7 +121,7 @@ def main() -> None:
         f"| {number} | {kind} | {of.file_bytes / 2**30:.2f} | {of.wall_s:.1f} | {of.peak_bytes / 2**30:.2f} | "
         f"{(of.peak_bytes - framework) / layer:.2f} |"
         for (number, kind), of in found.items()
-    )  # fmt: skip
+    )
     text = f"""# From a checkpoint to a Hugging Face directory
 
 `python -m benchmarks.convert --layers {given.layers}` on {stamp("torch", "transformers", "safetensors")}.

@@ -52,8 +52,14 @@ class Run(NamedTuple):
 def measured(command: list, environment: dict | None = None) -> tuple[float, float, float]:
     """(seconds, processor seconds, peak MB) of a command and all its children. SystemExit if it fails."""
     before, started_s = os.times(), time.monotonic()
-    process = subprocess.Popen([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1", **(environment or {})},
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", **(environment or {})},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     peak = [0.0]
     watcher = threading.Thread(target=_watch, args=(process.pid, peak), daemon=True)
     watcher.start()
@@ -79,8 +85,22 @@ def _watch(pid: int, peak: list[float]) -> None:
 
 
 def ours(corpus: Path, output: Path, kind: str, model: Path, workers: int, *flags) -> list:
-    return [sys.executable, "tools/preprocess_data.py", "--input", corpus, "--output-prefix", output, "--append-eod",
-            "--tokenizer-type", kind, "--tokenizer-model", model, "--workers", workers, *flags]  # fmt: skip
+    return [
+        sys.executable,
+        "tools/preprocess_data.py",
+        "--input",
+        corpus,
+        "--output-prefix",
+        output,
+        "--append-eod",
+        "--tokenizer-type",
+        kind,
+        "--tokenizer-model",
+        model,
+        "--workers",
+        workers,
+        *flags,
+    ]
 
 
 def stock(corpus: Path, output: Path, kind: str, model: Path, workers: int) -> list:
@@ -92,8 +112,11 @@ def datatrove(corpus: Path, output: Path, kind: str, model: Path, workers: int) 
 
 
 def token_file(output: Path) -> Path:
-    found = [path for name in (f"{output.name}_text_document.bin", f"{output.name}.bin", f"{output.name}/*.ds")
-             for path in output.parent.glob(name)]  # fmt: skip
+    found = [
+        path
+        for name in (f"{output.name}_text_document.bin", f"{output.name}.bin", f"{output.name}/*.ds")
+        for path in output.parent.glob(name)
+    ]
     assert len(found) == 1, found
     return found[0]
 
@@ -119,8 +142,20 @@ def run_all(corpus: Path, folder: Path, kind: str, model: Path, datatrove_dir: P
 
 
 def train(corpus: Path, folder: Path, kind: str, output: str) -> Path:
-    command = [sys.executable, "tools/train_tokenizer.py", "--input", corpus, "--vocab-size", VOCAB_SIZE,
-               "--type", kind, "--max-train-bytes", TRAIN_BYTES, "--output", folder / output.split(".")[0]]  # fmt: skip
+    command = [
+        sys.executable,
+        "tools/train_tokenizer.py",
+        "--input",
+        corpus,
+        "--vocab-size",
+        VOCAB_SIZE,
+        "--type",
+        kind,
+        "--max-train-bytes",
+        TRAIN_BYTES,
+        "--output",
+        folder / output.split(".")[0],
+    ]
     subprocess.run([*map(str, command)], cwd=ROOT, check=True)
     return folder / output
 
@@ -164,8 +199,11 @@ def repeated(corpus: Path, folder: Path, copies: int) -> Path:
 
 
 def table(runs: list[Run], startups: dict[str, float]) -> str:
-    rows = ["| way | workers | seconds | million tokens/s | processor seconds | peak MB | times Megatron's | "
-            "without the start: million tokens/s | times Megatron's |", "|---|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| way | workers | seconds | million tokens/s | processor seconds | peak MB | times Megatron's | "
+        "without the start: million tokens/s | times Megatron's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for run in runs:
         stock = next(other for other in runs if other.way == "Megatron's way" and other.workers == run.workers)
         alone = times = ""
@@ -173,8 +211,10 @@ def table(runs: list[Run], startups: dict[str, float]) -> str:
             alone_s = run.wall_s - startups[run.way]
             alone = f"{run.tokens / alone_s / 1e6:.2f}"
             times = f"{(stock.wall_s - startups[stock.way]) / alone_s:.2f}"
-        rows.append(f"| {run.way} | {run.workers} | {run.wall_s:.1f} | {run.tokens / run.wall_s / 1e6:.2f} | "
-                    f"{run.cpu_s:.1f} | {run.peak_mb:.0f} | {stock.wall_s / run.wall_s:.2f} | {alone} | {times} |")
+        rows.append(
+            f"| {run.way} | {run.workers} | {run.wall_s:.1f} | {run.tokens / run.wall_s / 1e6:.2f} | "
+            f"{run.cpu_s:.1f} | {run.peak_mb:.0f} | {stock.wall_s / run.wall_s:.2f} | {alone} | {times} |"
+        )
     return "\n".join(rows)
 
 
@@ -182,8 +222,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=ROOT / "data" / CORPUS)
     parser.add_argument("--datatrove", type=Path)
-    parser.add_argument("--copies", type=int, default=4, help="of the corpus in the input: the start weighs little in "
-                        "what users have (default: 4)")  # fmt: skip
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=4,
+        help="of the corpus in the input: the start weighs little in what users have (default: 4)",
+    )
     parser.add_argument("--skip-big", action="store_true", help="leave out the 1 GB")
     args = parser.parse_args()
     subprocess.run([sys.executable, "tools/get_corpus.py", CORPUS, "--output", args.corpus], cwd=ROOT, check=True)
@@ -195,20 +239,26 @@ def main() -> None:
         for title, (type_, kind, output) in VOCABULARIES.items():
             model = train(corpus, folder, type_, output)
             text = repeated(corpus, folder, args.copies)
-            startups = {"this tool": startup(corpus, folder, kind, model, ours),
-                        "Megatron's way": startup(corpus, folder, kind, model, stock)}  # fmt: skip
+            startups = {
+                "this tool": startup(corpus, folder, kind, model, ours),
+                "Megatron's way": startup(corpus, folder, kind, model, stock),
+            }
             stock_s = startups["Megatron's way"]
             runs = list(run_all(text, folder, kind, model, args.datatrove))
             assert len({run.sha256 for run in runs}) == 1, "the token files differ"
-            sections.append(f"## {title}, {VOCAB_SIZE:,} entries\n{runs[0].tokens:,} tokens; all token files are equal "
-                            f"to the byte (SHA-256 {runs[0].sha256[:16]}). Start, on one line: this tool "
-                            f"{startups['this tool']:.1f} s, Megatron's way {stock_s:.1f} s."
-                            f"\n\n{table(runs, startups)}\n")  # fmt: skip
+            sections.append(
+                f"## {title}, {VOCAB_SIZE:,} entries\n{runs[0].tokens:,} tokens; all token files are equal "
+                f"to the byte (SHA-256 {runs[0].sha256[:16]}). Start, on one line: this tool "
+                f"{startups['this tool']:.1f} s, Megatron's way {stock_s:.1f} s."
+                f"\n\n{table(runs, startups)}\n"
+            )
         if not args.skip_big:
             run, about = big(corpus, folder, "HuggingFaceTokenizer", folder / "bpe")
-            sections.append(f"## Any size\n{about}. This tool, byte-level BPE, 2 workers: {run.wall_s:.0f} s, "
-                            f"{run.tokens:,} tokens, {run.tokens / run.wall_s / 1e6:.2f} million tokens/s, peak "
-                            f"{run.peak_mb:.0f} MB.\n")  # fmt: skip
+            sections.append(
+                f"## Any size\n{about}. This tool, byte-level BPE, 2 workers: {run.wall_s:.0f} s, "
+                f"{run.tokens:,} tokens, {run.tokens / run.wall_s / 1e6:.2f} million tokens/s, peak "
+                f"{run.peak_mb:.0f} MB.\n"
+            )
     command = f"python -m benchmarks.data --copies {args.copies}" + (" --datatrove DIR" if args.datatrove else "")
     text = f"""# Text to token files
 

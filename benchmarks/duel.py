@@ -22,13 +22,20 @@ class Side:
         with log.open("w") as file:
             for rank in range(ranks):
                 environment = os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                    "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "MASTER_PORT": str(port),
                     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-                }  # fmt: skip
+                }
                 command = [sys.executable, "-W", "ignore", "-m", module, kind, *flags.split()]
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if rank == 0 else {
-                    "stdin": subprocess.DEVNULL, "stdout": file}  # fmt: skip
+                pipes = (
+                    {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                    if rank == 0
+                    else {"stdin": subprocess.DEVNULL, "stdout": file}
+                )
                 self._processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file, text=True, **pipes)
                 )

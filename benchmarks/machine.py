@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 def stamp(*packages: str) -> str:
     """Machine, versions, date and commit, in a line."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return (f"{cpu_name()}, {os.cpu_count()} cores, Python "
-            f"{platform.python_version()}, {versions}; {date.today()}, commit {_commit()}")
+    return (
+        f"{cpu_name()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {versions}; {date.today()}, commit {_commit()}"
+    )
 
 
 def _commit() -> str:

@@ -12,11 +12,15 @@ import torch
 # Part of the step: methods of the MoE layer, of its dispatcher, of its experts.
 PARTS = {
     "router": (("layer", "route"),),
-    "permutation": (("dispatcher", "dispatch_preprocess"), ("dispatcher", "dispatch_postprocess"),
-                    ("dispatcher", "combine_preprocess"), ("dispatcher", "combine_postprocess")),
+    "permutation": (
+        ("dispatcher", "dispatch_preprocess"),
+        ("dispatcher", "dispatch_postprocess"),
+        ("dispatcher", "combine_preprocess"),
+        ("dispatcher", "combine_postprocess"),
+    ),
     "dispatch": (("dispatcher", "token_dispatch"), ("dispatcher", "token_combine")),
     "experts": (("experts", "forward"),),
-}  # fmt: skip
+}
 
 
 class StepParts:

@@ -100,9 +100,15 @@ class Trainer:
         if self.iteration == 1:
             self._begin_overlap()
         out = training.train_step(
-            forward_step, self.data, self.model, self.optimizer, self.scheduler, self.model_config,
-            get_forward_backward_func(), iteration=self.iteration,
-        )  # fmt: skip
+            forward_step,
+            self.data,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.model_config,
+            get_forward_backward_func(),
+            iteration=self.iteration,
+        )
         self.iteration += 1
         self.args.consumed_train_samples += self.args.global_batch_size
         return float(out[0]["lm loss"]) if out[0] else None, out[5]

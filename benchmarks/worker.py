@@ -145,8 +145,11 @@ def build(side: str, flags: list[str]) -> tuple[Worker, dict]:
 
     begun = time.perf_counter()
     worker = Worker(Trainer(flags, stock=side == "stock", guarded=True), side == "stock")
-    return worker, {"build_s": worker.trainer.build_s, "set_up_s": time.perf_counter() - begun,
-                    "expert_parameters": sum(p.numel() for p in worker.layer.experts.parameters())}  # fmt: skip
+    return worker, {
+        "build_s": worker.trainer.build_s,
+        "set_up_s": time.perf_counter() - begun,
+        "expert_parameters": sum(p.numel() for p in worker.layer.experts.parameters()),
+    }
 
 
 def main() -> None:

@@ -40,9 +40,14 @@ def run(title: str, command: list[str], log: str, on_line=lambda line: None) -> 
     print(f"\n{title}", flush=True)
     with path.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             errors="replace",
-        )  # fmt: skip
+        )
         try:
             for line in process.stdout:
                 file.write(line)
@@ -89,12 +94,29 @@ def train(title: str, log: str, steps: int, *more) -> list[tuple[int, float]]:
     ranks = ranks_here()
     os.environ["NPROC_PER_NODE"] = str(ranks)
     command = [
-        sys.executable, ROOT / "examples" / "run.py", EXAMPLE,
-        "--train-data-path", DATA / "train_text_document", "--valid-data-path", DATA / "valid_text_document",
-        "--tokenizer-model", DEMO / "tokenizer.model", "--save", RUN, "--tensorboard-dir", RUN / "tensorboard",
-        "--train-iters", steps, "--lr-decay-iters", STEPS, "--save-interval", STEPS,
-        "--expert-model-parallel-size", ranks, *more,
-    ]  # fmt: skip
+        sys.executable,
+        ROOT / "examples" / "run.py",
+        EXAMPLE,
+        "--train-data-path",
+        DATA / "train_text_document",
+        "--valid-data-path",
+        DATA / "valid_text_document",
+        "--tokenizer-model",
+        DEMO / "tokenizer.model",
+        "--save",
+        RUN,
+        "--tensorboard-dir",
+        RUN / "tensorboard",
+        "--train-iters",
+        steps,
+        "--lr-decay-iters",
+        STEPS,
+        "--save-interval",
+        STEPS,
+        "--expert-model-parallel-size",
+        ranks,
+        *more,
+    ]
     progress = Progress(steps, first=STEPS if more else 0)
     try:
         run(title, [str(word) for word in command], log, progress)
@@ -116,10 +138,22 @@ def prepare_data() -> None:
     for name, text in (("train", train_text), ("valid", valid_text)):
         run(
             f"Tokens: {name}",
-            tool("preprocess_data.py", "--input", text, "--output-prefix", DATA / name, "--append-eod", "--workers", 2,
-                 "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", DEMO / "tokenizer.model"),
+            tool(
+                "preprocess_data.py",
+                "--input",
+                text,
+                "--output-prefix",
+                DATA / name,
+                "--append-eod",
+                "--workers",
+                2,
+                "--tokenizer-type",
+                "SentencePieceTokenizer",
+                "--tokenizer-model",
+                DEMO / "tokenizer.model",
+            ),
             f"preprocess_{name}.log",
-        )  # fmt: skip
+        )
 
 
 def main() -> None:
@@ -128,12 +162,28 @@ def main() -> None:
     shutil.rmtree(RUN, ignore_errors=True)
     prepare_data()
     losses = train(f"Training: {STEPS} steps, expert parallel", "train.log", STEPS)
-    train(f"Resuming from the checkpoint: {RESUMED_STEPS} more steps", "resume.log", STEPS + RESUMED_STEPS,
-          "--load", RUN, "--exit-on-missing-checkpoint")  # fmt: skip
+    train(
+        f"Resuming from the checkpoint: {RESUMED_STEPS} more steps",
+        "resume.log",
+        STEPS + RESUMED_STEPS,
+        "--load",
+        RUN,
+        "--exit-on-missing-checkpoint",
+    )
     run(
         f"Text: {TOKENS} tokens after {PROMPT!r}",
-        tool("generate.py", "--load", RUN, "--prompt", PROMPT, "--tokens", TOKENS, "--ignore-eod",
-             "--output", DEMO / "sample.txt"),  # fmt: skip
+        tool(
+            "generate.py",
+            "--load",
+            RUN,
+            "--prompt",
+            PROMPT,
+            "--tokens",
+            TOKENS,
+            "--ignore-eod",
+            "--output",
+            DEMO / "sample.txt",
+        ),
         "generate.log",
     )
     print((DEMO / "sample.txt").read_text(), flush=True)

@@ -122,23 +122,33 @@ class HMoEConfig:
         if self.router == "topk":
             for name in ("top_p", "max_experts_per_token"):
                 if getattr(self, name) is not None:
-                    yield f"{_flag(name)} {getattr(self, name)} has no effect with --hmoe-router topk: " \
-                          f"remove it, or use --hmoe-router topp"
+                    yield (
+                        f"{_flag(name)} {getattr(self, name)} has no effect with --hmoe-router topk: "
+                        f"remove it, or use --hmoe-router topp"
+                    )
             if self.router_entropy_coeff:
-                yield f"--hmoe-router-entropy-coeff {self.router_entropy_coeff} contradicts --hmoe-router topk: the " \
-                      "entropy loss limits how many experts Top-P uses; remove it, or use --hmoe-router topp"
+                yield (
+                    f"--hmoe-router-entropy-coeff {self.router_entropy_coeff} contradicts --hmoe-router topk: the "
+                    "entropy loss limits how many experts Top-P uses; remove it, or use --hmoe-router topp"
+                )
         if self.keep_hidden and self.gemm_backend not in ("auto", "triton"):
             yield f"--hmoe-keep-hidden has no effect with --hmoe-gemm-backend {self.gemm_backend}: remove it"
         if self.placement not in ("auto", "contiguous"):
             if self.placement != "checkpoint" and not self.placement.endswith(".json"):
-                yield f"--hmoe-placement {self.placement!r}: give auto, contiguous, checkpoint, or the path of a " \
-                      "plan file (.json)"
+                yield (
+                    f"--hmoe-placement {self.placement!r}: give auto, contiguous, checkpoint, or the path of a "
+                    "plan file (.json)"
+                )
             if self.max_cuts is not None:
-                yield f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement {self.placement}: " \
-                      "a plan already says where experts are cut; remove one of them"
+                yield (
+                    f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement {self.placement}: "
+                    "a plan already says where experts are cut; remove one of them"
+                )
         elif self.placement == "contiguous" and self.max_cuts:
-            yield f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement contiguous, which cuts nothing: " \
-                  "remove it, or use --hmoe-placement auto"
+            yield (
+                f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement contiguous, which cuts nothing: "
+                "remove it, or use --hmoe-placement auto"
+            )
 
     @property
     def entropy_coeff(self) -> float:

@@ -68,9 +68,16 @@ def without(argv: list[str], *flags: str) -> list[str]:
 
 @torch.no_grad()
 def generate(
-    model, prompt_T: list[int], count: int, *, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0,
-    seed: int = 0, stop_at: int | None = None,
-) -> Iterator[int]:  # fmt: skip
+    model,
+    prompt_T: list[int],
+    count: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_at: int | None = None,
+) -> Iterator[int]:
     """Up to ``count`` tokens after ``prompt_T``, which must not be empty, one by one; see `draw`.
 
     model: of `hmoe_megatron.evaluation.models`; sees the last tokens that its context holds. stop_at: the token after

@@ -119,13 +119,19 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths, start
         plan = contiguous_plan(widths_LE, ranks, cost=cost, numbers=tuple(widths))
     elif settings.placement == "auto":
         plan = plan_model(
-            None, widths_LE, ranks, cost, max_cuts=settings.max_cuts, cut_multiple=settings.cut_multiple * expert_tp,
+            None,
+            widths_LE,
+            ranks,
+            cost,
+            max_cuts=settings.max_cuts,
+            cut_multiple=settings.cut_multiple * expert_tp,
             numbers=tuple(widths),
-        )  # fmt: skip
+        )
     else:
         if settings.placement == "checkpoint" and start is None:
-            raise ValueError("--hmoe-placement checkpoint needs a checkpoint in --load: give the directory of a run, or "
-                             "use auto")
+            raise ValueError(
+                "--hmoe-placement checkpoint needs a checkpoint in --load: give the directory of a run, or use auto"
+            )
         path = start.plan_file() if settings.placement == "checkpoint" else Path(settings.placement)
         plan = replace(PlacementPlan.load(path, widths_LE, ranks), numbers=tuple(widths))
     check_plan(plan, widths, expert_tp)
@@ -237,8 +243,10 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
         layout.plan.save(run_dir / PLAN_FILE)
         atomic_write(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
     except OSError as error:
-        raise SavingFailed(f"{run_dir} can't be written to: {error.strerror}: mend that, or give another directory",
-                           on_every_rank=False) from None  # fmt: skip
+        raise SavingFailed(
+            f"{run_dir} can't be written to: {error.strerror}: mend that, or give another directory",
+            on_every_rank=False,
+        ) from None
     print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 
 

@@ -11,6 +11,7 @@ _OPTIONAL = float | None
 
 def parsed(where: str, text: str, max_chars: int):
     """Value of a JSON text. ValueError for anything else, repeated fields, NaN, and texts over `max_chars`."""
+
     def no_repeats(pairs):
         if len(found := dict(pairs)) < len(pairs):
             raise ValueError("a field is there twice")
@@ -65,8 +66,9 @@ def range_problems(record, ranges: dict[str, tuple[float, float]]) -> list[str]:
             continue
         (least, most), number = ranges[f.name], Integral if f.type is int else Real
         if not isinstance(value, number) or isinstance(value, bool) or not least <= value <= most:
-            problems.append(f"{f.name} {shown(value)} is not a {'whole ' if f.type is int else ''}number from "
-                            f"{least:g} to {most:g}")
+            problems.append(
+                f"{f.name} {shown(value)} is not a {'whole ' if f.type is int else ''}number from {least:g} to {most:g}"
+            )
     return problems
 
 

@@ -31,8 +31,7 @@ MAX_LAYERS = 4096
 MAX_TOTAL_WIDTH = 2**31 - 1
 MAX_SPEC_CHARS = 1 << 20
 
-GRAMMAR = ("write arithmetic:FIRST:LAST, geometric:FACTOR, hybrid:RATIO,RATIO,..., equal, "
-           "or explicit:WIDTH,WIDTH,...")
+GRAMMAR = "write arithmetic:FIRST:LAST, geometric:FACTOR, hybrid:RATIO,RATIO,..., equal, or explicit:WIDTH,WIDTH,..."
 _RATIO = re.compile(r"[0-9]{1,10}(\.[0-9]{1,6})?")
 _WIDTH = re.compile(r"[0-9]{1,10}")
 _BARE_LIST = re.compile(r"[\s0-9,]+")
@@ -79,8 +78,10 @@ def layer_widths(
         selector, equals, schedule = entry.rpartition("=")
         if not equals or selector.strip() == "*":
             if default is not None:
-                raise _wrong(spec, f"two defaults, {_short(default)} and {_short(schedule)}; name the layers "
-                                   "of one, as in 0-3=equal")
+                raise _wrong(
+                    spec,
+                    f"two defaults, {_short(default)} and {_short(schedule)}; name the layers of one, as in 0-3=equal",
+                )
             default = schedule
             continue
         for layer in _selected_layers(entry, selector, num_layers):
@@ -89,10 +90,15 @@ def layer_widths(
             by_layer[layer] = schedule
     missing = [layer for layer in range(num_layers) if layer not in by_layer] if default is None else []
     if doubled or missing:
-        listed = [f"{what} {ranges_text(layers)}" for what, layers in
-                  (("named twice:", sorted(doubled)), ("named by nothing:", missing)) if layers]
-        raise _wrong(spec, f"layers {', '.join(listed)} (of 0-{num_layers - 1}); name every layer once, or "
-                           "add a default *=SCHEDULE")
+        listed = [
+            f"{what} {ranges_text(layers)}"
+            for what, layers in (("named twice:", sorted(doubled)), ("named by nothing:", missing))
+            if layers
+        ]
+        raise _wrong(
+            spec,
+            f"layers {', '.join(listed)} (of 0-{num_layers - 1}); name every layer once, or add a default *=SCHEDULE",
+        )
     if default is not None and len(by_layer) == num_layers:
         raise _wrong(spec, f"no layer is left for the default {_short(default)}; remove it")
     schedules = [by_layer.get(layer, default) for layer in range(num_layers)]
@@ -113,23 +119,31 @@ def _ratios(schedule: str, name: str, rest: str, num_experts: int) -> list[int]:
     if name == "arithmetic":
         ends = _parse(schedule, rest.split(":"), _RATIO)
         if len(ends) != 2:
-            raise _wrong(schedule, f"{len(ends)} numbers where the first and the last ratio are wanted; "
-                                   "write it as arithmetic:9:23")
+            raise _wrong(
+                schedule,
+                f"{len(ends)} numbers where the first and the last ratio are wanted; write it as arithmetic:9:23",
+            )
         first, last = ends
         return _common([first + (last - first) * e / max(num_experts - 1, 1) for e in range(num_experts)])
     if name == "geometric":
         (factor,) = _parse(schedule, [rest], _RATIO)
         # Beyond this spread the narrowest expert has no width under any total; it bounds the digits too.
         if abs(log(factor)) * (num_experts - 1) > log(MAX_TOTAL_WIDTH):
-            raise _wrong(schedule, f"with {EXPERTS_FLAG} {num_experts} the widest expert would be over "
-                                   f"{MAX_TOTAL_WIDTH} times the narrowest; take a factor nearer to 1")
+            raise _wrong(
+                schedule,
+                f"with {EXPERTS_FLAG} {num_experts} the widest expert would be over "
+                f"{MAX_TOTAL_WIDTH} times the narrowest; take a factor nearer to 1",
+            )
         up, down = factor.as_integer_ratio()
         return [up**e * down ** (num_experts - 1 - e) for e in range(num_experts)]
     if name == "hybrid":
         ratios = _parse(schedule, rest.split(","), _RATIO)
         if len(ratios) != num_experts:
-            raise _wrong(schedule, f"{len(ratios)} ratios, but {EXPERTS_FLAG} {num_experts}; give one ratio "
-                                   f"an expert, or change {EXPERTS_FLAG}")
+            raise _wrong(
+                schedule,
+                f"{len(ratios)} ratios, but {EXPERTS_FLAG} {num_experts}; give one ratio "
+                f"an expert, or change {EXPERTS_FLAG}",
+            )
         return _common(ratios)
     raise _wrong(schedule, f"unknown schedule; {GRAMMAR}")
 
@@ -144,24 +158,32 @@ def _explicit(
 ) -> tuple[int, ...]:
     widths = tuple(int(F) for F in _parse(schedule, rest.split(","), _WIDTH))
     if len(widths) != num_experts:
-        raise _wrong(schedule, f"{len(widths)} widths, but {EXPERTS_FLAG} {num_experts}; give one width an "
-                               f"expert, or change {EXPERTS_FLAG}")
+        raise _wrong(
+            schedule,
+            f"{len(widths)} widths, but {EXPERTS_FLAG} {num_experts}; give one width an "
+            f"expert, or change {EXPERTS_FLAG}",
+        )
     if sum(widths) > MAX_TOTAL_WIDTH:
-        raise _wrong(schedule, f"the widths add up to {sum(widths)}, over the limit of {MAX_TOTAL_WIDTH}; "
-                               "give smaller widths")
+        raise _wrong(
+            schedule, f"the widths add up to {sum(widths)}, over the limit of {MAX_TOTAL_WIDTH}; give smaller widths"
+        )
     if total_width is not None and sum(widths) != total_width:
-        raise _wrong(schedule, f"the widths add up to {sum(widths)}, but {TOTAL_FLAG} {total_width}; leave "
-                               f"{TOTAL_FLAG} out, or set it to {sum(widths)}")
+        raise _wrong(
+            schedule,
+            f"the widths add up to {sum(widths)}, but {TOTAL_FLAG} {total_width}; leave "
+            f"{TOTAL_FLAG} out, or set it to {sum(widths)}",
+        )
     odd = [F for F in widths if multiple is not None and F % multiple]
     if odd:
-        raise _wrong(schedule, f"{_short(odd, '')} are no multiples of {MULTIPLE_FLAG} {multiple}; explicit "
-                               f"widths are not rounded: change them, or leave {MULTIPLE_FLAG} out")
+        raise _wrong(
+            schedule,
+            f"{_short(odd, '')} are no multiples of {MULTIPLE_FLAG} {multiple}; explicit "
+            f"widths are not rounded: change them, or leave {MULTIPLE_FLAG} out",
+        )
     return widths
 
 
-def _apportion(
-    schedule: str, ratios: list[int], total_width: int | None, multiple: int | None
-) -> tuple[int, ...]:
+def _apportion(schedule: str, ratios: list[int], total_width: int | None, multiple: int | None) -> tuple[int, ...]:
     """Whole widths nearest to `ratios` (largest remainder) that add up to total_width."""
     if total_width is None:
         raise _wrong(schedule, f"gives ratios only; set {TOTAL_FLAG} to the sum of the widths of one layer")
@@ -169,11 +191,14 @@ def _apportion(
     units, rest = divmod(total_width, unit)
     if rest:
         near = f"{units * unit} or {(units + 1) * unit}" if units else f"{unit}"
-        raise ValueError(f"{TOTAL_FLAG} {total_width} is no multiple of {MULTIPLE_FLAG} {unit}; set "
-                         f"{TOTAL_FLAG} to {near}")
+        raise ValueError(
+            f"{TOTAL_FLAG} {total_width} is no multiple of {MULTIPLE_FLAG} {unit}; set {TOTAL_FLAG} to {near}"
+        )
     if units < len(ratios):
-        raise ValueError(f"{TOTAL_FLAG} {total_width} is too small for {EXPERTS_FLAG} {len(ratios)} at a "
-                         f"width of at least {unit} each; set {TOTAL_FLAG} to {unit * len(ratios)} or more")
+        raise ValueError(
+            f"{TOTAL_FLAG} {total_width} is too small for {EXPERTS_FLAG} {len(ratios)} at a "
+            f"width of at least {unit} each; set {TOTAL_FLAG} to {unit * len(ratios)} or more"
+        )
     held = set()  # with `multiple`, experts due less than one unit get one; the others share what is left
     while True:
         share, total_ratio = units - len(held), sum(r for e, r in enumerate(ratios) if e not in held)
@@ -187,14 +212,20 @@ def _apportion(
         widths[e] += 1
     if min(widths) < 1:
         narrow = ranges_text([e for e, F in enumerate(widths) if F < 1])
-        raise _wrong(schedule, f"with {TOTAL_FLAG} {total_width} experts {narrow} would have width 0; raise "
-                               f"{TOTAL_FLAG}, or take ratios nearer to each other")
+        raise _wrong(
+            schedule,
+            f"with {TOTAL_FLAG} {total_width} experts {narrow} would have width 0; raise "
+            f"{TOTAL_FLAG}, or take ratios nearer to each other",
+        )
     return tuple(F * unit for F in widths)
 
 
 def _parse(schedule: str, texts: list[str], pattern: re.Pattern) -> list[Fraction]:
-    kind = ("whole number of at most 10 digits" if pattern is _WIDTH else
-            "number of at most 10 digits before and 6 after the point, with no exponent")
+    kind = (
+        "whole number of at most 10 digits"
+        if pattern is _WIDTH
+        else "number of at most 10 digits before and 6 after the point, with no exponent"
+    )
     for text in texts:
         if not pattern.fullmatch(text.strip()) or not float(text):
             raise _wrong(schedule, f"{_short(text)} is not a positive {kind}; {GRAMMAR}")
@@ -204,12 +235,16 @@ def _parse(schedule: str, texts: list[str], pattern: re.Pattern) -> list[Fractio
 def _selected_layers(entry: str, selector: str, num_layers: int) -> range:
     match = _SELECTOR.fullmatch(selector.strip())
     if not match:
-        raise _wrong(entry, f"{_short(selector)} selects no layers; write one layer as 5=, a range as 0-3=, "
-                            "or the default as *=")
+        raise _wrong(
+            entry, f"{_short(selector)} selects no layers; write one layer as 5=, a range as 0-3=, or the default as *="
+        )
     first, last = int(match[1]), int(match[2] or match[1])
     if first > last or last >= num_layers:
-        raise _wrong(entry, f"{_short(selector)} is no rising range within the layers 0-{num_layers - 1} of "
-                            f"{LAYERS_FLAG} {num_layers}; layers count from 0, both ends included")
+        raise _wrong(
+            entry,
+            f"{_short(selector)} is no rising range within the layers 0-{num_layers - 1} of "
+            f"{LAYERS_FLAG} {num_layers}; layers count from 0, both ends included",
+        )
     return range(first, last + 1)
 
 

@@ -70,8 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         do(Session(table, Path(logs), given.tiny), given.only or list(ITEMS), left)
     print(report.page(table.machine, table.rows, table.notes))
     wrong = table.wrong()
-    print(f"{given.output / 'gpu.md'}: written in {time.monotonic() - began:.0f} s; "
-          f"{'wrong: ' + ', '.join(wrong) if wrong else 'nothing is wrong'}")  # fmt: skip
+    print(
+        f"{given.output / 'gpu.md'}: written in {time.monotonic() - began:.0f} s; "
+        f"{'wrong: ' + ', '.join(wrong) if wrong else 'nothing is wrong'}"
+    )
     return int(bool(wrong))
 
 

@@ -39,8 +39,10 @@ CASES = {
     "many rows": Case(1024, (384, 640), (4096, 2049)),
 }
 KINDS = 8
-TINY = {"widest first, one without rows": Case(32, (40, 16, 24), (18, 0, 1)),
-        "widest last, added": Case(32, (16, 24), (17, 3), accumulate=True)}  # fmt: skip
+TINY = {
+    "widest first, one without rows": Case(32, (40, 16, 24), (18, 0, 1)),
+    "widest last, added": Case(32, (16, 24), (17, 3), accumulate=True),
+}
 
 
 def random_case(draw: random.Random, kind: int) -> Case:
@@ -112,8 +114,11 @@ def in_a_graph(case: Case) -> dict:
         replayed = run()
     captured_rows.copy_(torch.tensor(case.rows))
     graph.replay()
-    differ = [name for name, a, b in zip(("y", "dx", "dp", "dW1", "dW2"), replayed, run(), strict=True)
-              if not torch.equal(a, b)]  # fmt: skip
+    differ = [
+        name
+        for name, a, b in zip(("y", "dx", "dp", "dW1", "dW2"), replayed, run(), strict=True)
+        if not torch.equal(a, b)
+    ]
     return {"failed": differ}
 
 
@@ -122,19 +127,40 @@ def sanitized(until: float) -> dict:
     tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     if not tool:
         return {"skipped": "compute-sanitizer is not installed"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.correctness",
-               "--only", "few rows", "--only", "widest last, added"]  # fmt: skip
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.correctness",
+        "--only",
+        "few rows",
+        "--only",
+        "widest last, added",
+    ]
     # Each tensor its own allocation, so that a read past one is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     left_s = max(1.0, until - time.time())
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace",
-                              timeout=None if math.isinf(left_s) else left_s)  # fmt: skip
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=None if math.isinf(left_s) else left_s,
+        )
     except subprocess.TimeoutExpired:
         return {"skipped": f"not done after {left_s:.0f} s"}
     summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
-    return {"failed": [] if done.returncode == 0 else (done.stdout + done.stderr).splitlines()[-20:],
-            "said": summary[-1].strip("= ") if summary else "no summary"}  # fmt: skip
+    return {
+        "failed": [] if done.returncode == 0 else (done.stdout + done.stderr).splitlines()[-20:],
+        "said": summary[-1].strip("= ") if summary else "no summary",
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,8 +181,12 @@ def main(argv: list[str] | None = None) -> None:
     if given.random:
         draw = random.Random(seed)
         cases = {f"random {number}": random_case(draw, given.kind) for number in range(given.random)}
-        emit(what=f"random cases, kind {given.kind}", dtype="bfloat16", seed=seed,
-             **worst_of(cases, torch.bfloat16, seed, given.until))  # fmt: skip
+        emit(
+            what=f"random cases, kind {given.kind}",
+            dtype="bfloat16",
+            seed=seed,
+            **worst_of(cases, torch.bfloat16, seed, given.until),
+        )
         return
     everything = not (given.dtype or given.graph or given.only)
     # bf16 is wrong in Triton's interpreter.
@@ -165,8 +195,12 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in [] if given.graph else dtypes:
         emit(what="named cases", dtype=dtype, seed=seed, **worst_of(cases, getattr(torch, dtype), seed, given.until))
     if everything or given.graph:
-        emit(what="a CUDA graph, replayed with other rows", dtype="bfloat16", cases=1,
-             **in_a_graph(CASES["widest first, one without rows"]))  # fmt: skip
+        emit(
+            what="a CUDA graph, replayed with other rows",
+            dtype="bfloat16",
+            cases=1,
+            **in_a_graph(CASES["widest first, one without rows"]),
+        )
 
 
 if __name__ == "__main__":

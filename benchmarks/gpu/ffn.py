@@ -59,8 +59,10 @@ SHAPES = {
     "fine, small": Shape(2048, FINE, (128,) * 64),
 }
 # By rows of an expert and by experts, of mean width 1,408.
-SWEEP = {f"{count} x {rows} rows": Shape(2048, widths(count, 1408), (rows,) * count)
-         for count, rows in ((8, 16), (8, 128), (8, 1024), (8, 8192), (64, 16), (64, 1024), (256, 16), (256, 128))}
+SWEEP = {
+    f"{count} x {rows} rows": Shape(2048, widths(count, 1408), (rows,) * count)
+    for count, rows in ((8, 16), (8, 128), (8, 1024), (8, 8192), (64, 16), (64, 1024), (256, 16), (256, 128))
+}
 TINY = {"tiny": Shape(32, (24, 40), (5, 3))}
 DTYPE = torch.bfloat16
 
@@ -169,14 +171,17 @@ def kernel_rows(name: str, shape: Shape) -> None:
         ("up", lambda: launches.run_up(layer, batch, x, probs, fc1, gate_up, h), 2 * product),
         ("down", lambda: launches.run_down(layer, batch, h, fc2, y), product),
         ("hidden grad", lambda: launches.run_hidden_grad(layer, batch, dy, fc2, dh), product),
-        ("activation grad", lambda: launches.run_activation_grad(layer, batch, dh, probs, gate_up, gate_up_grad, h,
-                                                                 dprobs), 0),
+        (
+            "activation grad",
+            lambda: launches.run_activation_grad(layer, batch, dh, probs, gate_up, gate_up_grad, h, dprobs),
+            0,
+        ),
         ("fc2 grad", lambda: launches.run_fc2_grad(layer, batch, h, dy, fc2, False), product),
         ("fc2 grad, added", lambda: launches.run_fc2_grad(layer, batch, h, dy, main2, True), product),
         ("fc1 grad", lambda: launches.run_fc1_grad(layer, batch, gate_up_grad, x, fc1, False), 2 * product),
         ("fc1 grad, added", lambda: launches.run_fc1_grad(layer, batch, gate_up_grad, x, main1, True), 2 * product),
         ("input grad", lambda: launches.run_input_grad(layer, batch, gate_up_grad, fc1, dx), 2 * product),
-    ):  # fmt: skip
+    ):
         run()
         ms = median_ms(run)
         rate = {"tflops": flops / ms / 1e9} if flops else {"gb_per_s": 6 * elements * dtype.itemsize / ms / 1e6}

@@ -57,11 +57,16 @@ class Session:
 def correctness(session: Session, limit_s: float) -> None:
     module = "benchmarks.gpu.correctness"
     until = ["--until", f"{time.time() + limit_s - LAST_S:.0f}"]
-    commands = [[module, "--tiny"]] if session.tiny else [
-        *([module, "--dtype", name] for name in NAMES), [module, "--graph"],
-        *([module, "--random", str(RANDOM_CASES), "--kind", str(kind)] for kind in range(KINDS)),
-        [module, "--sanitizer"],
-    ]  # fmt: skip
+    commands = (
+        [[module, "--tiny"]]
+        if session.tiny
+        else [
+            *([module, "--dtype", name] for name in NAMES),
+            [module, "--graph"],
+            *([module, "--random", str(RANDOM_CASES), "--kind", str(kind)] for kind in range(KINDS)),
+            [module, "--sanitizer"],
+        ]
+    )
     in_processes(session, "correctness", [[*command, *until] for command in commands], limit_s)
 
 
@@ -127,10 +132,17 @@ def in_processes(session: Session, item: str, commands: list[list[str]], limit_s
     table = session.table
     files = [session.logs / f"{item}_{number}.log" for number in range(len(commands))]
     processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-m", *words], cwd=ROOT, text=True, errors="replace",
-                         stdout=subprocess.PIPE, stderr=file.open("w"), start_new_session=True)
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", *words],
+            cwd=ROOT,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=file.open("w"),
+            start_new_session=True,
+        )
         for words, file in zip(commands, files, strict=True)
-    ]  # fmt: skip
+    ]
 
     def read(process):
         for line in process.stdout:

@@ -1,6 +1,6 @@
 """A hardware profile measured on the device at hand, and what the published one predicts of the same layers.
 
-    python -m benchmarks.gpu.rates --output FILE [--seconds 10] [--tiny]
+python -m benchmarks.gpu.rates --output FILE [--seconds 10] [--tiny]
 """
 
 import argparse
@@ -31,14 +31,23 @@ def main(argv: list[str] | None = None) -> None:
     apart = layers_kept_apart(*grid)
     measured = measure(layers_to_fit(*grid), apart, given.seconds)
     measured.profile.save(given.output)
-    emit(profile=measured.profile.name, rates={
-        name: value for name, value in measured.profile.to_dict().items() if isinstance(value, float)
-    }, file=given.output.name)  # fmt: skip
-    for name, off in (("measured here", measured.errors["layers kept apart"]),
-                      (f"published {PUBLISHED}", errors(apart, measured.times_s, PROFILES[PUBLISHED]))):  # fmt: skip
+    emit(
+        profile=measured.profile.name,
+        rates={name: value for name, value in measured.profile.to_dict().items() if isinstance(value, float)},
+        file=given.output.name,
+    )
+    for name, off in (
+        ("measured here", measured.errors["layers kept apart"]),
+        (f"published {PUBLISHED}", errors(apart, measured.times_s, PROFILES[PUBLISHED])),
+    ):
         sizes = np.abs(off)
-        emit(profile=name, layers=len(off), median_error=float(np.median(sizes)), worst_error=float(sizes.max()),
-             over_measured=float(np.median(off) + 1))  # fmt: skip
+        emit(
+            profile=name,
+            layers=len(off),
+            median_error=float(np.median(sizes)),
+            worst_error=float(sizes.max()),
+            over_measured=float(np.median(off) + 1),
+        )
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ _DEEPEP = ("deep_ep",)
 # In the order of their value: a run that is cut off has done the first.
 RUNS = (
     Run("no flag", 1, ""),
-    Run("triton against reference, bf16", 1, "--bf16 --hmoe-gemm-backend triton",
-        "--bf16 --hmoe-gemm-backend reference"),
+    Run(
+        "triton against reference, bf16", 1, "--bf16 --hmoe-gemm-backend triton", "--bf16 --hmoe-gemm-backend reference"
+    ),
     Run("the same twice", 1, "--bf16", "--bf16"),
     Run("TE against local", 1, f"{TE} --bf16", f"{LOCAL} --bf16", engine=True),
     Run("FP8", 1, FP8, f"{TE} --bf16", bound=FP8_BOUND, engine=True, capability=(8, 9)),
@@ -74,24 +75,30 @@ RUNS = (
     Run("distributed optimizer", 1, f"--bf16 {OVERLAPPED}", "--bf16"),
     Run("resumed, bf16", 1, "--bf16", resume=True),
     Run("experts recomputed", 1, "--bf16 --recompute-granularity selective --recompute-modules moe", "--bf16"),
-    Run("FP8, recomputed", 1, f"{FP8} --recompute-granularity selective --recompute-modules moe", FP8, engine=True,
-        capability=(8, 9)),
+    Run(
+        "FP8, recomputed",
+        1,
+        f"{FP8} --recompute-granularity selective --recompute-modules moe",
+        FP8,
+        engine=True,
+        capability=(8, 9),
+    ),
     Run("resumed", 1, "", resume=True, bound=FP32_BOUND),
-    Run("triton against reference", 1, "--hmoe-gemm-backend triton", "--hmoe-gemm-backend reference",
-        bound=FP32_BOUND),
+    Run("triton against reference", 1, "--hmoe-gemm-backend triton", "--hmoe-gemm-backend reference", bound=FP32_BOUND),
     Run("resumed, local", 1, f"{LOCAL} --bf16", resume=True, engine=True),
     Run("EP2", 2, EP2, "", bound=FP32_BOUND),
     Run("EP2, distributed optimizer", 2, f"--bf16 {EP2} {OVERLAPPED}", "--bf16"),
     Run("TP2", 2, TP2, "", bound=FP32_BOUND),
     Run("PP2", 2, "--pipeline-model-parallel-size 2", "", bound=FP32_BOUND),
     Run("CP2", 2, f"{TE} --bf16 --context-parallel-size 2", f"{TE} --bf16", engine=True),
-    Run("CP2, EP2, Top-P", 2, f"{TE} {TOPP} {EP2} --bf16 --context-parallel-size 2", f"{TE} {TOPP} --bf16",
-        engine=True),
+    Run(
+        "CP2, EP2, Top-P", 2, f"{TE} {TOPP} {EP2} --bf16 --context-parallel-size 2", f"{TE} {TOPP} --bf16", engine=True
+    ),
     Run("flex, DeepEP", 2, f"{FLEX} deepep", ALLTOALL, 2, needs=_DEEPEP),
     Run("flex, DeepEP, Top-P", 2, f"{FLEX} deepep {TOPP}", f"{ALLTOALL} {TOPP}", 2, needs=_DEEPEP),
     Run("flex, HybridEP", 2, f"{FLEX} hybridep", ALLTOALL, 2, needs=_DEEPEP),
     Run("flex, HybridEP, Top-P", 2, f"{FLEX} hybridep {TOPP}", f"{ALLTOALL} {TOPP}", 2, needs=_DEEPEP),
-)  # fmt: skip
+)
 
 
 def lacking(run: Run, gpus: int, capability: tuple[int, int], engine: bool) -> str | None:

@@ -45,21 +45,32 @@ class Model(NamedTuple):
 MODELS = {
     "0.4B": Model(
         "--bf16 --num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 2048 "
-        "--max-position-embeddings 2048 --micro-batch-size 8 --global-batch-size 8 --moe-router-topk 2", 8, 1536, 8,
+        "--max-position-embeddings 2048 --micro-batch-size 8 --global-batch-size 8 --moe-router-topk 2",
+        8,
+        1536,
+        8,
         # Of random probabilities it takes 2.0 experts a token on average, as Top-2 does.
         {"ours, Top-P": More("ours", "--hmoe-router topp --hmoe-top-p 0.46")},
     ),
     "64 experts, 2 layers": Model(
         "--bf16 --num-layers 2 --hidden-size 2048 --num-attention-heads 16 --seq-length 2048 "
-        "--max-position-embeddings 2048 --micro-batch-size 4 --global-batch-size 4 --moe-router-topk 6", 64, 1408, 128,
+        "--max-position-embeddings 2048 --micro-batch-size 4 --global-batch-size 4 --moe-router-topk 6",
+        64,
+        1408,
+        128,
         {"stock, fused permutation": More("stock", "--moe-permute-fusion", engine=True)},
     ),
-}  # fmt: skip
+}
 TINY = {
-    "tiny": Model("--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 "
-                  "--max-position-embeddings 16 --global-batch-size 2 --moe-router-topk 2 --vocab-size 128", 4, 32, 8,
-                  {"ours, Top-P": More("ours", "--hmoe-router topp --hmoe-top-p 0.46")}),
-}  # fmt: skip
+    "tiny": Model(
+        "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 "
+        "--max-position-embeddings 16 --global-batch-size 2 --moe-router-topk 2 --vocab-size 128",
+        4,
+        32,
+        8,
+        {"ours, Top-P": More("ours", "--hmoe-router topp --hmoe-top-p 0.46")},
+    )
+}
 ROUNDS, STEPS, WARM_UP, PARTS_STEPS = 7, 4, 6, 4
 
 
@@ -67,16 +78,21 @@ def flags(model: Model, kind: str, engine: bool) -> str:
     """Flags of the model as ``kind``, "ours" or "stock"; engine: whether Transformer Engine is there."""
     both = f"{COMMON} {'' if engine else NO_ENGINE} {model.of_both} --num-experts {model.experts}"
     if kind == "ours":
-        return (f"{both} --hmoe-widths arithmetic:9:23 --hmoe-total-width {model.experts * model.width} "
-                f"--hmoe-width-multiple {model.multiple}")  # fmt: skip
+        return (
+            f"{both} --hmoe-widths arithmetic:9:23 --hmoe-total-width {model.experts * model.width} "
+            f"--hmoe-width-multiple {model.multiple}"
+        )
     return f"{both} --moe-ffn-hidden-size {model.width} {'--moe-grouped-gemm' if engine else ''}"
 
 
 def kinds(model: Model, engine: bool) -> dict[str, tuple[str, str]]:
     """{"ours", "stock", and names of more: (kind, flags)} of what is timed of the model."""
     every = {"ours": More("ours", ""), "stock": More("stock", "")} | model.more
-    return {name: (of.kind, f"{flags(model, of.kind, engine)} {of.flags}") for name, of in every.items()
-            if engine or not of.engine}  # fmt: skip
+    return {
+        name: (of.kind, f"{flags(model, of.kind, engine)} {of.flags}")
+        for name, of in every.items()
+        if engine or not of.engine
+    }
 
 
 def start(engine: bool, models: dict[str, Model], logs: Path) -> dict[str, dict[str, Side]]:
@@ -95,8 +111,15 @@ def build(model: str, kind: str, side: Side, emit) -> float:
     ready_s = side.ready()["ready_s"]
     built, first = side.ask("build"), side.ask("step", count=1)
     to_first_loss_s = ready_s + built["set_up_s"] + first["ms"][0] / 1e3
-    emit(model=model, side=kind, build_s=built["build_s"], expert_parameters=built["expert_parameters"],
-         to_first_loss_s=to_first_loss_s, first_step_ms=first["ms"][0], first_loss=first["losses"][0])  # fmt: skip
+    emit(
+        model=model,
+        side=kind,
+        build_s=built["build_s"],
+        expert_parameters=built["expert_parameters"],
+        to_first_loss_s=to_first_loss_s,
+        first_step_ms=first["ms"][0],
+        first_loss=first["losses"][0],
+    )
     return to_first_loss_s
 
 
@@ -105,12 +128,19 @@ def time_beside(model: str, what: str, sides: dict[str, Side], emit, tiny: bool)
     rounds, steps, warm_up = (2, 1, 1) if tiny else (ROUNDS, STEPS, WARM_UP)
     for side in sides.values():
         side.ask("step", count=warm_up)
-    medians = alternate({kind: lambda side=side: side.ask("step", count=steps)["ms"] for kind, side in sides.items()},
-                        rounds)  # fmt: skip
+    medians = alternate(
+        {kind: lambda side=side: side.ask("step", count=steps)["ms"] for kind, side in sides.items()}, rounds
+    )
     first, second = sides
     middle, least, most = ratio(medians, first, second)
-    emit(model=model, what=what, ratio=middle, least=least, most=most,
-         ms={kind: statistics.median(of) for kind, of in medians.items()})  # fmt: skip
+    emit(
+        model=model,
+        what=what,
+        ratio=middle,
+        least=least,
+        most=most,
+        ms={kind: statistics.median(of) for kind, of in medians.items()},
+    )
 
 
 def compare(model: str, sides: dict[str, Side], emit, tiny: bool = False) -> None:

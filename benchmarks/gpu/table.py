@@ -55,7 +55,12 @@ class Table:
 
     def wrong(self) -> list[str]:
         """Items in which something failed."""
-        return sorted(self._wrong | {
-            item for item, rows in self.rows.items() for row in rows
-            if row.get("failed") or row.get("different in a second run") or row.get("ok") is False
-        })  # fmt: skip
+        return sorted(
+            self._wrong
+            | {
+                item
+                for item, rows in self.rows.items()
+                for row in rows
+                if row.get("failed") or row.get("different in a second run") or row.get("ok") is False
+            }
+        )

@@ -1,9 +1,9 @@
 """Names of checkpoints in a run's directory, and the order in which they come to be there. No torch.
 
-    latest_checkpointed_iteration.txt   Megatron's tracker: the iteration of the last good checkpoint
-    iter_0000200/                       a checkpoint; it is complete when it holds a manifest
-    .iter_0000200.saving/               being written: becomes iter_0000200 by one rename when it is complete
-    .iter_0000200.replaced/             an older one of the same iteration, until the new one is in its place
+latest_checkpointed_iteration.txt   Megatron's tracker: the iteration of the last good checkpoint
+iter_0000200/                       a checkpoint; it is complete when it holds a manifest
+.iter_0000200.saving/               being written: becomes iter_0000200 by one rename when it is complete
+.iter_0000200.replaced/             an older one of the same iteration, until the new one is in its place
 """
 
 import os
@@ -73,12 +73,16 @@ def _entries(root: Path) -> list[Path]:
 
 def _listed(root: Path) -> str:
     complete = complete_iterations(root)
-    return f"complete checkpoints there: {', '.join(map(str, complete[-8:]))}" if complete else (
-        "no complete checkpoint is there")
+    return (
+        f"complete checkpoints there: {', '.join(map(str, complete[-8:]))}"
+        if complete
+        else ("no complete checkpoint is there")
+    )
 
 
-def find(root: str | Path, step: int | None = None, may_be_new: bool = False,
-         put_back: bool = False) -> tuple[int, Path] | None:  # fmt: skip
+def find(
+    root: str | Path, step: int | None = None, may_be_new: bool = False, put_back: bool = False
+) -> tuple[int, Path] | None:
     """(iteration, directory) of the checkpoint that a run goes on from: `step`, else the tracker's.
 
     put_back: of one whose replacement was cut off, the directory where it lies until `tidy` puts it back.
@@ -96,16 +100,19 @@ def find(root: str | Path, step: int | None = None, may_be_new: bool = False,
     if iteration is None:
         if may_be_new:
             return None
-        raise CheckpointRefused(f"--load {root}: no checkpoint is there ({TRACKER_FILE} is missing): give the "
-                                "directory that --save of a run named; a new run has no --load, or one equal to --save")
+        raise CheckpointRefused(
+            f"--load {root}: no checkpoint is there ({TRACKER_FILE} is missing): give the "
+            "directory that --save of a run named; a new run has no --load, or one equal to --save"
+        )
     path = checkpoint_path(root, iteration)
     replaced = _replaced_path(path)
     if put_back and not (path / MANIFEST_FILE).is_file() and (replaced / MANIFEST_FILE).is_file():
         return iteration, replaced
     if not path.is_dir():
         named = "--ckpt-step" if step else TRACKER_FILE
-        raise CheckpointRefused(f"{path}: missing, and {named} names it; {_listed(root)}: give one of them as "
-                                "--ckpt-step N")
+        raise CheckpointRefused(
+            f"{path}: missing, and {named} names it; {_listed(root)}: give one of them as --ckpt-step N"
+        )
     return iteration, path
 
 

@@ -54,12 +54,17 @@ def check_files(path: Path, skip_integrity: bool) -> None:
             raise CheckpointRefused(str(error).removeprefix("rank 0: CheckpointRefused: ")) from None
         if damages:
             more = f" and {len(damages) - manifest.MAX_DAMAGES} more" if len(damages) > manifest.MAX_DAMAGES else ""
-            raise CheckpointRefused(f"{path} is damaged: {'; '.join(damages[: manifest.MAX_DAMAGES])}{more}: "
-                                    f"{OTHER_CHECKPOINT}, or load it as it is with --hmoe-skip-integrity")
+            raise CheckpointRefused(
+                f"{path} is damaged: {'; '.join(damages[: manifest.MAX_DAMAGES])}{more}: "
+                f"{OTHER_CHECKPOINT}, or load it as it is with --hmoe-skip-integrity"
+            )
         if collectives.rank() == 0:
             size_mb = sum(record.bytes for record in files.values()) / 1e6
-            print(f" {path}: SHA-256 of {len(files)} files, {size_mb:.1f} MB, checked in "
-                  f"{time.monotonic() - started_s:.2f} s", flush=True)  # fmt: skip
+            print(
+                f" {path}: SHA-256 of {len(files)} files, {size_mb:.1f} MB, checked in "
+                f"{time.monotonic() - started_s:.2f} s",
+                flush=True,
+            )
     try:
         collectives.run_on_rank0(lambda: read_metadata(path) and None)
     except collectives.StepFailed as error:

@@ -48,8 +48,14 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write the manifest of the checkpoint in `folder`."""
         files = {name: [record.bytes, record.sha256] for name, record in sorted(self.files.items())}
-        body = {"schema": SCHEMA, "iteration": self.iteration, "settings": self.settings, "layout": self.layout,
-                "versions": self.versions, "files": files}  # fmt: skip
+        body = {
+            "schema": SCHEMA,
+            "iteration": self.iteration,
+            "settings": self.settings,
+            "layout": self.layout,
+            "versions": self.versions,
+            "files": files,
+        }
         atomic_write(Path(folder) / MANIFEST_FILE, (canonical(body | {"sha256": checksum(body)}) + "\n").encode())
 
 
@@ -80,8 +86,13 @@ def _check(body) -> None:
     for name, record in body["files"].items():
         if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(f"{name!r:.80} is no plain file name")
-        if not (type(record) is list and len(record) == 2 and type(record[0]) is int and type(record[1]) is str
-                and _SHA256.fullmatch(record[1])):  # fmt: skip
+        if not (
+            type(record) is list
+            and len(record) == 2
+            and type(record[0]) is int
+            and type(record[1]) is str
+            and _SHA256.fullmatch(record[1])
+        ):
             raise ValueError(f"files: {name}: not [bytes, sha256]")
 
 

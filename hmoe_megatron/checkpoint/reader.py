@@ -25,15 +25,27 @@ _ALLOWED = {
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},  # Python 3.13
     "builtins": {"set"},
-}  # fmt: skip
+}
 
 
 class _MetadataUnpickler(pickle._Unpickler):
@@ -61,8 +73,9 @@ def read_metadata(folder: Path) -> Metadata:
         _check(metadata, Path(folder))
     except Exception as error:  # a damaged pickle may raise anything
         said = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}"
-        raise CheckpointRefused(f"{path}: {said or type(error).__name__}: not loaded; {OTHER_CHECKPOINT}",
-                                on_every_rank=False) from None  # fmt: skip
+        raise CheckpointRefused(
+            f"{path}: {said or type(error).__name__}: not loaded; {OTHER_CHECKPOINT}", on_every_rank=False
+        ) from None
     return metadata
 
 
@@ -122,8 +135,10 @@ class CheckpointReader(FileSystemReader):
                     torch.load(value, map_location="cpu", weights_only=True)
             except Exception as error:
                 reason = refused_pickle(error) or str(error).split("\n")[0].split(". ")[0]
-                raise CheckpointRefused(f"{self.path}: object {item.storage_index.fqn}: {reason:.300}: not loaded; "
-                                        f"{OTHER_CHECKPOINT}", on_every_rank=False) from None  # fmt: skip
+                raise CheckpointRefused(
+                    f"{self.path}: object {item.storage_index.fqn}: {reason:.300}: not loaded; {OTHER_CHECKPOINT}",
+                    on_every_rank=False,
+                ) from None
             value.seek(0)
             stock(item, value)
 

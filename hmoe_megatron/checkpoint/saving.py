@@ -89,8 +89,9 @@ class Saver:
     """The saves of one run into `root`. manifest: (iteration, files) -> Manifest of this run's model. write_plan:
     writes the plan into a directory. max_failed: failed saves in a row that end the run."""
 
-    def __init__(self, root: Path, manifest: Callable[[int, dict], Manifest], write_plan: Callable[[Path], None],
-                 max_failed: int):  # fmt: skip
+    def __init__(
+        self, root: Path, manifest: Callable[[int, dict], Manifest], write_plan: Callable[[Path], None], max_failed: int
+    ):
         self.root, self.manifest, self.write_plan, self.max_failed = root, manifest, write_plan, max_failed
         self.failed_in_a_row = 0
         self.last_error = ""
@@ -108,8 +109,10 @@ class Saver:
         bad = collectives.all_ranks(lambda: not_finite(model))
         if any(bad):
             rank, names = next((rank, names) for rank, names in enumerate(bad) if names)
-            raise SavingFailed(f"iteration {iteration} is not saved: not finite on rank {rank}: {', '.join(names[:8])};"
-                               f" {AS_IT_WAS}: start again from it, with a lower --lr or other data")
+            raise SavingFailed(
+                f"iteration {iteration} is not saved: not finite on rank {rank}: {', '.join(names[:8])};"
+                f" {AS_IT_WAS}: start again from it, with a lower --lr or other data"
+            )
         for number in range(1, TRIES + 1):
             try:
                 # Megatron makes the directory on rank 0 while the others go on.
@@ -135,12 +138,17 @@ class Saver:
         """One more failed save in a row. Raises SavingFailed if that is one too many."""
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= self.max_failed:
-            raise SavingFailed(f"{self.failed_in_a_row} saves in a row failed (--hmoe-max-failed-saves "
-                               f"{self.max_failed}), the last one: {self.last_error}; {AS_IT_WAS}: mend that and start "
-                               "again from it")
+            raise SavingFailed(
+                f"{self.failed_in_a_row} saves in a row failed (--hmoe-max-failed-saves "
+                f"{self.max_failed}), the last one: {self.last_error}; {AS_IT_WAS}: mend that and start "
+                "again from it"
+            )
         if collectives.rank() == 0:
-            print(f" not saved; training goes on ({self.failed_in_a_row} of --hmoe-max-failed-saves {self.max_failed} "
-                  "in a row)", flush=True)
+            print(
+                f" not saved; training goes on ({self.failed_in_a_row} of --hmoe-max-failed-saves {self.max_failed} "
+                "in a row)",
+                flush=True,
+            )
 
     def finalize(self, stock, *args, **named):
         """Megatron's maybe_finalize_async_save: an asynchronous save that failed is reported and counted."""
@@ -154,8 +162,9 @@ class Saver:
     def end(self) -> None:
         """At the end of the run. Raises SavingFailed if the last save failed: the steps since are lost."""
         if self.failed_in_a_row:
-            raise SavingFailed(f"the last save of the run failed: {self.last_error}; {AS_IT_WAS}: mend that and start "
-                               "again from it")
+            raise SavingFailed(
+                f"the last save of the run failed: {self.last_error}; {AS_IT_WAS}: mend that and start again from it"
+            )
 
     def write(self, stock, state, checkpoint_dir, *args, **named):
         """dist_checkpointing.save, aside; publishes the checkpoint when all of it is on the disk."""
@@ -231,8 +240,9 @@ def _free(root: Path) -> str:
 def _reason(error: BaseException) -> str:
     """One line: of what several ranks say, each once."""
     if isinstance(error, CheckpointException):
-        reasons = [f"rank {rank}: {str(failure[0]).splitlines()[-1].removeprefix(WORKER)}"
-                   for rank, failure in error.failures.items()]  # fmt: skip
+        reasons = [
+            f"rank {rank}: {str(failure[0]).splitlines()[-1].removeprefix(WORKER)}"
+            for rank, failure in error.failures.items()
+        ]
         return "; ".join(reasons[:8]) or "another rank failed to write its files"
     return str(error)
-

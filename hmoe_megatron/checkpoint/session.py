@@ -16,9 +16,11 @@ from hmoe_megatron.files import PLAN_FILE
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.patches import hooks
 
-_LAYOUT = ("world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-           "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
-           "use_distributed_optimizer").split()  # fmt: skip
+_LAYOUT = (
+    "world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
+    "use_distributed_optimizer"
+).split()
 TIDY_S = 60.0  # by which rank 0 may start later than another rank
 
 
@@ -92,8 +94,10 @@ class Checkpoints:
     def _keep_others(self, root: Path) -> None:
         complete = directory.complete_iterations(root)
         if complete:
-            raise ValueError(f"--save {root} holds the checkpoints of a run (the last: iteration {complete[-1]}), and "
-                             f"this run does not go on from them: add --load {root}, or give another --save")
+            raise ValueError(
+                f"--save {root} holds the checkpoints of a run (the last: iteration {complete[-1]}), and "
+                f"this run does not go on from them: add --load {root}, or give another --save"
+            )
 
     def _compare(self, path: Path) -> None:
         """Raises CheckpointRefused with every setting that differs and matters; says the others."""
@@ -107,8 +111,10 @@ class Checkpoints:
         finetune = self.args.finetune or bool(pretrained and path.parent.absolute() == Path(pretrained).absolute())
         refused, told = settings.differences(saved, self.settings, finetune)
         if refused:
-            raise CheckpointRefused(f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
-                                    "that saved it (another plan, layout or number of ranks is no difference)")
+            raise CheckpointRefused(
+                f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
+                "that saved it (another plan, layout or number of ranks is no difference)"
+            )
         if told and collectives.rank() == 0:
             print(f" goes on with other settings: {'; '.join(told)}", flush=True)
 
@@ -124,11 +130,17 @@ class Checkpoints:
         from hmoe_megatron.checkpoint import reader, saving
 
         self.saver = saving.Saver(
-            Path(self.args.save or "."), self.manifest, lambda folder: self.plan.save(folder / PLAN_FILE),
+            Path(self.args.save or "."),
+            self.manifest,
+            lambda folder: self.plan.save(folder / PLAN_FILE),
             self.hmoe.max_failed_saves,
         )
         hooks.checkpoints(
-            self.saver, self.load_checkpoint, reader.checkpoint_reader, saving.hashing_request, saving.write_or_raise,
+            self.saver,
+            self.load_checkpoint,
+            reader.checkpoint_reader,
+            saving.hashing_request,
+            saving.write_or_raise,
             saving.finalize_together,
         )
 

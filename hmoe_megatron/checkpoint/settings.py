@@ -29,8 +29,14 @@ _FREE = (
     "hmoe_widths hmoe_total_width hmoe_width_multiple hmoe_placement hmoe_max_cuts hmoe_cut_multiple hmoe_gemm_backend "
     "hmoe_keep_hidden hmoe_run_dir hmoe_skip_integrity hmoe_verify_data hmoe_max_failed_saves hmoe_idle_expert_steps"
 ).split()
-_FREE_PREFIXES = ("moe_ncclep", "moe_routing_trace", "moe_paged_stash", "moe_hybridep", "moe_deepep",
-                  "moe_permute_fusion")  # fmt: skip
+_FREE_PREFIXES = (
+    "moe_ncclep",
+    "moe_routing_trace",
+    "moe_paged_stash",
+    "moe_hybridep",
+    "moe_deepep",
+    "moe_permute_fusion",
+)
 # How it is trained: may change at a resume, and is told.
 _TRAINING = (
     "moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_router_load_balancing_type "

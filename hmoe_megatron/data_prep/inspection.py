@@ -39,11 +39,18 @@ def summarise(data: DataSet, sidecar: dict | None) -> Summary:
     edges = bin_edges(int(lengths.min()), int(lengths.max()))
     counts, _ = np.histogram(lengths, bins=[*edges, edges[-1] + 1])
     summary = Summary(
-        documents=borders - 1, sequences=sequences, tokens=int(lengths.sum(dtype=np.int64)), dtype=dtype,
-        lowest_id=lowest, highest_id=highest, shortest=int(lengths.min()), longest=int(lengths.max()),
-        mean=float(lengths.mean()), median=float(np.median(lengths)),
+        documents=borders - 1,
+        sequences=sequences,
+        tokens=int(lengths.sum(dtype=np.int64)),
+        dtype=dtype,
+        lowest_id=lowest,
+        highest_id=highest,
+        shortest=int(lengths.min()),
+        longest=int(lengths.max()),
+        mean=float(lengths.mean()),
+        median=float(np.median(lengths)),
         histogram=[(low, high - 1, int(count)) for low, high, count in zip(edges, edges[1:], counts, strict=False)],
-    )  # fmt: skip
+    )
     if sidecar:
         _check_against(data, sidecar, summary)
     return summary
@@ -65,11 +72,15 @@ def _check_against(data: DataSet, sidecar: dict, summary: Summary) -> None:
     counts, vocab_size = sidecar["counts"], sidecar["vocab_size"]
     said = (counts["documents"], counts["tokens"])
     if said != (summary.documents, summary.tokens):
-        raise ValueError(f"{data.prefix}: holds {summary.documents:,} documents of {summary.tokens:,} tokens, its "
-                         f"sidecar says {said[0]:,} of {said[1]:,}; {AGAIN}")  # fmt: skip
+        raise ValueError(
+            f"{data.prefix}: holds {summary.documents:,} documents of {summary.tokens:,} tokens, its "
+            f"sidecar says {said[0]:,} of {said[1]:,}; {AGAIN}"
+        )
     if summary.lowest_id < 0 or summary.highest_id >= vocab_size:
-        raise ValueError(f"{data.bin}: ids from {summary.lowest_id} to {summary.highest_id} are not all in a "
-                         f"vocabulary of {vocab_size}; {AGAIN}")  # fmt: skip
+        raise ValueError(
+            f"{data.bin}: ids from {summary.lowest_id} to {summary.highest_id} are not all in a "
+            f"vocabulary of {vocab_size}; {AGAIN}"
+        )
 
 
 def read_document(data: DataSet, number: int) -> np.ndarray:
@@ -95,13 +106,17 @@ def draw_lengths(data: DataSet, summary: Summary, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     lows, highs, counts = zip(*summary.histogram, strict=True)
     axes.bar(range(len(counts)), counts, width=0.9, color=COLOUR)
-    axes.set_xticks(range(len(counts)), [f"{low:,} to\n{high:,}" for low, high in zip(lows, highs, strict=True)],
-                    fontsize=7)  # fmt: skip
+    axes.set_xticks(
+        range(len(counts)), [f"{low:,} to\n{high:,}" for low, high in zip(lows, highs, strict=True)], fontsize=7
+    )
     axes.set_xlabel("tokens a sequence")
     axes.set_ylabel("sequences")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{Path(data.prefix).name}: {summary.sequences:,} sequences, {summary.tokens:,} tokens, "
-                   f"median {summary.median:,.0f}", fontsize=10)  # fmt: skip
+    axes.set_title(
+        f"{Path(data.prefix).name}: {summary.sequences:,} sequences, {summary.tokens:,} tokens, "
+        f"median {summary.median:,.0f}",
+        fontsize=10,
+    )
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

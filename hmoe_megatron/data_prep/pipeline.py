@@ -32,8 +32,17 @@ def listing(bad: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(bad.items())) or "no bad record"
 
 
-def fill(shard: Shard, spans: list[Span], encoder: Encoder, encoder_args: tuple, *, workers: int, on_bad_record: str,
-         max_bad_records: int | None, is_quiet: bool = False) -> None:  # fmt: skip
+def fill(
+    shard: Shard,
+    spans: list[Span],
+    encoder: Encoder,
+    encoder_args: tuple,
+    *,
+    workers: int,
+    on_bad_record: str,
+    max_bad_records: int | None,
+    is_quiet: bool = False,
+) -> None:
     """Encodes what of `spans` is not in `shard` yet. Raises ValueError for a record that the policy does not let pass;
     what stands before its block is kept, so the work can go on under another policy."""
     shard.progress.tokenizer = encoder.about

@@ -81,10 +81,21 @@ def publish(prefix: str, keys: list[str], shards: list[Shard], request: dict) ->
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         for number, key in enumerate(keys):
-            _build(building, data_set_name(prefix, key).name, number, shards,
-                   {"schema": SCHEMA, "fingerprint": fingerprint(request), "json_key": key, "request": request,
-                    **shards[0].progress.tokenizer, "counts": {**counts, "tokens": counts["tokens"][number]},
-                    "versions": _versions()})  # fmt: skip
+            _build(
+                building,
+                data_set_name(prefix, key).name,
+                number,
+                shards,
+                {
+                    "schema": SCHEMA,
+                    "fingerprint": fingerprint(request),
+                    "json_key": key,
+                    "request": request,
+                    **shards[0].progress.tokenizer,
+                    "counts": {**counts, "tokens": counts["tokens"][number]},
+                    "versions": _versions(),
+                },
+            )
         if is_kept:
             _join([shard.folder / QUARANTINE for shard in shards], building / quarantine_path(prefix).name)
         for path in building.iterdir():

@@ -11,9 +11,19 @@ from typing import NamedTuple
 from hmoe_megatron.data_prep.sources import KEPT_OF_LONG_RECORD_BYTES, Block
 
 BAD_KINDS = (
-    "too_long", "blank_line", "not_utf8", "broken_json", "not_an_object", "missing_key", "null",
-    "not_a_string", "empty", "tokenizer_error", "no_tokens", "id_out_of_range",
-)  # fmt: skip
+    "too_long",
+    "blank_line",
+    "not_utf8",
+    "broken_json",
+    "not_an_object",
+    "missing_key",
+    "null",
+    "not_a_string",
+    "empty",
+    "tokenizer_error",
+    "no_tokens",
+    "id_out_of_range",
+)
 BLANK_LINES = re.compile(rb"(?:\r?\n){2,}")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -88,8 +98,9 @@ def _split(data: bytes, kind: str) -> Iterator[tuple[int, bytes]]:
 def _parse(line: int, record, parse, keys: Sequence[str], max_record_bytes: int) -> Good | Bad:
     size = len(record) if isinstance(record, bytes) else max(len(text or b"") for text in record)
     if size > max_record_bytes:
-        return _too_long(line, record if isinstance(record, bytes) else max(record, key=lambda t: len(t or b"")),
-                         max_record_bytes)  # fmt: skip
+        return _too_long(
+            line, record if isinstance(record, bytes) else max(record, key=lambda t: len(t or b"")), max_record_bytes
+        )
     try:
         return Good(line, parse(record, keys), record)
     except BadRecord as bad:

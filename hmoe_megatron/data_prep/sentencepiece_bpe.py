@@ -74,8 +74,9 @@ def _entries(model) -> _Entries:
         elif piece.type == piece.UNUSED:
             raise ValueError("it has unused entries")
     # One that stands for a character of its own needs no search.
-    alone = {symbol for symbol in symbols
-             if len(symbol) == 1 and not any(symbol in text for text in ids if text != symbol)}  # fmt: skip
+    alone = {
+        symbol for symbol in symbols if len(symbol) == 1 and not any(symbol in text for text in ids if text != symbol)
+    }
     symbols = [symbol for symbol in symbols if symbol not in alone]
     for symbol in symbols:
         del ids[symbol]

@@ -55,8 +55,9 @@ def _locked(folder: Path) -> int:
             pass
         except BlockingIOError:
             os.close(lock)
-            raise ValueError(f"--output-prefix: another run is writing {folder}; wait for it or choose another "
-                             "prefix") from None  # fmt: skip
+            raise ValueError(
+                f"--output-prefix: another run is writing {folder}; wait for it or choose another prefix"
+            ) from None
         os.close(lock)
 
 
@@ -86,16 +87,21 @@ class Shard:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self.folder / STATE}: damaged ({error}); remove the folder {self.folder} to start "
-                             "again") from error  # fmt: skip
+            raise ValueError(
+                f"{self.folder / STATE}: damaged ({error}); remove the folder {self.folder} to start again"
+            ) from error
         remedy = f"give that command's flags to go on, or remove the folder {self.folder} to start again"
         changed = sorted(name for name in {*request, *self.request} if request.get(name) != self.request.get(name))
         if changed:
-            raise ValueError(f"--output-prefix: {self.folder} holds the work of another command, of other "
-                             f"{', '.join(changed)}; {remedy}")  # fmt: skip
+            raise ValueError(
+                f"--output-prefix: {self.folder} holds the work of another command, of other "
+                f"{', '.join(changed)}; {remedy}"
+            )
         if progress.bad and policy != self.policy:
-            raise ValueError(f"--on-bad-record {self.policy}: {self.folder} was begun with {policy} and has bad records"
-                             f" already; {remedy}")  # fmt: skip
+            raise ValueError(
+                f"--on-bad-record {self.policy}: {self.folder} was begun with {policy} and has bad records"
+                f" already; {remedy}"
+            )
         for name in names:
             path = self.folder / name
             if progress.is_done:

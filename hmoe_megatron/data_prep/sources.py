@@ -74,8 +74,9 @@ class Block(NamedTuple):
     lines: int = 0
 
 
-def find_sources(patterns: Sequence[str], sample_by: str = "document", made: Callable[[str], bool] = lambda _: False,
-                 ) -> list[Source]:  # fmt: skip
+def find_sources(
+    patterns: Sequence[str], sample_by: str = "document", made: Callable[[str], bool] = lambda _: False
+) -> list[Source]:
     """The files of --input in the order given, those of a pattern sorted by name. made: which of a pattern are what
     this very command makes, and no input. Raises ValueError."""
     paths = []
@@ -149,8 +150,11 @@ def _aligned(source: Source, offset: int) -> int:
         file.seek(position)
         while data := file.read(BLOCK_BYTES):
             data = kept + data
-            ends = [position + at + len(mark) for mark in SEPARATORS[source.kind]
-                    if (at := data.find(mark, max(offset - len(mark) - position, 0))) >= 0]  # fmt: skip
+            ends = [
+                position + at + len(mark)
+                for mark in SEPARATORS[source.kind]
+                if (at := data.find(mark, max(offset - len(mark) - position, 0))) >= 0
+            ]
             if ends:
                 return min(ends)
             kept = data[-LONGEST_SEPARATOR:]
@@ -190,13 +194,17 @@ def _readable(source: Source):
         # pyarrow's ArrowInvalid is a ValueError and its input/output errors an OSError without a number
         if error.errno is not None or source.compression != "zstd" and source.kind != "parquet":
             raise
-        raise ValueError(f"{source.path}: damaged or cut {source.compression or source.kind} data "
-                         f"({str(error).strip().splitlines()[0]}); fetch the file again") from error  # fmt: skip
+        raise ValueError(
+            f"{source.path}: damaged or cut {source.compression or source.kind} data "
+            f"({str(error).strip().splitlines()[0]}); fetch the file again"
+        ) from error
     except (ValueError, KeyError) as error:
         if type(error).__module__ != "pyarrow.lib" and not isinstance(error, UnicodeDecodeError | KeyError):
             raise
-        raise ValueError(f"{source.path}: no readable {source.kind} file "
-                         f"({str(error).strip().splitlines()[0]}); fetch the file again") from error  # fmt: skip
+        raise ValueError(
+            f"{source.path}: no readable {source.kind} file "
+            f"({str(error).strip().splitlines()[0]}); fetch the file again"
+        ) from error
 
 
 @contextmanager
@@ -242,8 +250,14 @@ def _read_text(span: Span, max_record_bytes: int, start: int) -> Iterator[Block]
             record = kept.strip(b"\r\n") if kind == "paragraph" else kept
             if len(record) > max_record_bytes + LONGEST_SEPARATOR:
                 before, done = kept.index(record), len(kept) - LONGEST_SEPARATOR
-                long = Block(record[:KEPT_OF_LONG_RECORD_BYTES], 0, 0, True, line=kept.count(b"\n", 0, before),
-                             lines=kept.count(b"\n", 0, done))  # fmt: skip
+                long = Block(
+                    record[:KEPT_OF_LONG_RECORD_BYTES],
+                    0,
+                    0,
+                    True,
+                    line=kept.count(b"\n", 0, before),
+                    lines=kept.count(b"\n", 0, done),
+                )
                 position, kept = position + done, kept[done:]
         end, read = max(position + len(kept), 1), raw.tell() - first
         if long is not None:
@@ -258,8 +272,11 @@ def _parts(data: bytes, end: int, marks: Sequence[bytes]) -> Iterator[bytes]:
     if data.count(b"\n", 0, end) > MAX_LINES:
         newlines = np.flatnonzero(np.frombuffer(data, np.uint8, end) == ord("\n"))
         for at in newlines[MAX_LINES - 1 :: MAX_LINES].tolist():
-            ends = [found + len(mark) for mark in marks
-                    if (found := data.find(mark, max(at - len(mark) + 1, start), end)) >= 0]  # fmt: skip
+            ends = [
+                found + len(mark)
+                for mark in marks
+                if (found := data.find(mark, max(at - len(mark) + 1, start), end)) >= 0
+            ]
             if ends and start < min(ends) < end:
                 yield data[start : min(ends)]
                 start = min(ends)
@@ -322,7 +339,13 @@ def _check_columns(path: str, schema, keys: Sequence[str], types) -> None:
             raise ValueError(f"{path}: no column {key!r}; it has {', '.join(schema.names[:12])}: give --json-keys")
         kind = schema.field(key).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        is_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
-                   types.is_null)  # fmt: skip
+        is_text = (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_null,
+        )
         if not any(matches(kind) for matches in is_text):
             raise ValueError(f"{path}: column {key!r} holds {kind}, not text: give another --json-keys")

@@ -36,8 +36,9 @@ def texts_of(sources: Iterable[Source], json_key: str) -> Iterator[str]:
         for block in read_blocks(Span(source, 0, None), [json_key], MAX_RECORD_BYTES):
             for record in parse_block(block, source.kind, [json_key], MAX_RECORD_BYTES):
                 if isinstance(record, Bad):
-                    raise ValueError(f"{source.path}:{line + record.line}: {record.reason}: {record.detail}; mend or "
-                                     "remove it")  # fmt: skip
+                    raise ValueError(
+                        f"{source.path}:{line + record.line}: {record.reason}: {record.detail}; mend or remove it"
+                    )
                 yield record.texts[0]
             line += count_lines(block, source.kind)
 
@@ -76,16 +77,32 @@ class SentencePiece:
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> "SentencePiece":
         """The same for the same texts: the model records no path, and always one thread. Raises RuntimeError."""
-        sentences = (line[start : start + MAX_SENTENCE_CHARS] for text in texts for line in text.split("\n")
-                     for start in range(0, len(line), MAX_SENTENCE_CHARS))  # fmt: skip
+        sentences = (
+            line[start : start + MAX_SENTENCE_CHARS]
+            for text in texts
+            for line in text.split("\n")
+            for start in range(0, len(line), MAX_SENTENCE_CHARS)
+        )
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, byte_fallback=True, user_defined_symbols=list(special_tokens),
-            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=PAD_ID,
-            max_sentence_length=4 * MAX_SENTENCE_CHARS, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            user_defined_symbols=list(special_tokens),
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            max_sentence_length=4 * MAX_SENTENCE_CHARS,
+            num_threads=1,
+            minloglevel=2,
+        )
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
@@ -127,9 +144,11 @@ class ByteLevelBPE:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT, *special_tokens], show_progress=False,
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT, *special_tokens],
+            show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        )  # fmt: skip
+        )
         tokenizer.train_from_iterator(texts, trainer, length=len(texts))
         if tokenizer.get_vocab_size() != vocab_size:
             raise RuntimeError(f"the text gives {tokenizer.get_vocab_size()} entries only")
@@ -151,8 +170,12 @@ class ByteLevelBPE:
         """Name behind the output prefix -> content; the one that is loaded last."""
         from transformers import PreTrainedTokenizerFast
 
-        whole = PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT,
-                                        clean_up_tokenization_spaces=False)  # fmt: skip
+        whole = PreTrainedTokenizerFast(
+            tokenizer_object=self.tokenizer,
+            eos_token=END_OF_TEXT,
+            bos_token=END_OF_TEXT,
+            clean_up_tokenization_spaces=False,
+        )
         with tempfile.TemporaryDirectory() as folder:
             whole.save_pretrained(folder)
             names = sorted((path.name for path in Path(folder).iterdir()), key=lambda name: name == "tokenizer.json")

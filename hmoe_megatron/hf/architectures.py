@@ -50,10 +50,13 @@ class Mixtral(Native):
 
     def __init__(self, model: ModelSettings):
         problems = {
-            "--hmoe-router topp": model.router != "topk", "--moe-router-pre-softmax": model.pre_softmax,
-            "--moe-router-topk-scaling-factor": model.scaling_factor is not None, "--add-qkv-bias": model.qkv_bias,
-            "--qk-layernorm": model.qk_norm, "dense layers (--moe-layer-freq)": not all(model.widths),
-        }  # fmt: skip
+            "--hmoe-router topp": model.router != "topk",
+            "--moe-router-pre-softmax": model.pre_softmax,
+            "--moe-router-topk-scaling-factor": model.scaling_factor is not None,
+            "--add-qkv-bias": model.qkv_bias,
+            "--qk-layernorm": model.qk_norm,
+            "dense layers (--moe-layer-freq)": not all(model.widths),
+        }
         found = [what for what, is_there in problems.items() if is_there]
         if found:
             raise ValueError(f"--padded mixtral: Mixtral has no {', no '.join(found)}; leave --padded out")
@@ -64,17 +67,33 @@ class Mixtral(Native):
     def config(self, dtype: str, token_ids: Mapping) -> dict:
         model = self.model
         return {
-            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": dtype, "hidden_act": "silu",
-            "num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
-            "num_key_value_heads": model.groups, "head_dim": model.head_dim, "vocab_size": model.vocabulary_rows,
-            "max_position_embeddings": model.max_positions, "rms_norm_eps": model.norm_eps, "sliding_window": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "attention_dropout": 0.0,
-            "tie_word_embeddings": model.tied, "intermediate_size": self.width, "num_local_experts": model.experts,
-            "num_experts_per_tok": model.experts_per_token, "router_aux_loss_coef": model.load_balance_coeff,
-            "initializer_range": model.init_std, "use_cache": True, "output_router_logits": False,
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "dtype": dtype,
+            "hidden_act": "silu",
+            "num_hidden_layers": model.layers,
+            "hidden_size": model.hidden,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.groups,
+            "head_dim": model.head_dim,
+            "vocab_size": model.vocabulary_rows,
+            "max_position_embeddings": model.max_positions,
+            "rms_norm_eps": model.norm_eps,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": model.tied,
+            "intermediate_size": self.width,
+            "num_local_experts": model.experts,
+            "num_experts_per_tok": model.experts_per_token,
+            "router_aux_loss_coef": model.load_balance_coeff,
+            "initializer_range": model.init_std,
+            "use_cache": True,
+            "output_router_logits": False,
             "hmoe_expert_widths": [list(widths_E) for widths_E in model.widths],
-            "hmoe_p_penalty_coeff": model.p_penalty_coeff, "hmoe_router_fp32": model.router_fp32,
-        } | dict(token_ids)  # fmt: skip
+            "hmoe_p_penalty_coeff": model.p_penalty_coeff,
+            "hmoe_router_fp32": model.router_fp32,
+        } | dict(token_ids)
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
@@ -107,8 +126,10 @@ class Mixtral(Native):
         layer, expert = map(int, EXPERT.fullmatch(name).groups()[:2])
         width = self.model.widths[layer][expert]
         if tensor.narrow(dim, width, tensor.shape[dim] - width).count_nonzero():
-            raise ValueError(f"{self.name(name)}: not zero beyond the width {width} of hmoe_expert_widths: it was "
-                             "trained since; take hmoe_expert_widths out of config.json to keep what was learnt")
+            raise ValueError(
+                f"{self.name(name)}: not zero beyond the width {width} of hmoe_expert_widths: it was "
+                "trained since; take hmoe_expert_widths out of config.json to keep what was learnt"
+            )
         return tensor.narrow(dim, 0, width)
 
 
@@ -122,10 +143,17 @@ class Qwen3Moe(Native):
         step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
         count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 5.5
         experts = [config["moe_intermediate_size"]] * count
-        widths = [experts if layer not in dense and (layer + 1) % step == 0 else []
-                  for layer in range(config["num_hidden_layers"])]  # fmt: skip
-        return _stock_settings(config, widths, pre_softmax=not config.get("norm_topk_prob", False), qk_norm=True,
-                               qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
+        widths = [
+            experts if layer not in dense and (layer + 1) % step == 0 else []
+            for layer in range(config["num_hidden_layers"])
+        ]
+        return _stock_settings(
+            config,
+            widths,
+            pre_softmax=not config.get("norm_topk_prob", False),
+            qk_norm=True,
+            qkv_bias=bool(config.get("attention_bias")),
+        )
 
 
 class Llama(Native):
@@ -145,8 +173,13 @@ class Qwen3(Native):
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
-        return _stock_settings(config, [()] * config["num_hidden_layers"], pre_softmax=False, qk_norm=True,
-                               qkv_bias=bool(config.get("attention_bias")))  # fmt: skip
+        return _stock_settings(
+            config,
+            [()] * config["num_hidden_layers"],
+            pre_softmax=False,
+            qk_norm=True,
+            qkv_bias=bool(config.get("attention_bias")),
+        )
 
 
 _MOST = {"num_hidden_layers": MAX_LAYERS, "num_local_experts": MAX_EXPERTS, "num_experts": MAX_EXPERTS}
@@ -171,31 +204,47 @@ def form_of(config: Mapping) -> Native:
     return FORMS[kind](model)
 
 
-def _stock_settings(config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False,
-                    theta: float = 10000.0) -> ModelSettings:  # fmt: skip
+def _stock_settings(
+    config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False, theta: float = 10000.0
+) -> ModelSettings:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     # Qwen's has a size whether it is used or not.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    told = {"rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),  # `type` in older files
-            "sliding_window": (window, (None,)), "partial_rotary_factor": (partial, (None, 1.0)),
-            "hidden_act": (config.get("hidden_act"), (None, "silu"))}
+    told = {
+        "rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),  # `type` in older files
+        "sliding_window": (window, (None,)),
+        "partial_rotary_factor": (partial, (None, 1.0)),
+        "hidden_act": (config.get("hidden_act"), (None, "silu")),
+    }
     wrong = [f"{name} {value!r:.40}" for name, (value, allowed) in told.items() if value not in allowed]
     if wrong:
         raise ValueError(f"config.json: {', '.join(wrong)}: a model with it can't be trained here")
     heads = config["num_attention_heads"]
     return ModelSettings(
-        layers=config["num_hidden_layers"], hidden=config["hidden_size"], heads=heads,
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=heads,
         groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads, vocabulary_rows=config["vocab_size"],
-        max_positions=config["max_position_embeddings"], norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or theta), qkv_bias=qkv_bias,
-        qk_norm=qk_norm, tied=bool(config.get("tie_word_embeddings")), widths=tuple(map(tuple, widths)),
-        dense_width=config["intermediate_size"] if not all(widths) else None, router="topk",
-        experts_per_token=config["num_experts_per_tok"] if any(widths) else None, top_p=None,
-        max_experts_per_token=None, pre_softmax=pre_softmax, scaling_factor=None,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary_rows=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or theta),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        tied=bool(config.get("tie_word_embeddings")),
+        widths=tuple(map(tuple, widths)),
+        dense_width=config["intermediate_size"] if not all(widths) else None,
+        router="topk",
+        experts_per_token=config["num_experts_per_tok"] if any(widths) else None,
+        top_p=None,
+        max_experts_per_token=None,
+        pre_softmax=pre_softmax,
+        scaling_factor=None,
         router_fp32=bool(config.get("hmoe_router_fp32")),
         p_penalty_coeff=float(config.get("hmoe_p_penalty_coeff", 0.0)),
-        load_balance_coeff=float(config.get("router_aux_loss_coef", 0.0)), router_entropy_coeff=0.0,
+        load_balance_coeff=float(config.get("router_aux_loss_coef", 0.0)),
+        router_entropy_coeff=0.0,
         init_std=float(config.get("initializer_range", 0.02)),
-    )  # fmt: skip
+    )

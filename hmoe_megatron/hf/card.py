@@ -6,22 +6,39 @@ from itertools import takewhile
 from hmoe_megatron.hf.architectures import Native
 
 # Of the run's flags those that say where files are on the machine that trained it; they stay there.
-_PATHS = ("--save", "--load", "--data-path", "--train-data-path", "--valid-data-path", "--test-data-path",
-          "--data-cache-path", "--tokenizer-model", "--vocab-file", "--merge-file", "--tensorboard-dir",
-          "--wandb-save-dir", "--hmoe-run-dir",
-          "--data-args-path", "--per-split-data-args-path", "--pretrained-checkpoint")  # fmt: skip
+_PATHS = (
+    "--save",
+    "--load",
+    "--data-path",
+    "--train-data-path",
+    "--valid-data-path",
+    "--test-data-path",
+    "--data-cache-path",
+    "--tokenizer-model",
+    "--vocab-file",
+    "--merge-file",
+    "--tensorboard-dir",
+    "--wandb-save-dir",
+    "--hmoe-run-dir",
+    "--data-args-path",
+    "--per-split-data-args-path",
+    "--pretrained-checkpoint",
+)
 
 
-def model_card(form: Native, flags: Sequence[str], iteration: int, size_bytes: int, dtype: str,
-               digest: str) -> str:  # fmt: skip
+def model_card(form: Native, flags: Sequence[str], iteration: int, size_bytes: int, dtype: str, digest: str) -> str:
     """README.md of the exported directory."""
     model = form.model
-    code = ("# modeling_hmoe.py in this directory is the model; read it before you trust it.\n" if form.code else
-            "# Every expert is padded with zeros to the widest: a stock Mixtral.\n")
+    code = (
+        "# modeling_hmoe.py in this directory is the model; read it before you trust it.\n"
+        if form.code
+        else "# Every expert is padded with zeros to the widest: a stock Mixtral.\n"
+    )
     trust = ", trust_remote_code=True" if form.code else ""
     router = f"Top-{model.experts_per_token}" if model.router == "topk" else f"Top-P, p = {model.top_p}"
-    layers = "\n".join(f"| {layer} | {', '.join(map(str, widths_E)) or 'dense'} |"
-                       for layer, widths_E in enumerate(model.widths))  # fmt: skip
+    layers = "\n".join(
+        f"| {layer} | {', '.join(map(str, widths_E)) or 'dense'} |" for layer, widths_E in enumerate(model.widths)
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -26,11 +26,15 @@ class CheckpointTensors:
             files = manifest.load_manifest(self.path).files
             found = manifest.damaged_files(self.path, files) + manifest.unlisted_files(self.path, files)
             if found:
-                raise CheckpointRefused(f"{self.path} is damaged: {'; '.join(found[: manifest.MAX_DAMAGES])}: give "
-                                        "another with --ckpt-step")  # fmt: skip
+                raise CheckpointRefused(
+                    f"{self.path} is damaged: {'; '.join(found[: manifest.MAX_DAMAGES])}: give another with --ckpt-step"
+                )
         stored = read_metadata(self.path).state_dict_metadata
-        self._kinds = {key: kind for key, kind in stored.items()
-                       if key.startswith(_MODEL) and isinstance(kind, TensorStorageMetadata)}  # fmt: skip
+        self._kinds = {
+            key: kind
+            for key, kind in stored.items()
+            if key.startswith(_MODEL) and isinstance(kind, TensorStorageMetadata)
+        }
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -56,5 +60,6 @@ def _check_covered(path: Path, key: str, kind: TensorStorageMetadata) -> None:
     """torch leaves what no chunk covers as it is in memory. Chunks of a checkpoint don't overlap, so sizes add up."""
     held = sum(chunk.sizes.numel() for chunk in kind.chunks)
     if held != kind.size.numel():
-        raise CheckpointRefused(f"{path}: {key} has {kind.size.numel()} values, the files hold {held}: give another "
-                                "with --ckpt-step")  # fmt: skip
+        raise CheckpointRefused(
+            f"{path}: {key} has {kind.size.numel()} values, the files hold {held}: give another with --ckpt-step"
+        )

@@ -76,8 +76,10 @@ class HMoEConfig(PreTrainedConfig):
             raise ValueError("HMoEConfig: " + "\n".join(problems))
 
     def _shape_problems(self):
-        counts = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim " \
-                 "max_position_embeddings"  # fmt: skip
+        counts = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "max_position_embeddings"
+        )
         optional = "intermediate_size num_experts_per_tok max_experts_per_token"
         for name in (*counts.split(), *optional.split()):
             value = getattr(self, name)
@@ -90,8 +92,12 @@ class HMoEConfig(PreTrainedConfig):
             yield f"head_dim {self.head_dim} is odd: RoPE turns pairs, give an even number"
 
     def _number_problems(self):
-        choices = {"hidden_act": ("silu",), "router": ROUTERS, "router_dtype": (None, "float32"),
-                   "expert_path": EXPERT_PATHS}  # fmt: skip
+        choices = {
+            "hidden_act": ("silu",),
+            "router": ROUTERS,
+            "router_dtype": (None, "float32"),
+            "expert_path": EXPERT_PATHS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 yield f"{name} {getattr(self, name)!r} is not known: give one of {', '.join(map(repr, known))}"
@@ -118,8 +124,10 @@ class HMoEConfig(PreTrainedConfig):
             elif not widths and self.intermediate_size is None:
                 yield f"expert_widths[{layer}] is [], a dense layer, and intermediate_size is None: give its width"
             elif widths and self.router == "topk" and len(widths) < (self.num_experts_per_tok or 0):
-                yield f"num_experts_per_tok {self.num_experts_per_tok} is more than the {len(widths)} experts of " \
-                      f"expert_widths[{layer}]: give at most {len(widths)}"  # fmt: skip
+                yield (
+                    f"num_experts_per_tok {self.num_experts_per_tok} is more than the {len(widths)} experts of "
+                    f"expert_widths[{layer}]: give at most {len(widths)}"
+                )
 
     def _router_problems(self):
         if self.router == "topk":

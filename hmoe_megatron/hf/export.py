@@ -39,9 +39,17 @@ class Exported(NamedTuple):
     doubt: str | None
 
 
-def to_hf(root: Path, output: Path, *, form: str = "hmoe", iteration: int | None = None, dtype: str | None = None,
-          tokenizer_model: str | None = None, skip_integrity: bool = False,
-          check: Callable | None = None) -> Exported:  # fmt: skip
+def to_hf(
+    root: Path,
+    output: Path,
+    *,
+    form: str = "hmoe",
+    iteration: int | None = None,
+    dtype: str | None = None,
+    tokenizer_model: str | None = None,
+    skip_integrity: bool = False,
+    check: Callable | None = None,
+) -> Exported:
     """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole.
 
     form: "hmoe", our own, or "mixtral", padded. dtype: fp32 or bf16; None keeps the checkpoint's. tokenizer_model:
@@ -80,23 +88,38 @@ def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: 
     for name in form.code:
         (folder / name).write_bytes((resources.files("hmoe_megatron.hf") / name).read_bytes())
     total = digest_of_all(writer.digests)
-    write_json(folder / EXPORT_FILE, {"checkpoint_iteration": checkpoint.iteration, "sha256": total,
-                                      "tensors": dict(sorted(writer.digests.items()))})  # fmt: skip
+    write_json(
+        folder / EXPORT_FILE,
+        {
+            "checkpoint_iteration": checkpoint.iteration,
+            "sha256": total,
+            "tensors": dict(sorted(writer.digests.items())),
+        },
+    )
     text = card.model_card(form, flags, checkpoint.iteration, writer.bytes, str(wanted), total)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return Exported(len(writer.digests), writer.bytes, total, model, checkpoint.iteration,
-                    form.cost, tokens.doubt)
+    return Exported(len(writer.digests), writer.bytes, total, model, checkpoint.iteration, form.cost, tokens.doubt)
 
 
 def _check_shapes(checkpoint: CheckpointTensors, parts: dict[str, list[tuple[str, Part]]]) -> None:
-    wrong = [f"{key} is {list(checkpoint.shapes[key])}, not {list(part.shape)}"
-             for keyed in parts.values() for key, part in keyed if checkpoint.shapes[key] != part.shape]  # fmt: skip
+    wrong = [
+        f"{key} is {list(checkpoint.shapes[key])}, not {list(part.shape)}"
+        for keyed in parts.values()
+        for key, part in keyed
+        if checkpoint.shapes[key] != part.shape
+    ]
     if wrong:
         raise ValueError(f"{checkpoint.path}: {listed(wrong, '; ')}; nothing was written")
 
 
-def _write_block(checkpoint: CheckpointTensors, name: str, keyed: list[tuple[str, Part]], writer: ShardWriter,
-                 form: Native, dtype: torch.dtype) -> None:  # fmt: skip
+def _write_block(
+    checkpoint: CheckpointTensors,
+    name: str,
+    keyed: list[tuple[str, Part]],
+    writer: ShardWriter,
+    form: Native,
+    dtype: torch.dtype,
+) -> None:
     source = checkpoint.read([key for key, _ in keyed])
     bad = [key for key, tensor in source.items() if not tensor.isfinite().all()]
     if bad:

@@ -71,8 +71,10 @@ class HFDirectory:
                 open_regular(self.folder / name).close()
                 with safe_open(self.folder / name, framework="pt") as file:
                     slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
-                    held |= {(key, name): Header(self.folder / name, tuple(part.get_shape()), part.get_dtype())
-                             for key, part in slices.items()}  # fmt: skip
+                    held |= {
+                        (key, name): Header(self.folder / name, tuple(part.get_shape()), part.get_dtype())
+                        for key, part in slices.items()
+                    }
             except (ValueError, SafetensorError) as error:
                 raise ValueError(f"{self.folder / name}: {error}") from None
         if named is not None:
@@ -88,10 +90,14 @@ class HFDirectory:
                     packed = self.form.pack(name, torch.empty(shape, device="meta"))
                     wanted[self.form.name(name)] = tuple(packed.shape)
         self._drop_the_tied_head()
-        check_complete(sorted(wanted.keys() - self._headers.keys()), sorted(self._headers.keys() - wanted.keys()),
-                       str(self.folder))  # fmt: skip
-        wrong = [f"{name} is {list(self._headers[name].shape)}, not {list(shape)}"
-                 for name, shape in wanted.items() if self._headers[name].shape != shape]  # fmt: skip
+        check_complete(
+            sorted(wanted.keys() - self._headers.keys()), sorted(self._headers.keys() - wanted.keys()), str(self.folder)
+        )
+        wrong = [
+            f"{name} is {list(self._headers[name].shape)}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if self._headers[name].shape != shape
+        ]
         if wrong:
             raise ValueError(f"{self.folder}: {listed(wrong, '; ')}")
 
@@ -135,8 +141,9 @@ class HFDirectory:
         return torch.bfloat16 if held == {"BF16"} else torch.float32
 
 
-def from_hf(source: HFDirectory, root: Path, tokenizer_flags: list[str],
-            check: Callable = lambda folder, flags: None) -> int:  # fmt: skip
+def from_hf(
+    source: HFDirectory, root: Path, tokenizer_flags: list[str], check: Callable = lambda folder, flags: None
+) -> int:
     """Write the checkpoint of iteration ITERATION to `root`, which must be new; returns the number of tensors.
 
     tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. check: called at the end with the directory,
@@ -174,10 +181,18 @@ def _args_text(flags: list[str]) -> str:
     return lines.replace("\n\t", " ") + "\n"
 
 
-_ALONE = [word for word in ONE_PROCESS if word not in ("--no-load-optim", "--no-load-rng",
-                                                       "--exit-on-missing-checkpoint")]
-_ALONE += ["--save-interval", "1", "--lr", "1e-4", "--no-save-optim", "--no-save-rng",
-           "--dist-ckpt-optim-fully-reshardable"]
+_ALONE = [
+    word for word in ONE_PROCESS if word not in ("--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint")
+]
+_ALONE += [
+    "--save-interval",
+    "1",
+    "--lr",
+    "1e-4",
+    "--no-save-optim",
+    "--no-save-rng",
+    "--dist-ckpt-optim-fully-reshardable",
+]
 
 
 def _tokenizer(source: HFDirectory, root: Path) -> list[str]:
@@ -202,8 +217,10 @@ def _build_and_save(source: HFDirectory, argv: list[str], described: list[str]) 
 
     args, layout, model = build_model(argv)
     if args.padded_vocab_size != source.form.model.vocabulary_rows:
-        raise ValueError(f"--tokenizer-model: its vocabulary of {args.padded_vocab_size} does not fit the embedding of "
-                         f"{source.form.model.vocabulary_rows} rows; give the model's own tokenizer")  # fmt: skip
+        raise ValueError(
+            f"--tokenizer-model: its vocabulary of {args.padded_vocab_size} does not fit the embedding of "
+            f"{source.form.model.vocabulary_rows} rows; give the model's own tokenizer"
+        )
     written = _fill(model, source)
     training.write_run(layout, Path(args.save), described)
     checkpointing.save_checkpoint(ITERATION, [model], None, None, 0)
@@ -229,8 +246,7 @@ def _fill(model: torch.nn.Module, source: HFDirectory) -> int:
             missing.append(part.keys[0])
             continue
         for shard in held.pop(key):
-            own = tuple(slice(at, at + size) for at, size in
-                        zip(shard.global_offset, shard.local_shape, strict=True))  # fmt: skip
+            own = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, shard.local_shape, strict=True))
             shard.data.copy_(tensor[own])
         count += 1
     check_complete(missing, sorted(held), "Megatron's model")

@@ -5,20 +5,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 MODEL_TYPE = "hmoe"
-AUTO_MAP = {"AutoConfig": "configuration_hmoe.HMoEConfig", "AutoModel": "modeling_hmoe.HMoEModel",
-            "AutoModelForCausalLM": "modeling_hmoe.HMoEForCausalLM"}  # fmt: skip
+AUTO_MAP = {
+    "AutoConfig": "configuration_hmoe.HMoEConfig",
+    "AutoModel": "modeling_hmoe.HMoEModel",
+    "AutoModelForCausalLM": "modeling_hmoe.HMoEForCausalLM",
+}
 
 # Settings of a checkpoint that modeling_hmoe.py computes as Megatron does: name -> what is allowed.
 _EXPORTED = {
-    "normalization": ("RMSNorm",), "swiglu": (True,), "add_bias_linear": (False,), "qk_l2_norm": (False,),
-    "layernorm_zero_centered_gamma": (False,), "apply_residual_connection_post_layernorm": (False,),
-    "position_embedding_type": ("rope",), "rotary_interleaved": (False,), "rotary_percent": (1.0,),
-    "use_rope_scaling": (False,), "rotary_seq_len_interpolation_factor": (None,), "no_rope_freq": (None,),
-    "window_size": (None,), "softmax_type": ("vanilla",), "moe_router_score_function": ("softmax",),
-    "moe_router_enable_expert_bias": (False,), "moe_router_num_groups": (None,), "moe_router_group_topk": (None,),
-    "moe_expert_capacity_factor": (None,), "moe_apply_probs_on_input": (False,), "moe_latent_size": (None,),
-    "moe_shared_expert_intermediate_size": (None,), "moe_router_dtype": (None, "fp32"),
-}  # fmt: skip
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "add_bias_linear": (False,),
+    "qk_l2_norm": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "position_embedding_type": ("rope",),
+    "rotary_interleaved": (False,),
+    "rotary_percent": (1.0,),
+    "use_rope_scaling": (False,),
+    "rotary_seq_len_interpolation_factor": (None,),
+    "no_rope_freq": (None,),
+    "window_size": (None,),
+    "softmax_type": ("vanilla",),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_router_dtype": (None, "fp32"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,18 +76,39 @@ class ModelSettings:
 
     def check(self) -> None:
         """Raises ValueError that names a size that is none; of a config.json, which is untrusted."""
-        sizes = {name: getattr(self, name) for name in ("layers", "hidden", "heads", "groups", "head_dim",
-                                                        "vocabulary_rows", "max_positions")}  # fmt: skip
-        sizes |= {name: getattr(self, name) for name in ("dense_width", "experts_per_token", "max_experts_per_token")
-                  if getattr(self, name) is not None}  # fmt: skip
+        sizes = {
+            name: getattr(self, name)
+            for name in ("layers", "hidden", "heads", "groups", "head_dim", "vocabulary_rows", "max_positions")
+        }
+        sizes |= {
+            name: getattr(self, name)
+            for name in ("dense_width", "experts_per_token", "max_experts_per_token")
+            if getattr(self, name) is not None
+        }
         sizes |= {f"width of layer {layer}": width for layer, widths_E in enumerate(self.widths) for width in widths_E}
-        numbers = {name: getattr(self, name) for name in ("norm_eps", "rope_theta", "top_p", "scaling_factor",
-                                                          "p_penalty_coeff", "load_balance_coeff", "init_std",
-                                                          "router_entropy_coeff")}  # fmt: skip
-        wrong = [f"{name} {value!r:.40}" for name, value in sizes.items()
-                 if type(value) is not int or not 0 < value < 1 << 24]  # fmt: skip
-        wrong += [f"{name} {value!r:.40}" for name, value in numbers.items()
-                  if value is not None and (type(value) not in (int, float) or not math.isfinite(value))]  # fmt: skip
+        numbers = {
+            name: getattr(self, name)
+            for name in (
+                "norm_eps",
+                "rope_theta",
+                "top_p",
+                "scaling_factor",
+                "p_penalty_coeff",
+                "load_balance_coeff",
+                "init_std",
+                "router_entropy_coeff",
+            )
+        }
+        wrong = [
+            f"{name} {value!r:.40}"
+            for name, value in sizes.items()
+            if type(value) is not int or not 0 < value < 1 << 24
+        ]
+        wrong += [
+            f"{name} {value!r:.40}"
+            for name, value in numbers.items()
+            if value is not None and (type(value) not in (int, float) or not math.isfinite(value))
+        ]
         if not wrong and self.heads % self.groups:
             wrong = [f"{self.heads} heads in {self.groups} groups"]
         if not wrong and (len(self.widths) != self.layers or {0, self.experts} < {0, *map(len, self.widths)}):
@@ -103,8 +142,11 @@ def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flag
 
     Raises ValueError that lists everything the exported model could not compute.
     """
-    problems = [f"--{name.replace('_', '-')} {settings[name]}" for name, allowed in _EXPORTED.items()
-                if name in settings and settings[name] not in allowed]  # fmt: skip
+    problems = [
+        f"--{name.replace('_', '-')} {settings[name]}"
+        for name, allowed in _EXPORTED.items()
+        if name in settings and settings[name] not in allowed
+    ]
     if problems:
         raise ValueError(f"the exported model has no {', no '.join(problems)}: it can't be exported")
     layers = settings["num_layers"]
@@ -119,37 +161,63 @@ def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flag
         entropy = PAPER_ROUTER_ENTROPY_COEFF if top_p else 0.0
     context = [last_value(flags, name) for name in ("--max-position-embeddings", "--seq-length")]
     if not any(context):
-        raise ValueError("the run's flags have no --max-position-embeddings and no --seq-length: its "
-                         "run_arguments.json is not whole")  # fmt: skip
+        raise ValueError(
+            "the run's flags have no --max-position-embeddings and no --seq-length: its run_arguments.json is not whole"
+        )
     return ModelSettings(
-        layers=layers, hidden=settings["hidden_size"], heads=settings["num_attention_heads"],
+        layers=layers,
+        hidden=settings["hidden_size"],
+        heads=settings["num_attention_heads"],
         groups=settings["num_query_groups"] if settings["group_query_attention"] else settings["num_attention_heads"],
-        head_dim=settings["kv_channels"], vocabulary_rows=shapes["embedding.word_embeddings.weight"][0],
-        max_positions=min(int(length) for length in context if length), norm_eps=settings["layernorm_epsilon"],
+        head_dim=settings["kv_channels"],
+        vocabulary_rows=shapes["embedding.word_embeddings.weight"][0],
+        max_positions=min(int(length) for length in context if length),
+        norm_eps=settings["layernorm_epsilon"],
         rope_theta=float(settings["rotary_base"]),
-        qkv_bias=settings["add_qkv_bias"], qk_norm=settings["qk_layernorm"],
-        tied=not settings["untie_embeddings_and_output_weights"], widths=widths, dense_width=dense_width,
-        router=settings["hmoe_router"], experts_per_token=None if top_p else settings["moe_router_topk"],
-        top_p=settings["hmoe_top_p"], max_experts_per_token=settings["hmoe_max_experts_per_token"],
+        qkv_bias=settings["add_qkv_bias"],
+        qk_norm=settings["qk_layernorm"],
+        tied=not settings["untie_embeddings_and_output_weights"],
+        widths=widths,
+        dense_width=dense_width,
+        router=settings["hmoe_router"],
+        experts_per_token=None if top_p else settings["moe_router_topk"],
+        top_p=settings["hmoe_top_p"],
+        max_experts_per_token=settings["hmoe_max_experts_per_token"],
         pre_softmax=False if top_p else settings["moe_router_pre_softmax"],
-        scaling_factor=settings["moe_router_topk_scaling_factor"], router_fp32=settings["moe_router_dtype"] == "fp32",
-        p_penalty_coeff=settings["hmoe_p_penalty_coeff"], load_balance_coeff=settings["hmoe_load_balance_coeff"],
-        router_entropy_coeff=entropy, init_std=float(last_value(flags, "--init-method-std", 0.02)),
-    )  # fmt: skip
+        scaling_factor=settings["moe_router_topk_scaling_factor"],
+        router_fp32=settings["moe_router_dtype"] == "fp32",
+        p_penalty_coeff=settings["hmoe_p_penalty_coeff"],
+        load_balance_coeff=settings["hmoe_load_balance_coeff"],
+        router_entropy_coeff=entropy,
+        init_std=float(last_value(flags, "--init-method-std", 0.02)),
+    )
 
 
 # Ours -> config.json's, where the value is the same.
 _CONFIG = {
-    "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
-    "groups": "num_key_value_heads", "head_dim": "head_dim", "vocabulary_rows": "vocab_size",
-    "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps", "qkv_bias": "attention_bias",
-    "qk_norm": "use_qk_norm", "tied": "tie_word_embeddings", "dense_width": "intermediate_size", "router": "router",
-    "experts_per_token": "num_experts_per_tok", "max_experts_per_token": "max_experts_per_token",
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocabulary_rows": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "qkv_bias": "attention_bias",
+    "qk_norm": "use_qk_norm",
+    "tied": "tie_word_embeddings",
+    "dense_width": "intermediate_size",
+    "router": "router",
+    "experts_per_token": "num_experts_per_tok",
+    "max_experts_per_token": "max_experts_per_token",
     "top_p": "router_top_p",  # not top_p: transformers would take that one for sampling
-    "pre_softmax": "router_pre_softmax", "scaling_factor": "router_scaling_factor",
-    "p_penalty_coeff": "p_penalty_coeff", "load_balance_coeff": "load_balance_coeff",
-    "router_entropy_coeff": "router_entropy_coeff", "init_std": "initializer_range",
-}  # fmt: skip
+    "pre_softmax": "router_pre_softmax",
+    "scaling_factor": "router_scaling_factor",
+    "p_penalty_coeff": "p_penalty_coeff",
+    "load_balance_coeff": "load_balance_coeff",
+    "router_entropy_coeff": "router_entropy_coeff",
+    "init_std": "initializer_range",
+}
 
 
 def to_config(model: ModelSettings, dtype: str, token_ids: Mapping[str, int | None]) -> dict:
@@ -157,10 +225,14 @@ def to_config(model: ModelSettings, dtype: str, token_ids: Mapping[str, int | No
     config = {"architectures": ["HMoEForCausalLM"], "model_type": MODEL_TYPE, "auto_map": AUTO_MAP, "dtype": dtype}
     config |= {theirs: getattr(model, ours) for ours, theirs in _CONFIG.items()}
     config |= {
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "hidden_act": "silu",
-        "attention_dropout": 0.0, "use_cache": True, "expert_widths": [list(widths_E) for widths_E in model.widths],
-        "router_dtype": "float32" if model.router_fp32 else None, "output_router_logits": False,
-    }  # fmt: skip
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "expert_widths": [list(widths_E) for widths_E in model.widths],
+        "router_dtype": "float32" if model.router_fp32 else None,
+        "output_router_logits": False,
+    }
     return config | dict(token_ids)
 
 
@@ -170,9 +242,11 @@ def from_config(config: Mapping) -> ModelSettings:
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}: give a directory that to-hf wrote")
     values = {ours: config[theirs] for ours, theirs in _CONFIG.items()}
-    values |= {"rope_theta": float(config["rope_parameters"]["rope_theta"]),
-               "widths": tuple(map(tuple, config["expert_widths"])),
-               "router_fp32": config.get("router_dtype") == "float32"}  # fmt: skip
+    values |= {
+        "rope_theta": float(config["rope_parameters"]["rope_theta"]),
+        "widths": tuple(map(tuple, config["expert_widths"])),
+        "router_fp32": config.get("router_dtype") == "float32",
+    }
     assert values.keys() == {field.name for field in fields(ModelSettings)}
     return ModelSettings(**values)
 
@@ -180,28 +254,49 @@ def from_config(config: Mapping) -> ModelSettings:
 def megatron_flags(model: ModelSettings) -> list[str]:
     """Flags of pretrain_hmoe.py that describe this model; none of training, data, tokenizer or layout."""
     flags = {
-        "num-layers": model.layers, "hidden-size": model.hidden, "num-attention-heads": model.heads,
-        "kv-channels": model.head_dim, "seq-length": model.max_positions,
-        "max-position-embeddings": model.max_positions, "norm-epsilon": model.norm_eps,
-        "rotary-base": int(model.rope_theta), "init-method-std": model.init_std, "normalization": "RMSNorm",
-        "position-embedding-type": "rope", "num-experts": model.experts, "hmoe-router": model.router,
-        "hmoe-p-penalty-coeff": model.p_penalty_coeff, "hmoe-load-balance-coeff": model.load_balance_coeff,
-        "hmoe-widths": _widths_flag(model.widths), "attention-dropout": 0, "hidden-dropout": 0,
+        "num-layers": model.layers,
+        "hidden-size": model.hidden,
+        "num-attention-heads": model.heads,
+        "kv-channels": model.head_dim,
+        "seq-length": model.max_positions,
+        "max-position-embeddings": model.max_positions,
+        "norm-epsilon": model.norm_eps,
+        "rotary-base": int(model.rope_theta),
+        "init-method-std": model.init_std,
+        "normalization": "RMSNorm",
+        "position-embedding-type": "rope",
+        "num-experts": model.experts,
+        "hmoe-router": model.router,
+        "hmoe-p-penalty-coeff": model.p_penalty_coeff,
+        "hmoe-load-balance-coeff": model.load_balance_coeff,
+        "hmoe-widths": _widths_flag(model.widths),
+        "attention-dropout": 0,
+        "hidden-dropout": 0,
         "moe-router-load-balancing-type": "none",
-    }  # fmt: skip
+    }
     if model.groups != model.heads:
         flags["num-query-groups"] = model.groups
     if model.dense_width is not None:
         is_moe = ",".join(str(int(bool(widths_E))) for widths_E in model.widths)
         flags |= {"ffn-hidden-size": model.dense_width, "moe-layer-freq": f"[{is_moe}]"}
-    optional = {"moe-router-topk": model.experts_per_token, "moe-router-topk-scaling-factor": model.scaling_factor,
-                "hmoe-top-p": model.top_p, "hmoe-max-experts-per-token": model.max_experts_per_token,
-                "hmoe-router-entropy-coeff": model.router_entropy_coeff if model.router == "topp" else None,
-                "moe-router-dtype": "fp32" if model.router_fp32 else None}  # fmt: skip
+    optional = {
+        "moe-router-topk": model.experts_per_token,
+        "moe-router-topk-scaling-factor": model.scaling_factor,
+        "hmoe-top-p": model.top_p,
+        "hmoe-max-experts-per-token": model.max_experts_per_token,
+        "hmoe-router-entropy-coeff": model.router_entropy_coeff if model.router == "topp" else None,
+        "moe-router-dtype": "fp32" if model.router_fp32 else None,
+    }
     flags |= {name: value for name, value in optional.items() if value is not None}
-    switches = {"swiglu": True, "disable-bias-linear": True, "group-query-attention": model.groups != model.heads,
-                "add-qkv-bias": model.qkv_bias, "qk-layernorm": model.qk_norm, "moe-router-pre-softmax":
-                model.pre_softmax, "untie-embeddings-and-output-weights": not model.tied}  # fmt: skip
+    switches = {
+        "swiglu": True,
+        "disable-bias-linear": True,
+        "group-query-attention": model.groups != model.heads,
+        "add-qkv-bias": model.qkv_bias,
+        "qk-layernorm": model.qk_norm,
+        "moe-router-pre-softmax": model.pre_softmax,
+        "untie-embeddings-and-output-weights": not model.tied,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return words + [f"--{name}" for name, is_on in switches.items() if is_on]
 

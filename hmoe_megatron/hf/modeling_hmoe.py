@@ -12,11 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -126,11 +122,13 @@ def sorted_path(experts, x_TH, weights_TE, routing_map_TE):
     rows_E = routing_map_TE.sum(dim=0).tolist()
     x_RH, p_R = x_TH[token_R], weights_TE[token_R, expert_R]
     # With gradients they run on no rows: every weight gets a gradient, as DistributedDataParallel expects.
-    y_RH = torch.cat([
-        expert(x, p)
-        for expert, x, p in zip(experts, x_RH.split(rows_E), p_R.split(rows_E), strict=True)
-        if len(x) or torch.is_grad_enabled()
-    ])  # fmt: skip
+    y_RH = torch.cat(
+        [
+            expert(x, p)
+            for expert, x, p in zip(experts, x_RH.split(rows_E), p_R.split(rows_E), strict=True)
+            if len(x) or torch.is_grad_enabled()
+        ]
+    )
     return torch.zeros_like(x_TH).index_add_(0, token_R, y_RH.to(x_TH.dtype))
 
 

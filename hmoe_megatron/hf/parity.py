@@ -50,10 +50,19 @@ def logits_difference(sides: Sequence[Side], tokens_T: np.ndarray) -> Difference
         alone["CUDA_VISIBLE_DEVICES"] = ""  # a GPU sums in an order of its own
         found = []
         for number, (kind, place, flags) in enumerate(sides):
-            words = [sys.executable, "-m", __name__, kind, place, folder / "tokens.npy", folder / f"{number}.npy",
-                     *flags]  # fmt: skip
-            ended = subprocess.run([*map(str, words)], capture_output=True, text=True, errors="replace", check=False,
-                                   env=alone)  # fmt: skip
+            words = [
+                sys.executable,
+                "-m",
+                __name__,
+                kind,
+                place,
+                folder / "tokens.npy",
+                folder / f"{number}.npy",
+                *flags,
+            ]
+            ended = subprocess.run(
+                [*map(str, words)], capture_output=True, text=True, errors="replace", check=False, env=alone
+            )
             if ended.returncode:
                 raise OSError(f"logits of {place}: exit code {ended.returncode}\n{ended.stderr[-2000:]}")
             found.append(np.load(folder / f"{number}.npy"))
@@ -79,17 +88,23 @@ def first_tokens(flags: Sequence[str], text: str, model: ModelSettings) -> np.nd
 def check_logits(megatron: Side, other: Side, tokens_T: np.ndarray, is_lossless: bool = True) -> Difference:
     """Print how far the two models' logits are apart. Raises ValueError if weights are the same and logits are not."""
     found = logits_difference((megatron, other), tokens_T)
-    print(f"logits of Megatron and transformers, fp32, {found.tokens} tokens: at most {found.largest_difference:.1e} "
-          f"apart, of up to {found.largest_logit:.1f}", flush=True)  # fmt: skip
+    print(
+        f"logits of Megatron and transformers, fp32, {found.tokens} tokens: at most {found.largest_difference:.1e} "
+        f"apart, of up to {found.largest_logit:.1f}",
+        flush=True,
+    )
     bound = BOUND * max(1, found.largest_logit)
     if is_lossless and not found.largest_difference <= bound:
-        raise ValueError(f"logits of Megatron and transformers are {found.largest_difference:.1e} apart, over "
-                         f"{bound:.1e}; nothing is left")  # fmt: skip
+        raise ValueError(
+            f"logits of Megatron and transformers are {found.largest_difference:.1e} apart, over "
+            f"{bound:.1e}; nothing is left"
+        )
     return found
 
 
-def _megatron(root: Path, tokens_T, flags: Sequence[str], dropped: tuple[str, ...] = (),
-              prepare: Callable = lambda model: None):  # fmt: skip
+def _megatron(
+    root: Path, tokens_T, flags: Sequence[str], dropped: tuple[str, ...] = (), prepare: Callable = lambda model: None
+):
     import torch
 
     from hmoe_megatron import generation, training
@@ -108,8 +123,14 @@ def _all_experts_on(root: Path, tokens_T, flags: Sequence[str]):
 
     trained = run_arguments(root)
     experts = last_value(trained, "--num-experts")
-    dropped = ("--hmoe-router", "--hmoe-top-p", "--hmoe-max-experts-per-token", "--hmoe-router-entropy-coeff",
-               "--moe-router-topk", "--moe-router-pre-softmax")  # fmt: skip
+    dropped = (
+        "--hmoe-router",
+        "--hmoe-top-p",
+        "--hmoe-max-experts-per-token",
+        "--hmoe-router-entropy-coeff",
+        "--moe-router-topk",
+        "--moe-router-pre-softmax",
+    )
     chosen = int(last_value(trained, "--moe-router-topk", 0))
     over_weight_one = scale(int(experts), chosen, "--moe-router-pre-softmax" in trained) / int(experts)
 
@@ -145,8 +166,9 @@ def _foreign(directory: Path, tokens_T, _):
 def _logits(model_class, directory: Path, tokens_T, trust_remote_code: bool):
     import torch
 
-    model = model_class.from_pretrained(directory, dtype=torch.float32, use_safetensors=True,
-                                        trust_remote_code=trust_remote_code)  # fmt: skip
+    model = model_class.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     return model.eval()(tokens_T, use_cache=False).logits
 
 

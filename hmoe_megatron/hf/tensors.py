@@ -45,39 +45,62 @@ def _attention(model: ModelSettings, layer: int) -> Iterator[Part]:
     rows = (model.heads + 2 * model.groups) * model.head_dim
     attention, qkv = f"{ours}.self_attention", ("q_proj", "k_proj", "v_proj")
     # Megatron names a layer's first norm as if it were fused into the matrix after it, as Transformer Engine has it.
-    yield Part((f"{attention}.linear_qkv.layer_norm_weight", f"{ours}.input_layernorm.weight"), (model.hidden,),
-               (f"{theirs}.input_layernorm.weight",))  # fmt: skip
+    yield Part(
+        (f"{attention}.linear_qkv.layer_norm_weight", f"{ours}.input_layernorm.weight"),
+        (model.hidden,),
+        (f"{theirs}.input_layernorm.weight",),
+    )
     for kind, shape in (("weight", (rows, model.hidden)), ("bias", (rows,))):
         if kind == "weight" or model.qkv_bias:
             yield Part(
-                (f"{attention}.linear_qkv.{kind}",), shape,
+                (f"{attention}.linear_qkv.{kind}",),
+                shape,
                 tuple(f"{theirs}.self_attn.{name}.{kind}" for name in qkv),
-                lambda tensor: split_qkv(tensor, *sizes), lambda tensors: join_qkv(tensors, *sizes),
-            )  # fmt: skip
-    yield Part((f"{attention}.linear_proj.weight",), (model.hidden, model.heads * model.head_dim),
-               (f"{theirs}.self_attn.o_proj.weight",))  # fmt: skip
+                lambda tensor: split_qkv(tensor, *sizes),
+                lambda tensors: join_qkv(tensors, *sizes),
+            )
+    yield Part(
+        (f"{attention}.linear_proj.weight",),
+        (model.hidden, model.heads * model.head_dim),
+        (f"{theirs}.self_attn.o_proj.weight",),
+    )
     if model.qk_norm:
         for name in ("q", "k"):
-            yield Part((f"{attention}.{name}_layernorm.weight",), (model.head_dim,),
-                       (f"{theirs}.self_attn.{name}_norm.weight",))  # fmt: skip
+            yield Part(
+                (f"{attention}.{name}_layernorm.weight",),
+                (model.head_dim,),
+                (f"{theirs}.self_attn.{name}_norm.weight",),
+            )
 
 
 def _mlp(model: ModelSettings, layer: int) -> Iterator[Part]:
     ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    yield Part((f"{ours}.mlp.linear_fc1.layer_norm_weight", f"{ours}.pre_mlp_layernorm.weight"), (model.hidden,),
-               (f"{theirs}.post_attention_layernorm.weight",))  # fmt: skip
+    yield Part(
+        (f"{ours}.mlp.linear_fc1.layer_norm_weight", f"{ours}.pre_mlp_layernorm.weight"),
+        (model.hidden,),
+        (f"{theirs}.post_attention_layernorm.weight",),
+    )
     if not model.widths[layer]:
         width = model.dense_width
-        yield Part((f"{ours}.mlp.linear_fc1.weight",), (2 * width, model.hidden),
-                   tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up")),
-                   lambda tensor: tensor.chunk(2), torch.cat)  # fmt: skip
+        yield Part(
+            (f"{ours}.mlp.linear_fc1.weight",),
+            (2 * width, model.hidden),
+            tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up")),
+            lambda tensor: tensor.chunk(2),
+            torch.cat,
+        )
         yield Part((f"{ours}.mlp.linear_fc2.weight",), (model.hidden, width), (f"{theirs}.mlp.down_proj.weight",))
         return
     yield Part((f"{ours}.mlp.router.weight",), (len(model.widths[layer]), model.hidden), (f"{theirs}.mlp.gate.weight",))
     for expert, width in enumerate(model.widths[layer]):
         key, name = f"{ours}.mlp.experts.{expert}", f"{theirs}.mlp.experts.{expert}"
-        yield Part((f"{key}.linear_fc1.weight",), (2, width, model.hidden),
-                   (f"{name}.gate_proj.weight", f"{name}.up_proj.weight"), torch.unbind, torch.stack)  # fmt: skip
+        yield Part(
+            (f"{key}.linear_fc1.weight",),
+            (2, width, model.hidden),
+            (f"{name}.gate_proj.weight", f"{name}.up_proj.weight"),
+            torch.unbind,
+            torch.stack,
+        )
         yield Part((f"{key}.linear_fc2.weight",), (model.hidden, width), (f"{name}.down_proj.weight",))
 
 
@@ -116,8 +139,11 @@ def stored_parts(model: ModelSettings, stored: Sequence[str]) -> dict[str, list[
 def check_complete(missing: Sequence[str], unused: Sequence[str], where: str) -> None:
     """Raises ValueError that lists what is missing and what is unused; nothing is lost in silence."""
     if missing or unused:
-        told = [f"{len(names)} {what}: {listed(names, ', ')}"
-                for what, names in (("missing", missing), ("that the model has no place for", unused)) if names]
+        told = [
+            f"{len(names)} {what}: {listed(names, ', ')}"
+            for what, names in (("missing", missing), ("that the model has no place for", unused))
+            if names
+        ]
         raise ValueError(f"{where}: tensors {'; '.join(told)}; nothing was written")
 
 

@@ -9,20 +9,34 @@ from hmoe_megatron.data_prep.sentencepiece_bpe import BPE, SPACE, parsed_model
 from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.hf.model_settings import last_value
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-          "merges.txt", "chat_template.jinja")  # fmt: skip
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # On which both must agree; `--text` of the proof is a longer one.
 SAMPLE = (
     "Once more unto the breach, dear friends, once more;\nOr close the wall up with our English dead.\n\n",
-    "  def f(x):\n\treturn {'a': x ** 2}  # 1,234.5e-6\r\n", "Zwölf Boxkämpfer; ça va?; Ελληνικά; русский; 日本語; 😀☃",
-    "a", " ", "\n", "  two  spaces  ", "e\u0301 ﬁ \u3000 \u2028 \x01",
-)  # fmt: skip
+    "  def f(x):\n\treturn {'a': x ** 2}  # 1,234.5e-6\r\n",
+    "Zwölf Boxkämpfer; ça va?; Ελληνικά; русский; 日本語; 😀☃",
+    "a",
+    " ",
+    "\n",
+    "  two  spaces  ",
+    "e\u0301 ﬁ \u3000 \u2028 \x01",
+)
 
 
 # The tokenizers library normalises several characters that are seen as one by the first of them.
-NORMALIZES = ("the tokenizer normalises text, which transformers does otherwise where characters combine: a text with "
-              "combining marks may get other ids than in training")  # fmt: skip
+NORMALIZES = (
+    "the tokenizer normalises text, which transformers does otherwise where characters combine: a text with "
+    "combining marks may get other ids than in training"
+)
 
 
 class Tokens(NamedTuple):
@@ -45,8 +59,9 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
     kind, model = last_value(flags, "--tokenizer-type"), last_value(flags, "--tokenizer-model")
     if kind in SENTENCEPIECE or kind == "HuggingFaceTokenizer":
         if not model or not Path(model).exists():
-            raise ValueError(f"--tokenizer-model {model}: no file or directory here; give the place where it is "
-                             "as --tokenizer-model")  # fmt: skip
+            raise ValueError(
+                f"--tokenizer-model {model}: no file or directory here; give the place where it is as --tokenizer-model"
+            )
         stock = megatron_tokenizer(flags)
         if kind == "HuggingFaceTokenizer":
             for name in COPIED:
@@ -59,8 +74,10 @@ def write(flags: Sequence[str], folder: Path) -> Tokens:
         return tokens._replace(doubt=NORMALIZES if described.normalizer_spec.precompiled_charsmap else None)
     if kind == "NullTokenizer":
         return Tokens({}, None)
-    raise ValueError(f"--tokenizer-type {kind}: only HuggingFaceTokenizer and SentencePieceTokenizer become files that "
-                     "transformers reads; it can't be exported")  # fmt: skip
+    raise ValueError(
+        f"--tokenizer-type {kind}: only HuggingFaceTokenizer and SentencePieceTokenizer become files that "
+        "transformers reads; it can't be exported"
+    )
 
 
 def megatron_tokenizer(flags: Sequence[str]):
@@ -71,8 +88,10 @@ def megatron_tokenizer(flags: Sequence[str]):
     try:
         return build_tokenizer(args)
     except Exception as error:  # each library behind it raises its own
-        raise ValueError(f"--tokenizer-model {args.tokenizer_model}: can't be read as {args.tokenizer_type} "
-                         f"({type(error).__name__}: {str(error)[:200]}); give the model's own") from error  # fmt: skip
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: can't be read as {args.tokenizer_type} "
+            f"({type(error).__name__}: {str(error)[:200]}); give the model's own"
+        ) from error
 
 
 def has_the_ids_of(folder: Path, flags: Sequence[str]) -> bool:
@@ -101,8 +120,10 @@ def _checked(stock, folder: Path, sample: Sequence[str]) -> Tokens:
     written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if difference := _difference(stock, written, sample):
         text, ours, theirs = difference
-        raise ValueError(f"the tokenizer's ids for {text[:40]!r} are {ours[:12]} in Megatron and {theirs[:12]} in "
-                         "transformers: it can't be exported")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer's ids for {text[:40]!r} are {ours[:12]} in Megatron and {theirs[:12]} in "
+            "transformers: it can't be exported"
+        )
     if written.eos_token_id != stock.eod:
         written.eos_token = written.convert_ids_to_tokens(stock.eod)
         written.save_pretrained(folder)
@@ -119,10 +140,15 @@ def _from_sentencepiece(model, path: Path, folder: Path) -> None:
         raise ValueError(f"--tokenizer-model {path}: a SentencePiece model that is no BPE can't be exported")
     pieces = [piece.piece for piece in model.pieces]
     ids = {piece: number for number, piece in enumerate(pieces)}
-    backend = Tokenizer(models.BPE(
-        ids, _merges(model), unk_token=pieces[model.trainer_spec.unk_id], fuse_unk=True,
-        byte_fallback=model.trainer_spec.byte_fallback,
-    ))  # fmt: skip
+    backend = Tokenizer(
+        models.BPE(
+            ids,
+            _merges(model),
+            unk_token=pieces[model.trainer_spec.unk_id],
+            fuse_unk=True,
+            byte_fallback=model.trainer_spec.byte_fallback,
+        )
+    )
     spec = model.normalizer_spec
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:  # normalizers.Strip would take other white space too
@@ -139,8 +165,9 @@ def _from_sentencepiece(model, path: Path, folder: Path) -> None:
     named = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
     special = {name: pieces[number] for name, number in named.items() if 0 <= number < len(pieces)}
     # SentencePiece takes "<s>" in a text for text.
-    PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, split_special_tokens=True,
-                            **special).save_pretrained(folder)  # fmt: skip
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, split_special_tokens=True, **special
+    ).save_pretrained(folder)
     shutil.copyfile(path, folder / "tokenizer.model")
 
 
@@ -153,5 +180,9 @@ def _merges(model) -> list[tuple[str, str]]:
     """SentencePiece merges to the entry of the highest score; here the pairs that make each, in that order."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     ranked = sorted((entry for entry in scores if len(entry) > 1), key=lambda entry: -scores[entry])
-    return [(entry[:at], entry[at:]) for entry in ranked for at in range(1, len(entry))
-            if entry[:at] in scores and entry[at:] in scores]  # fmt: skip
+    return [
+        (entry[:at], entry[at:])
+        for entry in ranked
+        for at in range(1, len(entry))
+        if entry[:at] in scores and entry[at:] in scores
+    ]

@@ -33,8 +33,10 @@ class Upcycled(HFDirectory):
         if any(dense.widths):
             raise ValueError(f"{folder}: has experts already: use from-hf")
         if sum(widths_E) != dense.dense_width:
-            raise ValueError(f"--hmoe-widths: {sum(widths_E)} neurons; the dense layers have {dense.dense_width}, and "
-                             "each goes to one expert: give widths of that sum")  # fmt: skip
+            raise ValueError(
+                f"--hmoe-widths: {sum(widths_E)} neurons; the dense layers have {dense.dense_width}, and "
+                "each goes to one expert: give widths of that sum"
+            )
         self.seed = seed
         self.form = Native(replace(dense, widths=(widths_E,) * dense.layers, dense_width=None, **router))
         model = self.form.model

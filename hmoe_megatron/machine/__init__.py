@@ -1,7 +1,7 @@
 """What a machine has - a GPU, Transformer Engine, Apex, halves of them - and what Megatron must be told for it.
 
-    machine.prepare_environment()        # first of all, before Megatron is imported
-    argv = machine.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have
+machine.prepare_environment()        # first of all, before Megatron is imported
+argv = machine.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have
 """
 
 import functools
@@ -27,6 +27,7 @@ ENVIRONMENT = {
 def has_gpu():
     """True where torch finds a GPU it can use. Asked once a process."""
     import torch
+
     return torch.cuda.is_available()
 
 
@@ -42,6 +43,7 @@ def prepare_environment():
     # torch has read both variables if it was there before.
     if "OMP_NUM_THREADS" in unset:
         import torch
+
         torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
     if "TORCHDYNAMO_DISABLE" in unset and "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True

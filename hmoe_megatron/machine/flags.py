@@ -73,12 +73,15 @@ def cpu_argv(argv):
     for flag, value in given:
         if flag in LIMITED and value not in LIMITED[flag][0]:
             _, reason, remedy = LIMITED[flag]
-            raise _refusal(flag, value, f"this machine has no GPU (torch.cuda.is_available() is False), and {reason}",
-                           remedy)  # fmt: skip
+            raise _refusal(
+                flag, value, f"this machine has no GPU (torch.cuda.is_available() is False), and {reason}", remedy
+            )
     names = {flag for flag, _ in given}
     if "--profile" in names and "--use-pytorch-profiler" not in names:
-        raise ValueError("--profile: this machine has no GPU, and Megatron's own profiling starts CUDA's "
-                         "profiler. Remedy: add --use-pytorch-profiler.")
+        raise ValueError(
+            "--profile: this machine has no GPU, and Megatron's own profiling starts CUDA's "
+            "profiler. Remedy: add --use-pytorch-profiler."
+        )
     return [word for flag in NEEDED if flag[0] not in names for word in flag] + list(argv)
 
 
@@ -106,8 +109,12 @@ def gpu_argv(argv, kernels: Kernels):
         for flag, value in given.items():
             allowed, reason, remedy = LIMITED.get(flag, (None, None, None))
             if reason in (_NEEDS_TE, _ONE_ATTENTION) and value not in allowed:
-                raise _refusal(flag, value, f"{_NEEDED_ENGINE}, and Transformer Engine is {kernels.no_engine}",
-                               f"{remedy}, or complete it (make doctor)")  # fmt: skip
+                raise _refusal(
+                    flag,
+                    value,
+                    f"{_NEEDED_ENGINE}, and Transformer Engine is {kernels.no_engine}",
+                    f"{remedy}, or complete it (make doctor)",
+                )
     ours = [] if "--transformer-impl" in given else ["--transformer-impl", implementation(kernels, given)]
     ours += [off.flag for off in switched_off(kernels, given) if off.flag not in given]
     return ours + list(argv)

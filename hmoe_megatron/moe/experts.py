@@ -134,13 +134,17 @@ class HMoEExperts(MegatronModule):
         replica_id = (0, 0, utils.get_pg_rank(self.dp_group))
         return {
             f"{prefix}{matrix}": ShardedTensorFactory(
-                f"{prefix}{matrix.removesuffix('_weight')}.weight", getattr(self, matrix),
-                partial(build, self.pieces, self.widths), merge, replica_id,
+                f"{prefix}{matrix.removesuffix('_weight')}.weight",
+                getattr(self, matrix),
+                partial(build, self.pieces, self.widths),
+                merge,
+                replica_id,
             )
             for matrix, build, merge in (
-                ("linear_fc1_weight", _fc1_shards, _merge_fc1), ("linear_fc2_weight", _fc2_shards, _merge_fc2)
+                ("linear_fc1_weight", _fc1_shards, _merge_fc1),
+                ("linear_fc2_weight", _fc2_shards, _merge_fc2),
             )
-        }  # fmt: skip
+        }
 
 
 def _fc1_shards(pieces, widths, key, fc1, replica_id, flattened_range):
@@ -148,15 +152,22 @@ def _fc1_shards(pieces, widths, key, fc1, replica_id, flattened_range):
     way."""
     hidden = fc1.shape[1]
     parts = [part.view(2, -1, hidden) for part in fc1_pieces(fc1.detach(), [piece.width for piece in pieces])]
-    return _shards(pieces, key, parts, lambda piece: ((2, widths[piece.expert], hidden), (0, piece.lo, 0)),
-                   replica_id, flattened_range)  # fmt: skip
+    return _shards(
+        pieces,
+        key,
+        parts,
+        lambda piece: ((2, widths[piece.expert], hidden), (0, piece.lo, 0)),
+        replica_id,
+        flattened_range,
+    )
 
 
 def _fc2_shards(pieces, widths, key, fc2, replica_id, flattened_range):
     """Of each piece [H, w], columns of [H, F] from ``lo`` on."""
     parts, hidden = fc2_pieces(fc2.detach(), [piece.width for piece in pieces]), fc2.shape[1]
-    return _shards(pieces, key, parts, lambda piece: ((hidden, widths[piece.expert]), (0, piece.lo)), replica_id,
-                   flattened_range)  # fmt: skip
+    return _shards(
+        pieces, key, parts, lambda piece: ((hidden, widths[piece.expert]), (0, piece.lo)), replica_id, flattened_range
+    )
 
 
 def _shards(pieces, key, parts, place, replica_id, flattened_range) -> dict[str, ShardedTensor]:
@@ -169,9 +180,15 @@ def _shards(pieces, key, parts, place, replica_id, flattened_range) -> dict[str,
         global_shape, offset = place(piece)
         # axis_fragmentations None: pieces may start anywhere and differ in length.
         shards[str(index)] = ShardedTensor(
-            f"{prefix}.{piece.expert}.{matrix}.{weight}", part, part.dtype, tuple(part.shape), global_shape, offset,
-            None, replica_id,
-        )  # fmt: skip
+            f"{prefix}.{piece.expert}.{matrix}.{weight}",
+            part,
+            part.dtype,
+            tuple(part.shape),
+            global_shape,
+            offset,
+            None,
+            replica_id,
+        )
     return shards
 
 

@@ -22,9 +22,10 @@ def attach(optimizer, model_chunks) -> None:
     if not layers:
         return
     (experts,) = (
-        part for part in optimizer.chained_optimizers
+        part
+        for part in optimizer.chained_optimizers
         if any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
-    )  # fmt: skip
+    )
     if experts.config.use_precision_aware_optimizer:  # Transformer Engine's keeps gradients elsewhere
         return
     distributed = isinstance(experts, DistributedOptimizer)
@@ -50,9 +51,10 @@ def _shards(optimizer):
     weights = optimizer.model_float16_groups + optimizer.model_fp32_groups
     parts = optimizer.shard_fp32_from_float16_groups + optimizer.shard_fp32_groups
     shards = {
-        weight: part for group, part_group in zip(weights, parts, strict=True)
+        weight: part
+        for group, part_group in zip(weights, parts, strict=True)
         for weight, part in zip(group, part_group, strict=True)
-    }  # fmt: skip
+    }
 
     def find(weight):
         shard = shards.get(weight)

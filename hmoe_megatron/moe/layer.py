@@ -32,8 +32,18 @@ class HMoELayer(MoELayer):
     Megatron gives a layer its number after construction, too late for parameters that depend on it.
     """
 
-    def __init__(self, config, submodules=None, layer_number=None, pg_collection=None, is_mtp_layer=False, name=None,
-                 *, layout, layer: int):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        submodules=None,
+        layer_number=None,
+        pg_collection=None,
+        is_mtp_layer=False,
+        name=None,
+        *,
+        layout,
+        layer: int,
+    ):
         if is_mtp_layer:
             raise ValueError("--mtp-num-layers: multi-token-prediction layers with unequal experts are not implemented")
         slots, slot_config = dispatch_slots(config, layout, layer)
@@ -71,9 +81,11 @@ class HMoELayer(MoELayer):
             return
         shared_experts = self.token_dispatcher.shared_experts
         self.token_dispatcher = kind(
-            self.num_local_experts, self.local_expert_indices, config=self.config,
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=self.config,
             pg_collection=pg_collection or get_default_pg_collection(),
-        )  # fmt: skip
+        )
         if shared_experts is not None:
             self.token_dispatcher.set_shared_experts(shared_experts)
 
@@ -89,4 +101,6 @@ class HMoELayer(MoELayer):
 
 def hmoe_layer(layout, shared_experts, layer: int):
     """Builder of the MLP submodule of decoder layer ``layer`` (from 0), for a transformer layer's spec."""
-    return partial(HMoELayer, layout=layout, layer=layer, submodules=MoESubmodules(experts=None, shared_experts=shared_experts))
+    return partial(
+        HMoELayer, layout=layout, layer=layer, submodules=MoESubmodules(experts=None, shared_experts=shared_experts)
+    )

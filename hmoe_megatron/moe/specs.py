@@ -25,7 +25,9 @@ def hmoe_block_spec(layout, model_config, vp_stage=None):
         vp_stage=vp_stage,
     )
     layers = _layers_of_stage(config, len(block.layer_specs), vp_stage)
-    block.layer_specs = [with_hmoe_layer(layout, spec, layer) for spec, layer in zip(block.layer_specs, layers, strict=True)]
+    block.layer_specs = [
+        with_hmoe_layer(layout, spec, layer) for spec, layer in zip(block.layer_specs, layers, strict=True)
+    ]
     return block
 
 

@@ -15,10 +15,17 @@ def not_finite(models: list[torch.nn.Module]) -> list[str]:
 
 def _named(model):
     """(name with global layer, logical expert and width range, weight) of every parameter, experts piece by piece."""
-    layers = {id(parameter): (layer, name) for layer in getattr(getattr(model, "decoder", None), "layers", ())
-              for name, parameter in layer.named_parameters()}
-    experts = {id(parameter): (module, matrix) for module in model.modules() if hasattr(module, "pieces")
-               for matrix, parameter in module.named_parameters()}
+    layers = {
+        id(parameter): (layer, name)
+        for layer in getattr(getattr(model, "decoder", None), "layers", ())
+        for name, parameter in layer.named_parameters()
+    }
+    experts = {
+        id(parameter): (module, matrix)
+        for module in model.modules()
+        if hasattr(module, "pieces")
+        for matrix, parameter in module.named_parameters()
+    }
     for name, parameter in model.named_parameters():
         layer, name = layers.get(id(parameter), (None, name))
         prefix = "" if layer is None else f"layer {layer.layer_number - 1} "

@@ -115,8 +115,12 @@ def end_for_router(step: int, layers: list[int]) -> None:
     if torch.distributed.get_rank() == 0:
         named = ", ".join(map(str, layers))
         cause = f"the router's logits in decoder layer {named} held NaN or infinity"
-        print(f"error: step {step} or one since the last that was logged: {cause}. Resume from the last checkpoint; "
-              "if that ends here again, lower --lr or go back to an older checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"error: step {step} or one since the last that was logged: {cause}. Resume from the last checkpoint; "
+            "if that ends here again, lower --lr or go back to an older checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     sys.exit(EXIT_CODE)
 
 

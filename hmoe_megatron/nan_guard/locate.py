@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 
 
 def kind_of(tensor: torch.Tensor) -> str | None:
-    """"NaN" or "infinity" if there is one in the tensor."""
+    """ "NaN" or "infinity" if there is one in the tensor."""
     if not tensor.is_floating_point() or tensor.isfinite().all():
         return None
     return "NaN" if tensor.isnan().any() else "infinity"
@@ -30,8 +30,10 @@ def kind_of(tensor: torch.Tensor) -> str | None:
 def findings_of(chunks, probe, stats, failed: bool) -> list[Finding]:
     """Everything that is not finite on this rank. ``failed``: this rank is one whose check failed."""
     found = list(probe.findings) if probe else []
-    found += [Finding((LOGITS, layer), f"the router's logits in decoder layer {layer} hold NaN or infinity")
-              for layer in stats.layers_not_finite()]  # fmt: skip
+    found += [
+        Finding((LOGITS, layer), f"the router's logits in decoder layer {layer} hold NaN or infinity")
+        for layer in stats.layers_not_finite()
+    ]
     for layer, label, weight, gradient in named_weights(chunks):
         if kind := kind_of(weight):
             found.append(Finding((WEIGHTS, layer), f"{label} holds {kind}"))
@@ -44,9 +46,10 @@ def findings_of(chunks, probe, stats, failed: bool) -> list[Finding]:
 def finding_of_norm(norm: float, chunks) -> Finding:
     """A gradient norm that is not finite although no check failed: sums over ranks overflowed."""
     largest, label = max(
-        (gradient.abs().max().item(), label) for _, label, _, gradient in named_weights(chunks)
+        (gradient.abs().max().item(), label)
+        for _, label, _, gradient in named_weights(chunks)
         if gradient is not None and gradient.numel()
-    )  # fmt: skip
+    )
     text = f"the gradient norm is {norm}; the largest gradient, {largest:.3g}, is of {label}"
     return Finding((CHECK, -largest), text)
 
@@ -129,7 +132,7 @@ def _kind_in(value) -> str | None:
 
 
 def _experts(module, args, output) -> str:
-    """"expert 1, expert 3 of " for the experts' module: whose rows are not finite."""
+    """ "expert 1, expert 3 of " for the experts' module: whose rows are not finite."""
     if not hasattr(module, "pieces"):
         return ""
     rows = args[1].tolist()[: len(module.pieces)]

@@ -1,4 +1,5 @@
 """Asynchronous saves on a machine with no GPU: the worker's own process, and the tensors that it is sent."""
+
 import functools
 import multiprocessing
 from multiprocessing.managers import SyncManager
@@ -16,6 +17,7 @@ def worker_of_asynchronous_saves():
     """The worker is a new process, without these patches: it divides by the number of GPUs and dies, and the run waits
     for it for ever."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
     replace(PersistentAsyncCaller, "async_loop", staticmethod(worker_loop))
 
 
@@ -43,6 +45,7 @@ def queue_of_asynchronous_saves():
             manager.start(end_with_parent)
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
+
     replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
 
 
@@ -51,6 +54,7 @@ def copies_for_asynchronous_saves():
     """Megatron copies tensors from the GPU before the training loop goes on. One that is in CPU memory it shares with
     the worker, which then writes what later steps have made of it."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
     stock = PersistentAsyncCaller.schedule_async_call
 
     @functools.wraps(stock)
@@ -61,11 +65,13 @@ def copies_for_asynchronous_saves():
             write = functools.partial(_write_received, async_req.async_fn)
             async_req = async_req._replace(async_fn=write, async_fn_args=[rank, sent, results], preload_fn=None)
         return stock(self, async_req)
+
     replace(PersistentAsyncCaller, "schedule_async_call", schedule_async_call)
 
 
 class Sent(NamedTuple):
     """A tensor by value: torch would send a file descriptor for each, and a process may have 1,024 of them."""
+
     memory: object
     dtype: torch.dtype
     shape: torch.Size
@@ -81,8 +87,10 @@ def _received(sent):
 
 def _with_tensors(function, buckets):
     """Megatron's write buckets with `function` of their tensors."""
-    return [(path, key, (of_bytes, [(item, function(tensor)) for item, tensor in of_tensors]))
-            for path, key, (of_bytes, of_tensors) in buckets]
+    return [
+        (path, key, (of_bytes, [(item, function(tensor)) for item, tensor in of_tensors]))
+        for path, key, (of_bytes, of_tensors) in buckets
+    ]
 
 
 def _write_received(write, rank, buckets, results, **kwargs):

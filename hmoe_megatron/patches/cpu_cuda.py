@@ -1,5 +1,6 @@
 """Stand-ins for what Megatron asks of torch.cuda. `torch.cuda.is_available()` stays False: it is the
 truth."""
+
 import functools
 import os
 import resource
@@ -29,9 +30,17 @@ def cuda_device_is_the_cpu():
 def cuda_device_properties():
     """validate_args compares the architecture of the device for tensor parallelism. 0.0 is older than any
     GPU."""
-    replace(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(
-        name="cpu", major=0, minor=0, total_memory=psutil.virtual_memory().total,
-        multi_processor_count=os.cpu_count()))
+    replace(
+        torch.cuda,
+        "get_device_properties",
+        lambda device=None: SimpleNamespace(
+            name="cpu",
+            major=0,
+            minor=0,
+            total_memory=psutil.virtual_memory().total,
+            multi_processor_count=os.cpu_count(),
+        ),
+    )
 
 
 @patch("cpu")
@@ -48,6 +57,7 @@ def cuda_streams():
 
 class Stream:
     """The one queue of a CPU."""
+
     cuda_stream = 0
     device = CPU
 
@@ -108,10 +118,14 @@ def cuda_memory():
 
 def _memory_stats(device=None):
     resident_bytes = psutil.Process().memory_info().rss
-    peak_bytes = max(resident_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                     * (1 if sys.platform == "darwin" else 1024))
-    stats = {f"{kind}_bytes.all.{when}": value for kind in ("allocated", "reserved")
-             for when, value in (("current", resident_bytes), ("peak", peak_bytes))}
+    peak_bytes = max(
+        resident_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )
+    stats = {
+        f"{kind}_bytes.all.{when}": value
+        for kind in ("allocated", "reserved")
+        for when, value in (("current", resident_bytes), ("peak", peak_bytes))
+    }
     return stats | {"allocation.all.current": 0}
 
 
@@ -141,6 +155,7 @@ def _on_cpu(factory):
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
+
     return build
 
 
@@ -159,4 +174,5 @@ def tensor_type():
     def type(self, *args, **kwargs):
         named = stock(self, *args, **kwargs)
         return named.replace("torch.", "torch.cuda.", 1) if isinstance(named, str) else named
+
     replace(torch.Tensor, "type", type)

@@ -1,4 +1,5 @@
 """What Megatron asks of collectives and gloo does not do."""
+
 import functools
 
 import torch
@@ -14,10 +15,10 @@ def all_to_all_split_tensors():
     stock = torch.distributed.all_to_all_single
 
     @functools.wraps(stock)
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None,
-                          async_op=False):
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
         splits = _as_list(output_split_sizes), _as_list(input_split_sizes)
         return stock(output, input, *splits, group, async_op)
+
     replace(torch.distributed, "all_to_all_single", all_to_all_single)
 
 
@@ -38,10 +39,11 @@ def all_gather_uneven():
         if async_op:
             raise NotImplementedError("all_gather of unequal tensors with async_op=True on gloo")
         padded = tensor.new_zeros(max(part.numel() for part in tensor_list))
-        padded[:tensor.numel()] = tensor.flatten()
+        padded[: tensor.numel()] = tensor.flatten()
         gathered = [torch.empty_like(padded) for _ in tensor_list]
         stock(gathered, padded, group)
         for part, values in zip(tensor_list, gathered, strict=True):
-            part.copy_(values[:part.numel()].view_as(part))
+            part.copy_(values[: part.numel()].view_as(part))
         return None
+
     replace(torch.distributed, "all_gather", all_gather)

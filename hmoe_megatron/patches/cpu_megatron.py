@@ -1,4 +1,5 @@
 """Patches of Megatron itself. Imports Megatron when they run, not before."""
+
 import functools
 import queue
 import warnings
@@ -14,14 +15,15 @@ def megatron_without_cuda():
     pretrain() does not pass on."""
     import megatron.training.training  # noqa: F401  it takes initialize_megatron by name
     from megatron.training import initialize
-    replace(initialize, "initialize_megatron",
-            functools.partial(initialize.initialize_megatron, allow_no_cuda=True))
+
+    replace(initialize, "initialize_megatron", functools.partial(initialize.initialize_megatron, allow_no_cuda=True))
 
 
 @patch("cpu")
 def no_fusion_warmup():
     """The warm-up of fused kernels runs on device="cuda" and draws random numbers; nothing is fused here."""
     from megatron.training import initialize
+
     replace(initialize, "_warmup_jit_function", lambda tp_size=None: None)
 
 
@@ -30,8 +32,10 @@ def megatron_rng_state():
     """Megatron's own setter takes the device's generator from a list that is empty without a GPU, and is put
     off until CUDA starts: it never sets anything."""
     from megatron.core.tensor_parallel import random
-    replace(random, "_set_cuda_rng_state",
-            lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state))
+
+    replace(
+        random, "_set_cuda_rng_state", lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    )
 
 
 @patch("cpu")
@@ -40,17 +44,27 @@ def permutation_without_a_sort():
     CPU that grows with their product: 66 of the 840 ms of a layer with 256 experts. nonzero() gives the same
     indices."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: F401  it takes permute by name
+
     stock = moe_utils.permute
 
     @functools.wraps(stock)
-    def permute(tokens, routing_map, probs=None, num_out_tokens=None, fused=False, drop_and_pad=False,
-                tokens_per_expert=None, align_size=0):
+    def permute(
+        tokens,
+        routing_map,
+        probs=None,
+        num_out_tokens=None,
+        fused=False,
+        drop_and_pad=False,
+        tokens_per_expert=None,
+        align_size=0,
+    ):
         if fused or drop_and_pad:
             return stock(tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad, tokens_per_expert, align_size)
         chosen = routing_map.bool().T.contiguous().view(-1).nonzero().squeeze(1)
         token = chosen % tokens.shape[0]
         permuted_probs = None if probs is None else probs.T.contiguous().view(-1)[chosen]
         return tokens.index_select(0, token), permuted_probs, token, None, tokens_per_expert
+
     replace(moe_utils, "permute", permute)
 
 
@@ -61,6 +75,7 @@ def queue_of_a_synchronous_save():
     asynchronous one keeps the manager."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
     stock = TorchDistSaveShardedStrategy.save
 
     @functools.wraps(stock)
@@ -70,6 +85,7 @@ def queue_of_a_synchronous_save():
             return stock(self, sharded_state_dict, checkpoint_dir)
         finally:
             filesystem_async._results_queue = shared
+
     replace(TorchDistSaveShardedStrategy, "save", save)
 
 

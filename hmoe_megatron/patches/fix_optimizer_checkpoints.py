@@ -1,5 +1,6 @@
 """Optimizer state that Megatron-Core 0.19.2 saves wrongly or can't load, with a GPU or without, where buckets or the
 experts of the ranks are unequal."""
+
 import functools
 
 import torch
@@ -28,6 +29,7 @@ def _by_padded_position(stock):
     """Megatron gathers the buckets of a buffer without the padding at their ends, then cuts parameters out by their
     positions with it. Of every parameter behind the first padding it saves the state of its neighbours, and zeros at
     the end of the buffer (Megatron-LM's pull request 5077)."""
+
     @functools.wraps(stock)
     def sharded_param_state_fully_reshardable(self, *args, **kwargs):
         self.get_parameter_state_dp_zero = functools.partial(_gathered_with_padding, self)
@@ -35,6 +37,7 @@ def _by_padded_position(stock):
             return stock(self, *args, **kwargs)
         finally:
             del self.get_parameter_state_dp_zero
+
     return sharded_param_state_fully_reshardable
 
 
@@ -64,6 +67,7 @@ def _with_all_that_is_loaded(stock):
     - what ranks have in common is saved by rank 0, the step among it. An optimizer or a group of it that has no
       parameter on rank 0 has no step there: with torch's Adam the other ranks then can't load their experts' state,
       with a fused one they begin again at step 1. All optimizers of a chain step together."""
+
     @functools.wraps(stock)
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **kwargs):
         if not is_loading:
@@ -73,6 +77,7 @@ def _with_all_that_is_loaded(stock):
         if len(self.chained_optimizers) > 1:
             _share_step(self.chained_optimizers, [part.get("optimizer", part) for part in state.values()])
         return state
+
     return sharded_state_dict
 
 
@@ -103,12 +108,14 @@ def _share_step(optimizers, adams):
 def _with_a_state_of_each(stock):
     """Of a `state` that holds tensors only, as that of a fused Adam, nothing is in common: a rank that asks for no
     tensor gets no `state`, and load_state_dict() reads it."""
+
     @functools.wraps(stock)
     def load_state_dict(self, state_dict):
         if len(self.chained_optimizers) > 1:
             for part in state_dict.values() if isinstance(state_dict, dict) else state_dict:
                 part.get("optimizer", part).setdefault("state", {})
         return stock(self, state_dict)
+
     return load_state_dict
 
 
@@ -119,20 +126,24 @@ def _with_masters_by_group(stock):
     """The fp32 masters are a list of lists, one a group. What is left of it on rank 0 after its tensors are taken out
     is saved for all ranks: nothing, or a list that is empty. A rank that has an empty group where rank 0 had none, or
     the other way round, can't load it. A dict of the groups that are not empty merges in every case."""
+
     @functools.wraps(stock)
     def sharded_state_dict(self, *args, **kwargs):
         state = stock(self, *args, **kwargs)
         state[_MASTERS] = {index: group for index, group in enumerate(state[_MASTERS]) if group}
         return state
+
     return sharded_state_dict
 
 
 def _from_masters_by_group(stock):
     """The other way round."""
+
     @functools.wraps(stock)
     def load_state_dict(self, state_dict):
         groups = state_dict.get(_MASTERS, {})
         if isinstance(groups, dict):
             state_dict[_MASTERS] = [groups.get(index, []) for index in range(len(self.fp32_from_float16_groups))]
         return stock(self, state_dict)
+
     return load_state_dict

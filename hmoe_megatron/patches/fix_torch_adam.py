@@ -41,12 +41,15 @@ def _with_state(stock):
                     moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                     adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
         return stock(self) if adam.state else _state_without_parameters(self)
+
     return state_dict
 
 
 def _state_without_parameters(optimizer):
-    groups = [{name: value for name, value in group.items() if name != "params"} | {"step": 0.0}
-              for group in optimizer.optimizer.param_groups]
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} | {"step": 0.0}
+        for group in optimizer.optimizer.param_groups
+    ]
     scaler = {"grad_scaler": optimizer.grad_scaler.state_dict()} if optimizer.grad_scaler else {}
     return {"optimizer": {"param_groups": groups}, **scaler}
 
@@ -58,6 +61,7 @@ def _with_own_steps(stock):
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
     return load_state_dict
 
 
@@ -66,4 +70,5 @@ def _without_step(stock):
     @torch.no_grad()
     def set_states(self, model_param, tensors):
         return stock(self, model_param, {"step": None, **tensors})
+
     return set_states

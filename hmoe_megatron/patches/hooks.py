@@ -66,7 +66,9 @@ def checkpoints(saver, load_checkpoint, reader, hashing_request, write_or_raise,
     around(state_dict_saver, "save_state_dict_async_finalize", finalize_together)
     around_method(strategies.TorchDistSaveShardedStrategy, "async_save", hashing_request)
     writer = filesystem_async.FileSystemWriterAsync
-    replace(writer, "write_preloaded_data", staticmethod(functools.partial(write_or_raise, writer.write_preloaded_data)))
+    replace(
+        writer, "write_preloaded_data", staticmethod(functools.partial(write_or_raise, writer.write_preloaded_data))
+    )
     replace(strategies, "_get_filesystem_reader", reader)
     # Megatron truncates the tracker before it writes it. Its `open` in this one module is ours.
     replace(checkpointing, "maybe_msc", _Opener(checkpointing.maybe_msc, saver.open_tracker))

@@ -96,8 +96,9 @@ class CostModel:
         per_piece, per_width = profile.launch_s, FORWARD_AND_BACKWARD * products
         if profile.memory_bytes_per_s:
             param_s = expert_params(1, self.hidden_size) / profile.memory_bytes_per_s
-            per_width = sum(np.maximum(products, moved * param_s)
-                            for moved in (element_bytes, element_bytes, MAIN_GRAD_BYTES))
+            per_width = sum(
+                np.maximum(products, moved * param_s) for moved in (element_bytes, element_bytes, MAIN_GRAD_BYTES)
+            )
         if profile.activation_bytes_per_s:
             element_s = m * element_bytes / profile.activation_bytes_per_s
             per_piece = per_piece + JOINED_ROWS * self.hidden_size * element_s
@@ -115,10 +116,16 @@ class CostModel:
             return np.zeros(len(ranks))
         size = Counter(rank.node for rank in ranks)
         row_bytes = 2 * 2 * self.hidden_size * profile.element_bytes  # dispatch and combine, twice
-        inside, across = (row_bytes / rate if rate else 0.0 for rate in (
-            profile.intra_node_bytes_per_s, profile.inter_node_bytes_per_s or profile.intra_node_bytes_per_s))
-        return np.array([((size[rank.node] - 1) * inside + (len(ranks) - size[rank.node]) * across) / len(ranks)
-                         for rank in ranks])
+        inside, across = (
+            row_bytes / rate if rate else 0.0
+            for rate in (
+                profile.intra_node_bytes_per_s,
+                profile.inter_node_bytes_per_s or profile.intra_node_bytes_per_s,
+            )
+        )
+        return np.array(
+            [((size[rank.node] - 1) * inside + (len(ranks) - size[rank.node]) * across) / len(ranks) for rank in ranks]
+        )
 
     @property
     def state_bytes(self) -> float:

@@ -86,8 +86,13 @@ def _whole(problem: LayerProblem) -> dict:
     """The program of whole experts: held_P and the time."""
     pairs = problem.whole_CE[list(problem.kind_R)].T.ravel()  # [E * R], as all pairs are ordered
     held_bytes_E = problem.piece_bytes_E + problem.width_bytes_E * problem.widths_E
-    return _arguments(problem, [pairs], [np.repeat(held_bytes_E, problem.ranks)], most=[np.ones(pairs.size)],
-                    constraints=[(_by_expert(problem), 1, 1)])
+    return _arguments(
+        problem,
+        [pairs],
+        [np.repeat(held_bytes_E, problem.ranks)],
+        most=[np.ones(pairs.size)],
+        constraints=[(_by_expert(problem), 1, 1)],
+    )
 
 
 def _with_cuts(problem: LayerProblem) -> dict:

@@ -41,8 +41,10 @@ def diff(old: PlacementPlan, new: PlacementPlan) -> list[Move]:
     """
     check_same_experts(old.layers, new.layers, new.numbers)
     if old.stages != new.stages:
-        raise ValueError(f"plans to compare: pipeline stages {old.stages!s:.120} of the layers in the old plan, "
-                         f"{new.stages!s:.120} in the new; make the plan again for the stages of the old one")
+        raise ValueError(
+            f"plans to compare: pipeline stages {old.stages!s:.120} of the layers in the old plan, "
+            f"{new.stages!s:.120} in the new; make the plan again for the stages of the old one"
+        )
     moves = []
     for number, before, after in zip(new.numbers, old.layers, new.layers, strict=True):
         if before.pieces != after.pieces:
@@ -56,8 +58,9 @@ def _changes(old: LayerPlan, new: LayerPlan) -> np.ndarray:
     starts, owners = zip(*map(_line, (old.pieces, new.pieces), (offset_E, offset_E)), strict=True)
     lo = np.union1d(*starts)
     hi = np.append(lo[1:], offset_E[-1])
-    source, to = (owner[np.searchsorted(start, lo, side="right") - 1]
-                  for start, owner in zip(starts, owners, strict=True))
+    source, to = (
+        owner[np.searchsorted(start, lo, side="right") - 1] for start, owner in zip(starts, owners, strict=True)
+    )
     expert = np.searchsorted(offset_E, lo, side="right") - 1
     changes = np.stack([expert, lo - offset_E[expert], hi - offset_E[expert], source, to], axis=1)
     return changes[source != to]
@@ -83,9 +86,11 @@ def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan], numbe
     differ = [n for n, (before, after) in enumerate(zip(old, new, strict=True)) if before.widths != after.widths]
     if differ:
         first = differ[0]
-        raise ValueError(f"plans to compare: other widths (--hmoe-widths) in layers "
-                         f"{ranges_text([numbers[n] for n in differ])}: in layer {numbers[first]} the old plan has {old[first].widths!s:.120}, the new {new[first].widths!s:.120}; "
-                         f"{remedy}")
+        raise ValueError(
+            f"plans to compare: other widths (--hmoe-widths) in layers "
+            f"{ranges_text([numbers[n] for n in differ])}: in layer {numbers[first]} the old plan has {old[first].widths!s:.120}, the new {new[first].widths!s:.120}; "
+            f"{remedy}"
+        )
 
 
 def state_bytes(width: int, cost: CostModel) -> float:

@@ -95,14 +95,18 @@ class PlacementPlan:
 
     def __post_init__(self):
         if not self.layers or len({layer.ranks for layer in self.layers}) > 1:
-            raise ValueError(f"placement plan: needs one layer or more, all on the same number of ranks; got "
-                             f"{[layer.ranks for layer in self.layers]} ranks by layer")
+            raise ValueError(
+                f"placement plan: needs one layer or more, all on the same number of ranks; got "
+                f"{[layer.ranks for layer in self.layers]} ranks by layer"
+            )
         object.__setattr__(self, "rank_specs", as_ranks(self.rank_specs or self.ranks))
         object.__setattr__(self, "stages", tuple(self.stages) or (0,) * len(self.layers))
         object.__setattr__(self, "numbers", layer_numbers(self.numbers, len(self.layers)))
         if len(self.rank_specs) != self.ranks or len(self.stages) != len(self.layers):
-            raise ValueError(f"placement plan: {len(self.rank_specs)} rank descriptions for {self.ranks} ranks, "
-                             f"{len(self.stages)} stages for {len(self.layers)} layers")
+            raise ValueError(
+                f"placement plan: {len(self.rank_specs)} rank descriptions for {self.ranks} ranks, "
+                f"{len(self.stages)} stages for {len(self.layers)} layers"
+            )
         if not all(isinstance(stage, Integral) and 0 <= stage <= MAX_LAYERS for stage in self.stages):
             raise ValueError(f"placement plan: stages {self.stages!s:.80} are not whole numbers from 0 to {MAX_LAYERS}")
 
@@ -158,8 +162,11 @@ class PlacementPlan:
         """(stage, rank) -> bytes over its cap, as `held_bytes` counts; without those that fit."""
         if all(rank.bytes is None for rank in self.rank_specs):
             return {}
-        return {(stage, rank): amount - cap for (stage, rank), amount in sorted(self.held_bytes().items())
-                if (cap := self.rank_specs[rank].bytes) is not None and amount > cap}
+        return {
+            (stage, rank): amount - cap
+            for (stage, rank), amount in sorted(self.held_bytes().items())
+            if (cap := self.rank_specs[rank].bytes) is not None and amount > cap
+        }
 
     def to_json(self) -> str:
         """The plan as JSON; the same plan gives the same text on every machine."""
@@ -167,16 +174,21 @@ class PlacementPlan:
             "schema": SCHEMA,
             "widths_fingerprint": self.widths_fingerprint,
             "cost": self.cost.to_dict(),
-            "ranks": [[int(rank.node), float(rank.speed), None if rank.bytes is None else int(rank.bytes)]
-                      for rank in self.rank_specs],
+            "ranks": [
+                [int(rank.node), float(rank.speed), None if rank.bytes is None else int(rank.bytes)]
+                for rank in self.rank_specs
+            ],
             "stages": [int(stage) for stage in self.stages],
             "numbers": self.numbers,
-            "layers": [{
-                "widths": layer.widths,
-                "tokens": layer.tokens,
-                "pieces": layer.pieces,
-                "predicted": vars(layer.predicted),
-            } for layer in self.layers],
+            "layers": [
+                {
+                    "widths": layer.widths,
+                    "tokens": layer.tokens,
+                    "pieces": layer.pieces,
+                    "predicted": vars(layer.predicted),
+                }
+                for layer in self.layers
+            ],
         }
         return canonical(body | {"sha256": checksum(body)}) + "\n"
 
@@ -197,12 +209,17 @@ class PlacementPlan:
         if cost:  # else it may be nested too deeply for a checksum
             problems += content_problems(body)
         ranks = tuple(_attempt(problems, f"ranks[{r}]: ", Rank, *spec) for r, spec in enumerate(body["ranks"]))
-        layers = tuple(_read_layer(problems, f"layer {number}", layer)
-                       for number, layer in zip(body["numbers"], body["layers"], strict=True))
+        layers = tuple(
+            _read_layer(problems, f"layer {number}", layer)
+            for number, layer in zip(body["numbers"], body["layers"], strict=True)
+        )
         if not problems:
             plan = cls(layers, cost, ranks, tuple(body["stages"]), tuple(body["numbers"]))
-            problems += [f"rank {rank} lacks {missing} bytes, of {ranks[rank].bytes}, in pipeline stage {stage}; make "
-                         "the plan again" for (stage, rank), missing in plan.missing_bytes().items()]
+            problems += [
+                f"rank {rank} lacks {missing} bytes, of {ranks[rank].bytes}, in pipeline stage {stage}; make "
+                "the plan again"
+                for (stage, rank), missing in plan.missing_bytes().items()
+            ]
         if problems := problems + mismatches(body, widths_LE, ep_size):
             raise ValueError(listed("placement plan", problems))
         return plan
@@ -212,9 +229,7 @@ class PlacementPlan:
         atomic_write(path, self.to_json().encode())
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike, widths_LE: Sequence[Sequence[int]], ep_size: int
-    ) -> "PlacementPlan":
+    def load(cls, path: str | os.PathLike, widths_LE: Sequence[Sequence[int]], ep_size: int) -> "PlacementPlan":
         """The plan in file `path`, for these widths and this many ranks.
 
         Raises ValueError with the path and every problem: a file that can't be read, is damaged (see
@@ -231,7 +246,9 @@ def layer_numbers(numbers: Sequence[int], layers: int) -> tuple[int, ...]:
     numbers = tuple(numbers) or tuple(range(layers))
     whole = all(isinstance(n, Integral) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers)
     if not whole or len(numbers) != layers or any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
-        raise ValueError(f"decoder layers {numbers!s:.80}: give {layers} rising whole numbers from 0 to {MAX_LAYERS - 1}")
+        raise ValueError(
+            f"decoder layers {numbers!s:.80}: give {layers} rising whole numbers from 0 to {MAX_LAYERS - 1}"
+        )
     return tuple(map(int, numbers))
 
 
@@ -248,8 +265,12 @@ def _read_layer(problems: list[str], where: str, layer: dict) -> LayerPlan | Non
     pieces = tuple(tuple(Piece(*p) for p in rank) for rank in layer["pieces"])
     predicted = {name: tuple(layer["predicted"][name]) for name in RANK_FIELDS}
     try:
-        return LayerPlan(pieces, tuple(layer["widths"]), tuple(layer["tokens"]),
-                         Prediction(**predicted, bound=layer["predicted"]["bound"]))
+        return LayerPlan(
+            pieces,
+            tuple(layer["widths"]),
+            tuple(layer["tokens"]),
+            Prediction(**predicted, bound=layer["predicted"]["bound"]),
+        )
     except ValueError:
         problems += [f"{where}: {problem}" for problem in validate_pieces(pieces, layer["widths"])]
 
@@ -273,14 +294,18 @@ def validate_pieces(pieces: Sequence[Sequence[Piece]], widths: Sequence[int]) ->
         problems.append(f"{len(pieces)} ranks and {len(widths)} experts: one of each is the least")
     placed = defaultdict(list)
     for rank, held in enumerate(pieces):
-        problems += [f"rank {rank}: {n} pieces of expert {e}; join them into one"
-                     for e, n in sorted(Counter(p.expert for p in held).items()) if n > 1]
+        problems += [
+            f"rank {rank}: {n} pieces of expert {e}; join them into one"
+            for e, n in sorted(Counter(p.expert for p in held).items())
+            if n > 1
+        ]
         for p in held:
             if not 0 <= p.expert < len(widths):
                 problems.append(f"rank {rank}: expert {p.expert} is not one of 0-{len(widths) - 1}")
             elif not 0 <= p.lo < p.hi <= widths[p.expert]:
-                problems.append(f"rank {rank}: expert {p.expert} [{p.lo}:{p.hi}) is no range within its "
-                                f"width {widths[p.expert]}")
+                problems.append(
+                    f"rank {rank}: expert {p.expert} [{p.lo}:{p.hi}) is no range within its width {widths[p.expert]}"
+                )
             else:
                 placed[p.expert].append((p.lo, p.hi))
     for e, F in enumerate(widths):

@@ -48,13 +48,15 @@ def form_problems(body) -> list[str]:
         problems.append(f"stages is not a list of {len(layers)} whole numbers, 0 to {MAX_LAYERS}")
     numbers = body["numbers"]
     rising = _is_list_of(numbers, len(layers), lambda n: _is_int(n, 0, MAX_LAYERS - 1)) and (
-        sorted(set(numbers)) == numbers)
+        sorted(set(numbers)) == numbers
+    )
     if not rising:
         problems.append(f"numbers is not a list of {len(layers)} rising whole numbers, 0 to {MAX_LAYERS - 1}")
     for number, layer in zip(numbers if rising else range(len(layers)), layers, strict=True):
         where = f"layer {number}"
         found = _field_problems(where, layer, _LAYER_FIELDS) or _field_problems(
-            f"{where} predicted", layer["predicted"], (*RANK_FIELDS, "bound"))
+            f"{where} predicted", layer["predicted"], (*RANK_FIELDS, "bound")
+        )
         problems += found or _layer_form_problems(where, layer, len(ranks))
     return problems
 
@@ -64,18 +66,21 @@ def _layer_form_problems(where: str, layer: dict, ranks: int) -> list[str]:
     experts = len(widths) if type(widths) is list else 0
 
     checks = {
-        f"widths is not a list of 1 to {MAX_EXPERTS} positive whole numbers":
-            1 <= experts <= MAX_EXPERTS and _is_list_of(widths, experts, lambda F: _is_int(F, 1, MAX_TOTAL_WIDTH)),
-        f"tokens is not a list of {experts} numbers, 0 to {MAX_TOKENS:g}":
-            _is_list_of(layer["tokens"], experts, lambda m: _is_amount(m, MAX_TOKENS)),
-        f"pieces is not a list for each of {ranks} ranks of [expert, lo, hi]":
-            _is_list_of(layer["pieces"], ranks, lambda rank: type(rank) is list and all(map(_is_piece, rank))),
+        f"widths is not a list of 1 to {MAX_EXPERTS} positive whole numbers": 1 <= experts <= MAX_EXPERTS
+        and _is_list_of(widths, experts, lambda F: _is_int(F, 1, MAX_TOTAL_WIDTH)),
+        f"tokens is not a list of {experts} numbers, 0 to {MAX_TOKENS:g}": _is_list_of(
+            layer["tokens"], experts, lambda m: _is_amount(m, MAX_TOKENS)
+        ),
+        f"pieces is not a list for each of {ranks} ranks of [expert, lo, hi]": _is_list_of(
+            layer["pieces"], ranks, lambda rank: type(rank) is list and all(map(_is_piece, rank))
+        ),
         "predicted bound is not a number, 0 or more": _is_amount(predicted["bound"]),
     }
     for name in RANK_FIELDS:
         kind, is_item = ("whole numbers", _is_whole_amount) if name in _WHOLE_FIELDS else ("numbers", _is_amount)
         checks[f"predicted {name} is not a list of {ranks} {kind}, 0 or more"] = _is_list_of(
-            predicted[name], ranks, is_item)
+            predicted[name], ranks, is_item
+        )
     return [f"{where}: {problem}" for problem, holds in checks.items() if not holds]
 
 
@@ -83,8 +88,9 @@ def _field_problems(where: str, value, names: Sequence[str]) -> list[str]:
     if type(value) is not dict:
         return [f"{where} is not a JSON object"]
     unknown = islice((name for name in value if name not in names), MAX_PROBLEMS)
-    return ([f"{where}: unknown field {name!r:.80}" for name in unknown]
-            + [f"{where}: field {name!r} is missing" for name in names if name not in value])
+    return [f"{where}: unknown field {name!r:.80}" for name in unknown] + [
+        f"{where}: field {name!r} is missing" for name in names if name not in value
+    ]
 
 
 def content_problems(body: dict) -> list[str]:
@@ -102,20 +108,27 @@ def mismatches(body: dict, widths_LE: Sequence[Sequence[int]] | None, ep_size: i
     """How a plan differs from the run it shall serve."""
     problems = []
     if ep_size is not None and len(body["ranks"]) != ep_size:
-        problems.append(f"made for {len(body['ranks'])} ranks, but --expert-model-parallel-size {ep_size}; make "
-                        "the plan again, or use --hmoe-placement auto")
+        problems.append(
+            f"made for {len(body['ranks'])} ranks, but --expert-model-parallel-size {ep_size}; make "
+            "the plan again, or use --hmoe-placement auto"
+        )
     if widths_LE is None:
         return problems
     numbers = body["numbers"]
     if len(body["layers"]) != len(widths_LE):
         problems.append(f"made for {len(body['layers'])} MoE layers, the model has {len(widths_LE)}")
-    differ = [n for n, (layer, widths) in enumerate(zip(body["layers"], widths_LE, strict=False))
-              if layer["widths"] != list(widths)]
+    differ = [
+        n
+        for n, (layer, widths) in enumerate(zip(body["layers"], widths_LE, strict=False))
+        if layer["widths"] != list(widths)
+    ]
     if differ:
         planned, wanted = body["layers"][differ[0]]["widths"], list(widths_LE[differ[0]])
-        problems.append(f"made for other widths (--hmoe-widths) in layers "
-                        f"{ranges_text([numbers[n] for n in differ])}: "
-                        f"{planned!s:.120} in layer {numbers[differ[0]]}, the model has {wanted!s:.120}")
+        problems.append(
+            f"made for other widths (--hmoe-widths) in layers "
+            f"{ranges_text([numbers[n] for n in differ])}: "
+            f"{planned!s:.120} in layer {numbers[differ[0]]}, the model has {wanted!s:.120}"
+        )
     return problems
 
 
@@ -141,8 +154,13 @@ def _is_piece(value) -> bool:
 
 def _is_rank(value) -> bool:
     """Types only: `Rank` checks the amounts."""
-    return (type(value) is list and len(value) == 3 and type(value[0]) is int and _is_amount(value[1])
-            and type(value[2]) in (int, type(None)))
+    return (
+        type(value) is list
+        and len(value) == 3
+        and type(value[0]) is int
+        and _is_amount(value[1])
+        and type(value[2]) in (int, type(None))
+    )
 
 
 def listed(what: str, problems: list[str]) -> str:

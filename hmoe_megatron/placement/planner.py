@@ -82,8 +82,10 @@ def plan_model(
     InfeasiblePlan with the layers of the stage; of the ways to share caps among layers a few are tried.
     """
     ranks, cost = as_ranks(ranks), cost or CostModel()
-    keys = [(None if tokens_E is None else tuple(tokens_E), tuple(widths_E))
-            for tokens_E, widths_E in _layers(tokens_LE, widths_LE)]
+    keys = [
+        (None if tokens_E is None else tuple(tokens_E), tuple(widths_E))
+        for tokens_E, widths_E in _layers(tokens_LE, widths_LE)
+    ]
     stages = tuple(stages) or (0,) * len(keys)
     if len(stages) != len(keys):
         raise ValueError(f"stages: {len(stages)} pipeline stages for {len(keys)} layers; give one a layer")
@@ -114,8 +116,11 @@ def plan_model(
 def overflow(layers: Sequence[LayerPlan], ranks: Sequence[Rank]) -> dict[int, int]:
     """Bytes that the layers of one pipeline stage take over the cap of each rank that they fill too much."""
     held_R = map(sum, zip(*(layer.predicted.bytes for layer in layers), strict=True))
-    return {r: held - rank.bytes for r, (held, rank) in enumerate(zip(held_R, ranks, strict=True))
-            if rank.bytes is not None and held > rank.bytes}
+    return {
+        r: held - rank.bytes
+        for r, (held, rank) in enumerate(zip(held_R, ranks, strict=True))
+        if rank.bytes is not None and held > rank.bytes
+    }
 
 
 def _sharing_caps(keys, ranks, cost, max_cuts: int, unit: int) -> list[LayerPlan]:
@@ -126,7 +131,7 @@ def _sharing_caps(keys, ranks, cost, max_cuts: int, unit: int) -> list[LayerPlan
     if len(keys) == 1:
         return [plan_layer(*keys[0], ranks, cost, max_cuts, unit)]
     need = [sum(plan_layer(*key, 1, cost).predicted.bytes) for key in keys]
-    later = [sum(need[i + 1:]) for i in range(len(need))]
+    later = [sum(need[i + 1 :]) for i in range(len(need))]
     caps = sum(rank.bytes or 0 for rank in ranks)
 
     def by_need(i, left, cap):
@@ -138,15 +143,19 @@ def _sharing_caps(keys, ranks, cost, max_cuts: int, unit: int) -> list[LayerPlan
     for share in (by_need, what_later_ones_leave):
         with contextlib.suppress(InfeasiblePlan):
             return _in_turn(keys, ranks, share, lambda key, budgets: plan_layer(*key, budgets, cost, max_cuts, unit))
-    in_order = [contiguous_plan([widths_E], ranks, None if tokens_E is None else [tokens_E], cost).layers[0]
-                for tokens_E, widths_E in keys]
+    in_order = [
+        contiguous_plan([widths_E], ranks, None if tokens_E is None else [tokens_E], cost).layers[0]
+        for tokens_E, widths_E in keys
+    ]
     return _at_once(keys, ranks, cost, max_cuts, unit) if overflow(in_order, ranks) else in_order
 
 
 def _at_once(keys, ranks, cost, max_cuts, unit) -> list[LayerPlan]:
     """As if all experts were of one layer: their sum on each rank is balanced, not each layer."""
-    problems = [LayerProblem.of(tokens, widths, ranks, cost, max_cuts, unit) for widths, tokens in
-                (_checked(*key) for key in keys)]
+    problems = [
+        LayerProblem.of(tokens, widths, ranks, cost, max_cuts, unit)
+        for widths, tokens in (_checked(*key) for key in keys)
+    ]
     tokens_X = np.concatenate([problem.tokens_E for problem in problems])
     widths_X = [width for problem in problems for width in problem.widths_E]
     together = LayerProblem.of(tokens_X, widths_X, ranks, cost, max_cuts, unit)
@@ -165,11 +174,14 @@ def _at_once(keys, ranks, cost, max_cuts, unit) -> list[LayerPlan]:
 def _in_turn(keys, ranks, share, planned) -> list[LayerPlan]:
     left, layers = [rank.bytes for rank in ranks], []
     for i, key in enumerate(keys):
-        budgets = [replace(rank, bytes=None if rest is None else share(i, rest, rank.bytes))
-                   for rank, rest in zip(ranks, left, strict=True)]
+        budgets = [
+            replace(rank, bytes=None if rest is None else share(i, rest, rank.bytes))
+            for rank, rest in zip(ranks, left, strict=True)
+        ]
         layers.append(planned(key, budgets))
-        left = [None if rest is None else rest - held
-                for rest, held in zip(left, layers[-1].predicted.bytes, strict=True)]
+        left = [
+            None if rest is None else rest - held for rest, held in zip(left, layers[-1].predicted.bytes, strict=True)
+        ]
     return layers
 
 
@@ -182,6 +194,7 @@ def contiguous_plan(
     numbers: Sequence[int] = (),
 ) -> PlacementPlan:
     """Whole experts in order, as stock Megatron places them; the first E % ranks ranks hold one more."""
+
     def owners(_, widths):
         return [rank for rank, held in enumerate(contiguous(widths, len(as_ranks(ranks)))) for _ in held]
 
@@ -210,8 +223,10 @@ def whole_plan(
 
 def under(plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
     """The pieces of `plan` with what they cost under the loads, ranks, cost and stages of `other`."""
-    layers = tuple(_predicted(held.pieces, held.widths, to.tokens, other.rank_specs, other.cost)
-                   for held, to in zip(plan.layers, other.layers, strict=True))
+    layers = tuple(
+        _predicted(held.pieces, held.widths, to.tokens, other.rank_specs, other.cost)
+        for held, to in zip(plan.layers, other.layers, strict=True)
+    )
     return PlacementPlan(layers, other.cost, other.rank_specs, other.stages, other.numbers)
 
 
@@ -235,8 +250,15 @@ def _laid_out(
             lo += held[r][e]
     for rank in pieces:
         rank.sort()
-    ordered = {kind: iter(sorted((rank for rank, k in zip(pieces, kind_R, strict=True) if k == kind),
-                                 key=lambda rank: rank[0] if rank else LAST)) for kind in set(kind_R)}
+    ordered = {
+        kind: iter(
+            sorted(
+                (rank for rank, k in zip(pieces, kind_R, strict=True) if k == kind),
+                key=lambda rank: rank[0] if rank else LAST,
+            )
+        )
+        for kind in set(kind_R)
+    }
     return tuple(tuple(next(ordered[kind])) for kind in kind_R)
 
 
@@ -246,8 +268,9 @@ def _layers(tokens_LE, widths_LE):
     if tokens_LE is None:
         return [(None, widths_E) for widths_E in widths_LE]
     if len(tokens_LE) != len(widths_LE):
-        raise ValueError(f"tokens_LE has {len(tokens_LE)} layers, widths_LE {len(widths_LE)}; give loads for "
-                         "each layer")
+        raise ValueError(
+            f"tokens_LE has {len(tokens_LE)} layers, widths_LE {len(widths_LE)}; give loads for each layer"
+        )
     return list(zip(tokens_LE, widths_LE, strict=True))
 
 
@@ -257,8 +280,9 @@ def _checked(tokens_E, widths_E) -> tuple[tuple[int, ...], tuple[float, ...]]:
         raise ValueError(f"widths_E: {len(widths_E)} experts (--num-experts); give 1 to {MAX_EXPERTS}")
     tokens_E = [1.0] * len(widths_E) if tokens_E is None else tokens_E
     if len(tokens_E) != len(widths_E):
-        raise ValueError(f"tokens_E has {len(tokens_E)} loads, widths_E {len(widths_E)} experts; give one load "
-                         "an expert")
+        raise ValueError(
+            f"tokens_E has {len(tokens_E)} loads, widths_E {len(widths_E)} experts; give one load an expert"
+        )
     # Plain numbers pass by their types: a check by abstract class takes ten times as long.
     widths, tokens = (values.tolist() if isinstance(values, np.ndarray) else values for values in (widths_E, tokens_E))
     if set(map(type, widths)) != {int} or min(widths) < 1 or max(widths) > MAX_TOTAL_WIDTH:
@@ -285,5 +309,7 @@ def _cut_limits(max_cuts: int | None, cut_multiple: int, ranks: Sequence[Rank]) 
 def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= value <= (most or value):
-        raise ValueError(f"{name} {value!r:.80}: must be a whole number of at least {least}"
-                         + (f" and at most {most}" if most else ""))
+        raise ValueError(
+            f"{name} {value!r:.80}: must be a whole number of at least {least}"
+            + (f" and at most {most}" if most else "")
+        )

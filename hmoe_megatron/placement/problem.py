@@ -37,8 +37,13 @@ class LayerProblem:
 
     @classmethod
     def of(
-        cls, tokens_E: Sequence[float], widths_E: Sequence[int], ranks: Sequence[Rank], cost: CostModel,
-        max_cuts: int, unit: int,
+        cls,
+        tokens_E: Sequence[float],
+        widths_E: Sequence[int],
+        ranks: Sequence[Rank],
+        cost: CostModel,
+        max_cuts: int,
+        unit: int,
     ) -> "LayerProblem":
         tokens, kind_R = np.asarray(tokens_E, dtype=float), kinds(ranks, caps=False)
         first = [kind_R.index(kind) for kind in range(max(kind_R) + 1)]
@@ -64,9 +69,13 @@ class LayerProblem:
     def only(self, experts: Sequence[int]) -> "LayerProblem":
         """The same with these experts alone, numbered from 0."""
         return dataclasses.replace(
-            self, widths_E=tuple(self.widths_E[e] for e in experts), tokens_E=self.tokens_E[experts],
-            fixed_CE=self.fixed_CE[:, experts], slope_CE=self.slope_CE[:, experts],
-            piece_bytes_E=self.piece_bytes_E[experts], width_bytes_E=self.width_bytes_E[experts],
+            self,
+            widths_E=tuple(self.widths_E[e] for e in experts),
+            tokens_E=self.tokens_E[experts],
+            fixed_CE=self.fixed_CE[:, experts],
+            slope_CE=self.slope_CE[:, experts],
+            piece_bytes_E=self.piece_bytes_E[experts],
+            width_bytes_E=self.width_bytes_E[experts],
         )
 
     def without_caps(self) -> "LayerProblem":
@@ -75,7 +84,10 @@ class LayerProblem:
     def of_bytes(self) -> "LayerProblem":
         """The problem of evening out the bytes of whole experts."""
         return dataclasses.replace(
-            self.without_caps(), fixed_CE=np.zeros_like(self.fixed_CE), max_cuts=0, tile=1,
+            self.without_caps(),
+            fixed_CE=np.zeros_like(self.fixed_CE),
+            max_cuts=0,
+            tile=1,
             slope_CE=np.broadcast_to(self.width_bytes_E, self.slope_CE.shape),
         )
 
@@ -143,6 +155,7 @@ class LayerProblem:
 def _columns(held: Sequence[dict[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rank, expert, width) of all pieces."""
     ranks = np.repeat(np.arange(len(held)), list(map(len, held)))
-    experts, widths = (np.fromiter(chain.from_iterable(parts), int, ranks.size)
-                       for parts in (held, map(dict.values, held)))
+    experts, widths = (
+        np.fromiter(chain.from_iterable(parts), int, ranks.size) for parts in (held, map(dict.values, held))
+    )
     return ranks, experts, widths

@@ -60,11 +60,17 @@ class Profile:
             problems.append(f"element_bytes {shown(self.element_bytes)} is not 2 (bf16) or 4 (fp32)")
         if not is_text(self.name, MAX_NAME_CHARS):
             problems.append(f"name {shown(self.name)} is not printable text of 1 to {MAX_NAME_CHARS} characters")
-        if not (type(self.sources) is dict and len(self.sources) <= MAX_SOURCES and all(
-                is_text(key, MAX_NAME_CHARS) and is_text(text, MAX_SOURCE_CHARS)
-                for key, text in self.sources.items())):
-            problems.append(f"sources is not an object of at most {MAX_SOURCES} printable texts of at most "
-                            f"{MAX_SOURCE_CHARS} characters")
+        if not (
+            type(self.sources) is dict
+            and len(self.sources) <= MAX_SOURCES
+            and all(
+                is_text(key, MAX_NAME_CHARS) and is_text(text, MAX_SOURCE_CHARS) for key, text in self.sources.items()
+            )
+        ):
+            problems.append(
+                f"sources is not an object of at most {MAX_SOURCES} printable texts of at most "
+                f"{MAX_SOURCE_CHARS} characters"
+            )
         if problems:
             raise ValueError("profile: " + "; ".join(problems))
 
@@ -107,8 +113,9 @@ def profile_named(name_or_path: str | os.PathLike) -> Profile:
     try:
         return Profile.load(name_or_path)
     except ValueError as error:
-        raise ValueError(f"hardware profile {error}; give {', '.join(PROFILES)}, or a file by "
-                         "tools/profile_hardware.py") from None
+        raise ValueError(
+            f"hardware profile {error}; give {', '.join(PROFILES)}, or a file by tools/profile_hardware.py"
+        ) from None
 
 
 FLOPS = Profile("flops", flops_per_s=1.0, unit="FLOPs")
@@ -127,6 +134,7 @@ _TILE = (128, "an assumption: the side that the largest tiles of cuBLAS share, 2
 
 def _gpu(name: str, flops, matmul_share, memory, nvlink, nic) -> Profile:
     """Peak rates and the share of `flops` that products reach; other shares, fixed times and tiles are one for all."""
+
     def sustained(peak, share):
         return peak[0] * share[0], f"{peak[0]:g} ({peak[1]}) times {share[0]:g} ({share[1]})"
 
@@ -140,8 +148,11 @@ def _gpu(name: str, flops, matmul_share, memory, nvlink, nic) -> Profile:
         "intra_node_bytes_per_s": sustained(nvlink, _NVLINK_SHARE),
         "inter_node_bytes_per_s": sustained(nic, _NIC_SHARE),
     }
-    return Profile(name, **{rate: number for rate, (number, _) in figures.items()},
-                   sources={rate: source for rate, (_, source) in figures.items()})
+    return Profile(
+        name,
+        **{rate: number for rate, (number, _) in figures.items()},
+        sources={rate: source for rate, (_, source) in figures.items()},
+    )
 
 
 def _matmul_share(share: float, gpu: str) -> tuple[float, str]:

@@ -22,9 +22,7 @@ LEAST_GAIN = 0.001  # of the fullest rank's bytes, or of a layer's width in plac
 Pieces = tuple[tuple[Piece, ...], ...]
 
 
-def even_bytes(
-    layers: Sequence[LayerPlan], ranks: Sequence[Rank], stages: Sequence[int] = ()
-) -> tuple[LayerPlan, ...]:
+def even_bytes(layers: Sequence[LayerPlan], ranks: Sequence[Rank], stages: Sequence[int] = ()) -> tuple[LayerPlan, ...]:
     """The layers with ranks renamed so that the fullest rank of each kind and stage holds few bytes over all layers.
 
     stages: pipeline stage of each layer (none given: one). Never more bytes on the fullest rank of a kind than before.
@@ -76,8 +74,12 @@ def _fewest_renamed(row_R: np.ndarray, bytes_R: np.ndarray) -> np.ndarray:
 
 
 def relabel(
-    layers: Sequence[LayerPlan], old: Sequence[LayerPlan], ranks: Sequence[Rank], stages: Sequence[int] = (),
-    cut_multiple: int = 1, numbers: Sequence[int] = (),
+    layers: Sequence[LayerPlan],
+    old: Sequence[LayerPlan],
+    ranks: Sequence[Rank],
+    stages: Sequence[int] = (),
+    cut_multiple: int = 1,
+    numbers: Sequence[int] = (),
 ) -> tuple[LayerPlan, ...]:
     """The layers with ranks renamed, and ranges of cut experts laid out again, so that few width units change rank.
 
@@ -130,8 +132,10 @@ class _Nearest:
         self.old = self.old[:, self.old[3] < layer.ranks]
         if (wrong := self.now[1] % multiple > 0).any():
             expert, lo = self.now[:2, wrong][:, 0]
-            raise ValueError(f"cut_multiple (--hmoe-cut-multiple) {multiple}: expert {expert} of layer {number} is cut "
-                             f"at {lo}; give the multiple that the plan was made with")
+            raise ValueError(
+                f"cut_multiple (--hmoe-cut-multiple) {multiple}: expert {expert} of layer {number} is cut "
+                f"at {lo}; give the multiple that the plan was made with"
+            )
 
     def approach(self, bytes_R: np.ndarray | None = None, room_R: np.ndarray | None = None) -> None:
         """Rename and lay out, in turns, while that leaves more in place.
@@ -188,7 +192,8 @@ class _Nearest:
         lo = {(expert, rank): lo for expert, lo, _, rank in self.now.T.tolist()}
         return tuple(
             tuple(p if p.lo == (at := lo[p.expert, rank]) else Piece(p.expert, at, at + p.width) for p in given[row])
-            for rank, row in enumerate(self.row_R.tolist()))
+            for rank, row in enumerate(self.row_R.tolist())
+        )
 
 
 def _laid_out(now: np.ndarray, old: np.ndarray, multiple: int) -> np.ndarray:
@@ -235,8 +240,11 @@ def _renamed(layer: LayerPlan, row_R: np.ndarray, pieces: Pieces | None = None) 
     pieces = tuple(layer.pieces[row] for row in rows) if pieces is None else pieces
     if pieces == layer.pieces and rows == list(range(len(rows))):
         return layer
-    by_rank = {name: tuple(value[row] for row in rows) for name, value in vars(layer.predicted).items()
-               if isinstance(value, tuple)}
+    by_rank = {
+        name: tuple(value[row] for row in rows)
+        for name, value in vars(layer.predicted).items()
+        if isinstance(value, tuple)
+    }
     return replace(layer, pieces=pieces, predicted=replace(layer.predicted, **by_rank))
 
 

@@ -28,8 +28,10 @@ class Rank:
             "bytes": self.bytes is None or (_is_whole(self.bytes) and 0 <= self.bytes <= 1 << 60),
         }
         if wrong := [name for name, right in checks.items() if not right]:
-            raise ValueError(f"rank {self}: {', '.join(wrong)} out of range (node: a whole number; speed: 0.001 to "
-                             "1000; bytes: 0 or more, or None for no cap)")
+            raise ValueError(
+                f"rank {self}: {', '.join(wrong)} out of range (node: a whole number; speed: 0.001 to "
+                "1000; bytes: 0 or more, or None for no cap)"
+            )
 
 
 def as_ranks(ranks: int | Sequence[Rank]) -> tuple[Rank, ...]:
@@ -41,8 +43,10 @@ def as_ranks(ranks: int | Sequence[Rank]) -> tuple[Rank, ...]:
             ranks = len(ranks)
     elif 1 <= ranks <= MAX_RANKS:
         return (Rank(),) * int(ranks)
-    raise ValueError(f"ranks (--expert-model-parallel-size) {ranks!r:.80}: must be a whole number of at least 1 and at "
-                     f"most {MAX_RANKS}, or a Rank for each")
+    raise ValueError(
+        f"ranks (--expert-model-parallel-size) {ranks!r:.80}: must be a whole number of at least 1 and at "
+        f"most {MAX_RANKS}, or a Rank for each"
+    )
 
 
 def nodes_of(nodes: int, ranks_per_node: int, bytes: int | None = None) -> tuple[Rank, ...]:

@@ -176,13 +176,18 @@ def _shortage(problem: LayerProblem, needed: float, lacking: dict[int, float], c
     """What each rank lacks if they are filled alike, and what would help."""
     named = [f"rank {r} lacks {missing:,.0f}" for r, missing in list(lacking.items())[:MAX_NAMED]]
     named += [f"{len(lacking) - MAX_NAMED} more"] * (len(lacking) > MAX_NAMED)
-    remedies = ["more ranks (--expert-model-parallel-size)", "a smaller micro-batch (--micro-batch-size)",
-                "higher caps"]
+    remedies = [
+        "more ranks (--expert-model-parallel-size)",
+        "a smaller micro-batch (--micro-batch-size)",
+        "higher caps",
+    ]
     if problem.max_cuts < problem.ranks - 1:
         remedies.insert(0, f"more cuts than {problem.max_cuts} (--hmoe-max-cuts)")
-    return (f"experts of {needed:,.0f} bytes {'do not fit' if certain else 'were not made to fit'} under the caps of "
-            f"{problem.ranks} ranks, {problem.cap_R.sum():,.0f} bytes in all; filled alike, {', '.join(named)} bytes. "
-            f"What would help: {', '.join(remedies)}")
+    return (
+        f"experts of {needed:,.0f} bytes {'do not fit' if certain else 'were not made to fit'} under the caps of "
+        f"{problem.ranks} ranks, {problem.cap_R.sum():,.0f} bytes in all; filled alike, {', '.join(named)} bytes. "
+        f"What would help: {', '.join(remedies)}"
+    )
 
 
 def contiguous(widths: Sequence[int], ranks: int) -> list[dict[int, int]]:

@@ -34,8 +34,10 @@ def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
         blocks.append((name, layers[0]))
         first += len(layers)
     texts = [_block(name, layer_plan, plan.cost.unit) for name, layer_plan in blocks[:MAX_BLOCKS]]
-    texts += [f"{name}: max/mean {_over_mean(of)}, {_cuts(of)}, gap {of.predicted.gap:.2%}"
-              for name, of in blocks[MAX_BLOCKS:]]
+    texts += [
+        f"{name}: max/mean {_over_mean(of)}, {_cuts(of)}, gap {of.predicted.gap:.2%}"
+        for name, of in blocks[MAX_BLOCKS:]
+    ]
     return "\n\n".join(texts[:MAX_BLOCKS]) + "".join("\n" + text for text in texts[MAX_BLOCKS:])
 
 
@@ -44,8 +46,10 @@ def _block(name: str, plan: LayerPlan, unit: str) -> str:
     room = MAX_COLUMNS - _COLUMN * len(columns) - 7
     texts = [_pieces_text(rank, plan, room) for rank in range(plan.ranks)]
     width = max(6, *map(len, texts))
-    rows = [f"{rank:>5}  {text:<{width}}" + "".join(f"{value:>{_COLUMN},.2f}" for value in values)
-            for rank, (text, *values) in enumerate(zip(texts, *columns.values(), strict=True))]
+    rows = [
+        f"{rank:>5}  {text:<{width}}" + "".join(f"{value:>{_COLUMN},.2f}" for value in values)
+        for rank, (text, *values) in enumerate(zip(texts, *columns.values(), strict=True))
+    ]
     if len(rows) > MAX_ROWS:
         half = MAX_ROWS // 2
         rows[half:-half] = [f"{'...':>5}  ({len(rows) - 2 * half} ranks more)"]
@@ -59,16 +63,22 @@ def _columns(plan: LayerPlan, unit: str) -> dict[str, list[float]]:
     of = plan.predicted
     if unit == FLOPS.unit:
         return {"FLOPs %": _percent(of.flops), "params %": _percent(of.params), "tokens %": _percent(of.tokens)}
-    return {"us": [1e6 * time for time in of.time], "FLOPs %": _percent(of.flops), "tokens %": _percent(of.tokens),
-            "MiB": [held / 2**20 for held in of.bytes]}
+    return {
+        "us": [1e6 * time for time in of.time],
+        "FLOPs %": _percent(of.flops),
+        "tokens %": _percent(of.tokens),
+        "MiB": [held / 2**20 for held in of.bytes],
+    }
 
 
 def _summary(plan: LayerPlan, unit: str) -> str:
     mean = sum(plan.predicted.time) / plan.ranks
     bound = f"{plan.predicted.bound / mean:.4f}" if mean else "-"
     what = "FLOPs" if unit == FLOPS.unit else "time"
-    return (f"max over mean of {what} {_over_mean(plan)}, {_cuts(plan)}; bound on the slowest rank {bound} of the "
-            f"mean, gap {plan.predicted.gap:.2%}")
+    return (
+        f"max over mean of {what} {_over_mean(plan)}, {_cuts(plan)}; bound on the slowest rank {bound} of the "
+        f"mean, gap {plan.predicted.gap:.2%}"
+    )
 
 
 def _over_mean(plan: LayerPlan) -> str:
@@ -86,8 +96,9 @@ def _percent(amounts: Sequence[float]) -> list[float]:
 
 def _pieces_text(rank: int, plan: LayerPlan, room: int) -> str:
     """Pieces of a rank in at most `room` columns; those without room are counted."""
-    words = [f"{p.expert}" if p.width == plan.widths[p.expert] else f"{p.expert}[{p.lo}:{p.hi})"
-             for p in plan.pieces[rank]]
+    words = [
+        f"{p.expert}" if p.width == plan.widths[p.expert] else f"{p.expert}[{p.lo}:{p.hi})" for p in plan.pieces[rank]
+    ]
     text = " ".join(words) or "-"
     shown = len(words)
     while len(text) > room:

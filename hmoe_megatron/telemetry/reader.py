@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from hmoe_megatron.files import open_regular
 from hmoe_megatron.placement.ranks import MAX_RANKS
+from hmoe_megatron.untrusted import shown
 from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS
 
 MAX_LINE_BYTES = 16 << 20

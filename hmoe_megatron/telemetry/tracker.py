@@ -21,7 +21,13 @@ class HMoEMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker, with the HMoE losses and, every ``log_interval`` steps, a telemetry record."""
 
     def __init__(
-        self, layout, hidden_size: int, parameters: ParameterCounts, log_interval: int, run_dir: Path | None, end_for_router
+        self,
+        layout,
+        hidden_size: int,
+        parameters: ParameterCounts,
+        log_interval: int,
+        run_dir: Path | None,
+        end_for_router,
     ):
         """end_for_router(step, layers): ends the run where routers of `layers`, decoder layers, were not finite."""
         super().__init__()

@@ -20,8 +20,13 @@ def start(*words, **environment):
     """A command of the project in the background. Its output goes to a file: of two that talk to each other one would
     wait for ever for the reader of a full pipe."""
     log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  lives as long as the process
-    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, words)),
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
     process.log = log
     return process
 

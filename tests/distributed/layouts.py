@@ -1,6 +1,6 @@
 """The parallel layouts that are tested, as data: test_layouts.py runs them, docs/parallelism.md shows them.
 
-    python -m tests.distributed.layouts > docs/parallelism.md
+python -m tests.distributed.layouts > docs/parallelism.md
 """
 
 import dataclasses
@@ -265,14 +265,20 @@ def parallelism_document() -> str:
     """docs/parallelism.md."""
     return PAGE.format(
         words="\n".join(f"| {word} | `{flags}` |" for word, flags in (WORDS | MODEL_WORDS).items()),
-        stock=_lines(AGAINST_STOCK, lambda row: " +" if row.cuts_elsewhere else ""), ulps=ONE_ULP,
+        stock=_lines(AGAINST_STOCK, lambda row: " +" if row.cuts_elsewhere else ""),
+        ulps=ONE_ULP,
         one=_lines(AGAINST_ONE_RANK, lambda row: f" | {'bf16' if row.bf16 else 'fp32'} bounds"),
-        loss=LOSS_BOUND, norm=NORM_BOUND, weight=WEIGHT_BOUND, bf16_loss=BF16_LOSS_BOUND, bf16_norm=BF16_NORM_BOUND,
-        te=TE, local=LOCAL,
+        loss=LOSS_BOUND,
+        norm=NORM_BOUND,
+        weight=WEIGHT_BOUND,
+        bf16_loss=BF16_LOSS_BOUND,
+        bf16_norm=BF16_NORM_BOUND,
+        te=TE,
+        local=LOCAL,
         refused="\n".join(f"- {refusal(flag)}" for flag, _ in NEEDS_GPU),
         standins="\n".join(f"| `{flag}` | {what} |" for flag, what in NEEDS_GPU),
         gpu="\n".join(f"| {run.name} | {run.gpus} | {gpu_comparison(run)} |" for run in RUNS),
-    )  # fmt: skip
+    )
 
 
 def _lines(layouts, comparison):

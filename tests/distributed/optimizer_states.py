@@ -43,8 +43,12 @@ def run_state(args, scheduler, optimizer):
     """Scheduler, learning rates, data position, Adam's steps, and a hash of every generator of this rank."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    generators = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state().tolist(),
-                  **{name: state.tolist() for name, state in get_cuda_rng_tracker().get_states().items()}}  # fmt: skip
+    generators = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state().tolist(),
+        **{name: state.tolist() for name, state in get_cuda_rng_tracker().get_states().items()},
+    }
     inner = [part.optimizer for part in optimizer.chained_optimizers]
     # torch's Adam has a step of every parameter, a fused one of every group.
     holders = [holder for adam in inner for holder in (*adam.state.values(), *adam.param_groups) if "step" in holder]

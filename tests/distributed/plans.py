@@ -20,8 +20,10 @@ def cut(*ranks):
 def save_plan(path, *pieces_by_layer) -> str:
     """Write a plan of one entry a layer, all of WIDTHS; returns its path as a flag's value."""
     tokens = (1.0,) * len(WIDTHS)
-    PlacementPlan(tuple(
-        LayerPlan(pieces, WIDTHS, tokens, predict(pieces, tokens, CostModel(), as_ranks(len(pieces)), bound=0.0))
-        for pieces in pieces_by_layer
-    )).save(path)  # fmt: skip
+    PlacementPlan(
+        tuple(
+            LayerPlan(pieces, WIDTHS, tokens, predict(pieces, tokens, CostModel(), as_ranks(len(pieces)), bound=0.0))
+            for pieces in pieces_by_layer
+        )
+    ).save(path)
     return str(path)

@@ -1,4 +1,5 @@
 """Imported once by the fork server of `ranks`, so that every rank starts with Megatron already in memory."""
+
 import os
 
 # Ranks are CPU ranks on every machine, also where a GPU is there.

@@ -10,6 +10,7 @@
 Ranks are forked from a server that has torch and Megatron imported (`preloaded`), so that a rank starts in
 well under a second. They meet through a file, not a port.
 """
+
 import contextlib
 import faulthandler
 import multiprocessing
@@ -68,6 +69,7 @@ def _started(world_size, call, timeout_s):
 class RankEnd:
     """How a rank ended. exit_code: negative for a signal, None if it hung; told: it ended only when it got SIGTERM, as
     torchrun sends it after another rank failed; orphans: processes that it left."""
+
     exit_code: int | None
     told: bool
     output: str
@@ -144,8 +146,9 @@ def _raise_first_error(folder, ranks, timeout_s):
         raise error
     failed = [number for number, rank in enumerate(ranks) if rank.exitcode != 0]
     if failed:
-        logs = "\n".join(f"rank {number}, exit code {ranks[number].exitcode}:\n{_log(folder, number)}"
-                         for number in failed)
+        logs = "\n".join(
+            f"rank {number}, exit code {ranks[number].exitcode}:\n{_log(folder, number)}" for number in failed
+        )
         if any("Timeout (" in _log(folder, number) or ranks[number].exitcode is None for number in failed):
             raise TimeoutError(f"ranks {failed} still ran after {timeout_s} s\n{logs}")
         raise RuntimeError(f"ranks {failed} died\n{logs}")
@@ -176,9 +179,16 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
     os.dup2(log, 2)
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      LOCAL_WORLD_SIZE=str(world_size), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
-                      TRITON_INTERPRET="1")
+    os.environ.update(
+        environment,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+        TRITON_INTERPRET="1",
+    )
     try:
         import torch.distributed
 
@@ -187,8 +197,9 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
         from . import preloaded  # noqa: F401
 
         machine.prepare_environment()
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
-                                             world_size=world_size)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+        )
         function, args, kwargs = pickle.loads(call)
         _write(folder / f"{rank}.result", function(*args, **kwargs))
         # No rank takes its connections away while another still talks to it.
@@ -213,6 +224,7 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
 
 def _write(file, value):
     import torch
+
     temporary = file.with_suffix(".part")
     torch.save(value, temporary)
     os.replace(temporary, file)
@@ -222,4 +234,5 @@ def _read(file):
     """What our own rank wrote. Not by pickle alone: a tensor that Megatron's process pickled imports Megatron
     here."""
     import torch
+
     return torch.load(file, weights_only=False)

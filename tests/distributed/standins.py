@@ -7,7 +7,6 @@ expert counts, batches, losses. Legend: T tokens of this rank, H hidden size, K 
 import copy
 
 import torch
-from hmoe_megatron.machine import flags as host_flags
 from megatron.core import mpu
 from megatron.core.models import backends
 from megatron.core.tensor_parallel import (
@@ -18,6 +17,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import token_dispatcher
 
 from hmoe_megatron import validate_args as refusals
+from hmoe_megatron.machine import flags as host_flags
 from tests.distributed.training_run import steps
 
 HYBRIDEP_SLOTS = []  # local slots of every call: one buffer serves all layers

@@ -20,10 +20,13 @@ TARGETS = {
     "other cuts": (2, OTHER_CUT, "--expert-model-parallel-size 2"),
     "four expert-parallel ranks": (4, FOUR, "--expert-model-parallel-size 4"),
     "tensor and expert-tensor parallel": (
-        4, EVEN, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
-        "--expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall"),
+        4,
+        EVEN,
+        "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+        "--expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall",
+    ),
     "pipeline parallel": (4, CUT, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-}  # fmt: skip
+}
 SUITE = ("the same", "other cuts", "tensor and expert-tensor parallel")
 BIAS = (
     "--moe-router-enable-expert-bias --moe-router-score-function sigmoid --moe-router-load-balancing-type none "
@@ -45,8 +48,10 @@ SAME_AT_A_LOAD = ("scheduler", "learning_rates", "consumed_samples", "adam_steps
 
 
 def flags(run, plan, layout):
-    return (f"{MODEL} --make-vocab-size-divisible-by 1 --lr-decay-style linear --min-lr 1e-4 {RUNS[run]} "
-            f"--hmoe-placement {plan} {layout}")  # fmt: skip
+    return (
+        f"{MODEL} --make-vocab-size-divisible-by 1 --lr-decay-style linear --min-lr 1e-4 {RUNS[run]} "
+        f"--hmoe-placement {plan} {layout}"
+    )
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -107,8 +112,9 @@ def main_shards(given):
     return [(shard.key, shard.global_offset, shard.local_shape) for shard in mine]
 
 
-@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel "
-                                    "--moe-token-dispatcher-type alltoall"])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall"]
+)
 def test_every_width_unit_is_written_by_one_rank(tmp_path, layout):
     """EP 2: two replicas of every piece, or, with tensor parallel, two halves of it."""
     plan = save_plan(tmp_path / "plan.json", *[EVEN] * LAYERS)

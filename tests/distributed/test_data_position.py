@@ -48,10 +48,11 @@ def unbroken(data, tmp_path_factory):
     return folder, losses(folder, data, 4, "--expert-model-parallel-size 2", CUT)
 
 
-@pytest.mark.parametrize(("world", "layout", "pieces"), [
-    (2, "--expert-model-parallel-size 1", whole((0, 1, 2, 3))),
-    (4, "--expert-model-parallel-size 4", FOUR),
-], ids=["two replicas", "four expert-parallel ranks"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("world", "layout", "pieces"),
+    [(2, "--expert-model-parallel-size 1", whole((0, 1, 2, 3))), (4, "--expert-model-parallel-size 4", FOUR)],
+    ids=["two replicas", "four expert-parallel ranks"],
+)
 def test_the_next_samples_follow_under_another_layout(unbroken, data, tmp_path, world, layout, pieces):
     run, expected = unbroken
     name = f"iter_{SAVED:07}"

@@ -156,10 +156,11 @@ def test_a_checkpoint_with_streams_of_one_rank_only(tmp_path):
 SUITE = {("Top-2", 2, 4, True), ("Top-P", 4, 4, True)}
 CASES = [
     pytest.param(*case, seed, marks=[] if seed == 0 and case in SUITE else [pytest.mark.campaign])
-    for case in ((router, *size, clipped) for router in ROUTERS for size in ((2, 2), (2, 4), (4, 4))
-                 for clipped in (True, False))
+    for case in (
+        (router, *size, clipped) for router in ROUTERS for size in ((2, 2), (2, 4), (4, 4)) for clipped in (True, False)
+    )
     for seed in range(10)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("router", "ep", "world", "clipped", "seed"), CASES)
@@ -184,19 +185,26 @@ LAYOUTS = {
     "pipeline": (2, 4, "--pipeline-model-parallel-size 2"),
     "expert tensor": (2, 4, f"--tensor-model-parallel-size 2 --sequence-parallel {ALLTOALL}"),
     "tensor, whole experts": (
-        2, 2, f"--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 {ALLTOALL}"),
+        2,
+        2,
+        f"--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 {ALLTOALL}",
+    ),
     "bf16": (2, 2, f"--bf16 {ROUTERS['Top-3']}"),
     "allgather, Top-2": (4, 4, "--moe-token-dispatcher-type allgather"),
     "distributed optimizer": (2, 4, f"--use-distributed-optimizer {ROUTERS['Top-3']}"),
     "distributed optimizer, bf16": (2, 4, "--use-distributed-optimizer --bf16"),
-}  # fmt: skip
+}
 LAYOUTS_OF_THE_SUITE = ("pipeline", "distributed optimizer")
 
 
-@pytest.mark.parametrize(("layout", "seed"), [
-    pytest.param(layout, seed, marks=[] if seed == 0 and layout in LAYOUTS_OF_THE_SUITE else [pytest.mark.campaign])
-    for layout in LAYOUTS for seed in range(5)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "seed"),
+    [
+        pytest.param(layout, seed, marks=[] if seed == 0 and layout in LAYOUTS_OF_THE_SUITE else [pytest.mark.campaign])
+        for layout in LAYOUTS
+        for seed in range(5)
+    ],
+)
 def test_any_plan_under(tmp_path, layout, seed):
     ep, world, flags = LAYOUTS[layout]
     idle = "distributed" not in layout  # its ranks must hold experts

@@ -18,8 +18,9 @@ def with_each_dispatcher():
     layer = model.decoder.layers[0].mlp
     ours = layer.token_dispatcher
     assert type(ours) is OneRankDispatcher
-    stock = MoEAlltoAllTokenDispatcher(ours.num_local_experts, ours.local_expert_indices, config=ours.config,
-                                       pg_collection=get_default_pg_collection())  # fmt: skip
+    stock = MoEAlltoAllTokenDispatcher(
+        ours.num_local_experts, ours.local_expert_indices, config=ours.config, pg_collection=get_default_pg_collection()
+    )
     x = torch.randn(SEQUENCE, 2, HIDDEN, requires_grad=True)
     passed, results = [], []
     inherited = OneRankDispatcher.dispatch_postprocess

@@ -34,7 +34,9 @@ def parsed(flags_and_worlds, stock=False):
     for flags, world in flags_and_worlds:
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
         te = "local" not in flags
-        machine.optional.kernels = lambda te=te: Kernels("2.20.2" if te else "", "" if te else "none", frozenset(), True)
+        machine.optional.kernels = lambda te=te: Kernels(
+            "2.20.2" if te else "", "" if te else "none", frozenset(), True
+        )
         rope_utils.fused_apply_rotary_pos_emb = object() if te else fused_rope
         try:
             args, _, _, layout = configure(flags.split(), stock)
@@ -59,9 +61,13 @@ def test_every_run_for_gpus_is_taken_where_there_are_gpus():
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
 def test_every_model_of_the_step_times_is_taken(kind):
-    lines = [(flags + ("" if engine else " --transformer-impl local"), 1)
-             for engine in (True, False) for model in steps.MODELS.values()
-             for of, flags in steps.kinds(model, engine).values() if of == kind]  # fmt: skip
+    lines = [
+        (flags + ("" if engine else " --transformer-impl local"), 1)
+        for engine in (True, False)
+        for model in steps.MODELS.values()
+        for of, flags in steps.kinds(model, engine).values()
+        if of == kind
+    ]
     assert len(lines) == (6 if kind == "ours" else 5)
     (said,) = run_ranks(1, parsed, lines, kind == "stock")
     assert [refused for refused in said if refused] == []
@@ -74,10 +80,12 @@ def test_every_model_of_the_step_times_is_taken(kind):
         ("--bf16 --fp8-format hybrid --transformer-impl local", "needs Transformer Engine"),
         ("--bf16 --fp8-format hybrid --fp8-param-gather", "--fp8-param-gather"),
         ("--expert-model-parallel-size 2 --moe-token-dispatcher-type flex", "add --bf16"),
-        ("--expert-model-parallel-size 2 --bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
-         "--moe-flex-dispatcher-backend"),
+        (
+            "--expert-model-parallel-size 2 --bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+            "--moe-flex-dispatcher-backend",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_on_a_gpu_either_is_refused(flags, message):
     ((said,),) = run_ranks(1, parsed, [(f"{MODEL} {flags}", 2)])
     assert message in said

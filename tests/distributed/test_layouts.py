@@ -29,9 +29,17 @@ CUTS = {
     1: whole((2, 0, 1, 3)),
     2: cut(((3, 0, 32), (0, 0, 16), (2, 0, 16)), ((1, 0, 32), (2, 16, 48), (3, 32, 64))),
     4: cut(((3, 0, 48),), ((3, 48, 64), (2, 0, 32)), ((2, 32, 48), (1, 0, 32)), ((0, 0, 16),)),
-    8: cut(((0, 0, 16),), ((1, 0, 16),), ((1, 16, 32),), ((2, 0, 16),), ((2, 16, 32),), ((2, 32, 48),), ((3, 0, 32),),
-           ((3, 32, 64),)),
-}  # fmt: skip
+    8: cut(
+        ((0, 0, 16),),
+        ((1, 0, 16),),
+        ((1, 16, 32),),
+        ((2, 0, 16),),
+        ((2, 16, 32),),
+        ((2, 32, 48),),
+        ((3, 0, 32),),
+        ((3, 32, 64),),
+    ),
+}
 EIGHT_RANKS_TIMEOUT_S = 300  # on two shared cores
 
 
@@ -63,8 +71,14 @@ def one_rank(tmp_path_factory):
 
 def train(tmp_path, ranks, expert_parallel, layers, flags):
     plan = save_plan(tmp_path / "plan.json", *[CUTS[expert_parallel]] * layers)
-    return run_ranks(ranks, steps, f"{MODEL} {flags} --hmoe-placement {plan}", same_dense=True, telemetry=True,
-                     timeout_s=EIGHT_RANKS_TIMEOUT_S)  # fmt: skip
+    return run_ranks(
+        ranks,
+        steps,
+        f"{MODEL} {flags} --hmoe-placement {plan}",
+        same_dense=True,
+        telemetry=True,
+        timeout_s=EIGHT_RANKS_TIMEOUT_S,
+    )
 
 
 @pytest.mark.parametrize("layout", rows(AGAINST_ONE_RANK))

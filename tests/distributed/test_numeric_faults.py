@@ -33,44 +33,82 @@ def train(world, flags, fault, count=4):
 
 CASES = {
     "NaN in logits, first of two pipeline stages": (
-        2, PP2, BadLogits(0, 2, rank=0), "step 2: rank 0: mlp.router in decoder layer 0 gave NaN"),
+        2,
+        PP2,
+        BadLogits(0, 2, rank=0),
+        "step 2: rank 0: mlp.router in decoder layer 0 gave NaN",
+    ),
     "NaN in logits once, first step, Top-P": (
-        2, f"{EP2} {TOPP}", BadLogits(0, 1, rank=1, times=1),
+        2,
+        f"{EP2} {TOPP}",
+        BadLogits(0, 1, rank=1, times=1),
         "step 1: rank 1: the router's logits in decoder layer 0 hold NaN or infinity. "
-        "Repeating the step gave finite values"),
+        "Repeating the step gave finite values",
+    ),
     "NaN in logits, step not repeated": (
-        2, f"{EP2} --rerun-mode disabled", BadLogits(1, 2, rank=1),
-        "step 2: rank 1: the router's logits in decoder layer 1 hold NaN"),
+        2,
+        f"{EP2} --rerun-mode disabled",
+        BadLogits(1, 2, rank=1),
+        "step 2: rank 1: the router's logits in decoder layer 1 hold NaN",
+    ),
     "minus infinity in logits": (1, "", BadLogits(1, 2, value=-INFINITY), "logits in decoder layer 1 held NaN or inf"),
     "NaN in an expert's weights": (
-        2, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce", BadExpert([0], 3, 2, "weight"),
-        "step 2: rank 0: linear_fc1_weight of expert 3 [0:64) in decoder layer 0 holds NaN"),
+        2,
+        f"{EP2} --use-distributed-optimizer --overlap-grad-reduce",
+        BadExpert([0], 3, 2, "weight"),
+        "step 2: rank 0: linear_fc1_weight of expert 3 [0:64) in decoder layer 0 holds NaN",
+    ),
     "infinity in a gradient": (
-        2, EP2, BadExpert([1], 1, 2, "gradient", INFINITY),
-        "step 2: rank 1: the gradient of linear_fc1_weight of expert 1 [0:32) in decoder layer 1 holds infinity"),
+        2,
+        EP2,
+        BadExpert([1], 1, 2, "gradient", INFINITY),
+        "step 2: rank 1: the gradient of linear_fc1_weight of expert 1 [0:32) in decoder layer 1 holds infinity",
+    ),
     "gradient norm": (
-        2, PP2, BadExpert([0, 1], 1, 2, "gradient", OVERFLOWS_IN_PAIRS),
-        "step 2: rank 0: the gradient norm is inf; the largest gradient, 1.5e+19, is of linear_fc1_weight of expert 1"),
-}  # fmt: skip
+        2,
+        PP2,
+        BadExpert([0, 1], 1, 2, "gradient", OVERFLOWS_IN_PAIRS),
+        "step 2: rank 0: the gradient norm is inf; the largest gradient, 1.5e+19, is of linear_fc1_weight of expert 1",
+    ),
+}
 CAMPAIGN = {
     "NaN in logits, second of two pipeline stages": (
-        4, f"{EP2} {PP2}", BadLogits(1, 3, rank=3), "step 3: rank 3: mlp.router in decoder layer 1 gave NaN"),
+        4,
+        f"{EP2} {PP2}",
+        BadLogits(1, 3, rank=3),
+        "step 3: rank 3: mlp.router in decoder layer 1 gave NaN",
+    ),
     "infinity in logits, TP 2 with sequence parallel": (
-        4, f"{EP2} --tensor-model-parallel-size 2 --sequence-parallel", BadLogits(1, 2, rank=2, value=INFINITY),
-        "step 2: rank 2: mlp.router in decoder layer 1 gave NaN"),
+        4,
+        f"{EP2} --tensor-model-parallel-size 2 --sequence-parallel",
+        BadLogits(1, 2, rank=2, value=INFINITY),
+        "step 2: rank 2: mlp.router in decoder layer 1 gave NaN",
+    ),
     "NaN in logits, full recompute": (
-        2, f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        BadLogits(0, 2), "step 2: rank 0: mlp.router in decoder layer 0 gave NaN"),
+        2,
+        f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        BadLogits(0, 2),
+        "step 2: rank 0: mlp.router in decoder layer 0 gave NaN",
+    ),
     "NaN in logits, bf16, allgather": (
-        2, f"{EP2} --bf16 --moe-token-dispatcher-type allgather", BadLogits(0, 2),
-        "step 2: rank 0: mlp.router in decoder layer 0 gave NaN"),
+        2,
+        f"{EP2} --bf16 --moe-token-dispatcher-type allgather",
+        BadLogits(0, 2),
+        "step 2: rank 0: mlp.router in decoder layer 0 gave NaN",
+    ),
     "NaN in a weight, overlapped parameter gathering": (
-        4, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-        BadExpert([1], 2, 3, "weight"), "linear_fc1_weight of expert 2 [0:48) in decoder layer 1 holds NaN"),
+        4,
+        f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        BadExpert([1], 2, 3, "weight"),
+        "linear_fc1_weight of expert 2 [0:48) in decoder layer 1 holds NaN",
+    ),
     "NaN in a gradient, first step": (
-        2, EP2, BadExpert([0], 0, 1, "gradient"),
-        "step 1: rank 0: the gradient of linear_fc1_weight of expert 0 [0:16) in decoder layer 0 holds NaN"),
-}  # fmt: skip
+        2,
+        EP2,
+        BadExpert([0], 0, 1, "gradient"),
+        "step 1: rank 0: the gradient of linear_fc1_weight of expert 0 [0:16) in decoder layer 0 holds NaN",
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -86,8 +124,12 @@ def test_what_is_not_finite_ends_every_rank_with_its_cause(tmp_path, request, to
     assert cause in errors(ranks)[0]
     saved = sorted(path.name for path in (tmp_path / "run").glob("iter_*"))
     assert saved == [f"iter_{step:07d}" for step in range(1, fault.step)]
-    told(request.node.callspec.id, 1, f"exit code {STOPPED} on all ranks; step, rank, layer and what it was are named; "
-         "checkpoints of the steps before only")  # fmt: skip
+    told(
+        request.node.callspec.id,
+        1,
+        f"exit code {STOPPED} on all ranks; step, rank, layer and what it was are named; "
+        "checkpoints of the steps before only",
+    )
 
 
 def tensors(run, step):
@@ -115,8 +157,11 @@ def test_a_nan_locks_nobody_out(tmp_path, told):
     assert [(rank.code, rank.step) for rank in ranks] == [(0, 5)] * 2, "steps are counted from 0"
     assert not errors(ranks)
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "6"
-    told("NaN in logits at every try, started again on the same machine", 2,
-         f"exit code {STOPPED}, the last good checkpoint each time; with its data left out it trained on")  # fmt: skip
+    told(
+        "NaN in logits at every try, started again on the same machine",
+        2,
+        f"exit code {STOPPED}, the last good checkpoint each time; with its data left out it trained on",
+    )
 
 
 @pytest.mark.campaign
@@ -165,11 +210,13 @@ def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(
     used, run = 2, tmp_path / "run"
     idle = [expert for expert in range(EXPERTS) if expert != used]
     ranks = run_ranks(
-        2, pretrain,
+        2,
+        pretrain,
         f"{MODEL} {TOPP} {EP2} --train-iters {count} --weight-decay 0 --log-interval 5 --save {run} "
         f"--save-interval {count} --hmoe-idle-expert-steps {patience}",
-        OneExpert(used), timeout_s=10 * TIMEOUT_S,
-    )  # fmt: skip
+        OneExpert(used),
+        timeout_s=10 * TIMEOUT_S,
+    )
     assert [rank.code for rank in ranks] == [0, 0]
     warnings = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("warning: step")]
     assert len(warnings) == 1, warnings
@@ -196,5 +243,8 @@ def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(
         expected = whole_expert[:, lo:hi] if matrix == "fc1" else whole_expert[:, lo:hi].t()
         assert torch.equal(value, expected), (layer, expert, matrix, lo, hi)
     assert math.isfinite(losses(run_ranks(2, steps, flags, 1))[0])
-    told(f"experts without a token for {count} steps", len(idle) * LAYERS, "gradient zero in every step, one warning, "
-         "saved, moved to another plan, trained on")  # fmt: skip
+    told(
+        f"experts without a token for {count} steps",
+        len(idle) * LAYERS,
+        "gradient zero in every step, one warning, saved, moved to another plan, trained on",
+    )

@@ -63,7 +63,11 @@ def layer_under_plans(flags, pieces=WHOLE):
         first, *rest = layout.plan.layers
         plan = PlacementPlan((dataclasses.replace(first, pieces=pieces), *rest))
         layer = hmoe_megatron.moe.layer.HMoELayer(
-            config.transformer, MoESubmodules(experts=None), layer_number=1, pg_collection=groups, layer=0,
+            config.transformer,
+            MoESubmodules(experts=None),
+            layer_number=1,
+            pg_collection=groups,
+            layer=0,
             layout=dataclasses.replace(layout, plan=plan),
         )
         router = router or layer.router.state_dict()
@@ -83,8 +87,9 @@ def by_rank_and_expert(ranks, number):
     """{name: tensor} of plan `number`: experts' gradients by name, everything else by rank and name."""
     return {
         name if name[0].isdigit() else f"{name} of rank {rank}": value
-        for rank, results in enumerate(ranks) for name, value in results[number].items()
-    }  # fmt: skip
+        for rank, results in enumerate(ranks)
+        for name, value in results[number].items()
+    }
 
 
 def differing(ranks):
@@ -174,16 +179,27 @@ def norms_under_plans(shared):
                     start, end = (0, cut) if shared and not replica else (cut, grad.numel())
                     held[grad] = start, grad.flatten()[start:end]
             # Megatron has a tensor an expert and matrix, expert by expert.
-            own += [held[grad][1] for grad in weights.values() if grad is not None] if shared else [
-                part for of_expert in zip(*parts.values(), strict=True) for part in of_expert]
-            layers.append(SimpleNamespace(
-                pieces=[Piece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank], ep_group=experts,
-                piece_widths=[MANY_WIDTHS[expert] for expert in on_rank], **weights,
-                config=SimpleNamespace(num_moe_experts=len(MANY_WIDTHS)),
-            ))  # fmt: skip
+            own += (
+                [held[grad][1] for grad in weights.values() if grad is not None]
+                if shared
+                else [part for of_expert in zip(*parts.values(), strict=True) for part in of_expert]
+            )
+            layers.append(
+                SimpleNamespace(
+                    pieces=[Piece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank],
+                    ep_group=experts,
+                    piece_widths=[MANY_WIDTHS[expert] for expert in on_rank],
+                    **weights,
+                    config=SimpleNamespace(num_moe_experts=len(MANY_WIDTHS)),
+                )
+            )
         ours = logical_norms(layers, held.get, replicas)
-        found.append((get_grad_norm_fp32(ours, grad_stats_parallel_group=world),
-                      get_grad_norm_fp32(own, grad_stats_parallel_group=world)))  # fmt: skip
+        found.append(
+            (
+                get_grad_norm_fp32(ours, grad_stats_parallel_group=world),
+                get_grad_norm_fp32(own, grad_stats_parallel_group=world),
+            )
+        )
     return found
 
 

@@ -38,16 +38,21 @@ def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("scaling", [
-    "", "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
-    *rarely("--calculate-per-token-loss"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        "",
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+        *rarely("--calculate-per-token-loss"),
+    ],
+)
 @pytest.mark.parametrize("loss", ["p-penalty", *rarely("load-balance")])
 def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss, scaling):
     """Also in its scaling by micro-batches, tokens, and tensor-parallel ranks that share a sequence."""
     layout = f"--expert-model-parallel-size 2 {scaling}"
-    stock = run_ranks(2, steps, f"{layout} {STOCK} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1.0",
-                      stock=True)  # fmt: skip
+    stock = run_ranks(
+        2, steps, f"{layout} {STOCK} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1.0", stock=True
+    )
     without = run_ranks(2, steps, f"{layout} {STOCK}", stock=True)
     other = {"p-penalty": "", "load-balance": "--hmoe-p-penalty-coeff 0"}[loss]
     ours = run_ranks(2, steps, f"{layout} {EQUAL} {other} --hmoe-{loss}-coeff 0.5")  # K = 2

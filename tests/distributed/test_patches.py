@@ -1,5 +1,6 @@
 """Every patch has a check that fails without it. Those of a CPU are here: each passes with its patch, and fails when
 any one of its replacements is undone. A fix or a hook names the test that compares runs with and without it."""
+
 import ast
 import contextlib
 import functools
@@ -40,6 +41,7 @@ def cuda_device_is_the_cpu(folder):
 @check
 def cuda_device_properties(folder):
     from megatron.training.utils import get_device_arch_version
+
     assert get_device_arch_version() == 0
     assert torch.cuda.get_device_properties(0).total_memory > 2**30
 
@@ -66,8 +68,12 @@ def cuda_memory(folder):
     for current, peak in (("memory_allocated", "max_memory_allocated"), ("memory_reserved", "max_memory_reserved")):
         current_bytes = getattr(torch.cuda, current)()
         assert getattr(torch.cuda, peak)() >= current_bytes > held.nbytes
-    assert {"reserved_bytes.all.current", "allocated_bytes.all.current", "allocated_bytes.all.peak",
-            "allocation.all.current"} <= torch.cuda.memory_stats().keys()
+    assert {
+        "reserved_bytes.all.current",
+        "allocated_bytes.all.current",
+        "allocated_bytes.all.peak",
+        "allocation.all.current",
+    } <= torch.cuda.memory_stats().keys()
     assert torch.cuda.device_memory_used() > held.nbytes
 
 
@@ -87,8 +93,13 @@ def cuda_rng(folder):
 @check
 def cuda_factories(folder):
     for device in ("cuda", "cuda:0", torch.device("cuda")):
-        made = [torch.empty(2, device=device), torch.empty_like(torch.zeros(2), device=device),
-                torch.ones(2, device=device), torch.tensor([1, 2], device=device), torch.zeros(2, device=device)]
+        made = [
+            torch.empty(2, device=device),
+            torch.empty_like(torch.zeros(2), device=device),
+            torch.ones(2, device=device),
+            torch.tensor([1, 2], device=device),
+            torch.zeros(2, device=device),
+        ]
         assert {tensor.device.type for tensor in made} == {"cpu"}
     with torch.device("meta"):
         assert torch.empty(2).is_meta and torch.ones(2).is_meta and torch.zeros(2).is_meta
@@ -106,6 +117,7 @@ def tensor_cuda(folder):
 @check
 def tensor_type(folder):
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.full((2,), 3.0)
     clip_grad_by_total_norm_fp32([parameter], 1.0, 3 * 2**0.5)
@@ -117,6 +129,7 @@ def tensor_type(folder):
 @check
 def megatron_without_cuda(folder):
     from megatron.training.training import initialize_megatron
+
     with pytest.raises(AssertionError, match="args is not initialized"):  # past the assertion on CUDA
         initialize_megatron()
     assert not torch.cuda.is_available()
@@ -126,9 +139,19 @@ def megatron_without_cuda(folder):
 def no_fusion_warmup(folder):
     from megatron.training import global_vars
     from megatron.training.training import set_jit_fusion_options
+
     global_vars._GLOBAL_ARGS = SimpleNamespace(
-        bf16=False, fp16=False, ffn_hidden_size=8, tensor_model_parallel_size=1, seq_length=4, context_parallel_size=1,
-        micro_batch_size=1, swiglu=True, sequence_parallel=False, hidden_size=8)
+        bf16=False,
+        fp16=False,
+        ffn_hidden_size=8,
+        tensor_model_parallel_size=1,
+        seq_length=4,
+        context_parallel_size=1,
+        micro_batch_size=1,
+        swiglu=True,
+        sequence_parallel=False,
+        hidden_size=8,
+    )
     try:
         before = torch.get_rng_state()
         set_jit_fusion_options(tp_size=1)
@@ -140,6 +163,7 @@ def no_fusion_warmup(folder):
 @check
 def megatron_rng_state(folder):
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
     tracker = CudaRNGStatesTracker()
     tracker.add("experts", 11)
     torch.manual_seed(3)
@@ -181,6 +205,7 @@ def queue_of_a_synchronous_save(folder):
 
     def start(self, *args):
         raise RuntimeError("a manager process was started")
+
     stock, managers.BaseManager.start = managers.BaseManager.start, start
     try:
         dist_checkpointing.save(_sharded(torch.distributed.get_rank() + torch.arange(4.0)), folder)
@@ -192,12 +217,14 @@ def queue_of_a_synchronous_save(folder):
 
 def _sharded(values):
     from megatron.core.dist_checkpointing import ShardedTensor
+
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return {"values": ShardedTensor.from_rank_offsets("values", values, (0, rank, ranks))}
 
 
 def _assert_saved(folder):
     from megatron.core import dist_checkpointing
+
     loaded = dist_checkpointing.load(_sharded(torch.zeros(4)), folder)
     assert torch.equal(loaded["values"], torch.distributed.get_rank() + torch.arange(4.0))
 
@@ -213,12 +240,16 @@ def worker_of_asynchronous_saves(folder):
 
 def _work_as_if_new(folder):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
+
     for replaced in registry.REPLACED:
         if replaced.owner is torch.cuda:
             setattr(torch.cuda, replaced.attribute, replaced.before)
     requests, preloads, finished = queue.Queue(), queue.Queue(), queue.Queue()
-    requests.put(AsyncRequest(torch.save, [torch.full((2,), 4), None], [], preload_fn=functools.partial(
-        _file_after_synchronizing, folder)))
+    requests.put(
+        AsyncRequest(
+            torch.save, [torch.full((2,), 4), None], [], preload_fn=functools.partial(_file_after_synchronizing, folder)
+        )
+    )
     requests.put("DONE")
     preloads.put(0)
     PersistentAsyncCaller.async_loop(torch.distributed.get_rank(), requests, preloads, finished)
@@ -247,6 +278,7 @@ def queue_of_asynchronous_saves(folder):
 
 def _open_queue_and_stay(of_rank):
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
     results = get_write_results_queue("fork")
     results.put("written")
     assert results.get() == "written"
@@ -272,6 +304,7 @@ def _runs(pid):
 def copies_for_asynchronous_saves(folder):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     file = f"{folder}/{torch.distributed.get_rank()}"
     tensors = [torch.arange(6.0).view(2, 3), torch.arange(3).bfloat16(), torch.tensor(7.0), torch.zeros(0, 2)]
     before = [tensor.clone() for tensor in tensors]
@@ -279,8 +312,9 @@ def copies_for_asynchronous_saves(folder):
     preload = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
     calls = AsyncCallsQueue(persistent=True)
     calls.warmup_persistent_caller(torch.distributed.get_rank(), mp_mode="fork")
-    calls.schedule_async_request(AsyncRequest(functools.partial(_write_late, file), [0, None, None], [],
-                                              preload_fn=preload))
+    calls.schedule_async_request(
+        AsyncRequest(functools.partial(_write_late, file), [0, None, None], [], preload_fn=preload)
+    )
     for tensor in tensors:
         tensor += 1
     calls.close()
@@ -305,8 +339,12 @@ def quiet_pin_memory(folder):
 def all_to_all_split_tensors(folder):
     rank = torch.distributed.get_rank()
     received = torch.zeros(3)
-    torch.distributed.all_to_all_single(received, torch.full((3,), float(rank)), torch.tensor([1 + rank, 2 - rank]),
-                                        input_split_sizes=torch.tensor([1 + rank, 2 - rank]))
+    torch.distributed.all_to_all_single(
+        received,
+        torch.full((3,), float(rank)),
+        torch.tensor([1 + rank, 2 - rank]),
+        input_split_sizes=torch.tensor([1 + rank, 2 - rank]),
+    )
     assert received.tolist() == [[0, 1, 1], [0, 0, 1]][rank]
 
 
@@ -355,7 +393,10 @@ def _error(function, folder):
 TESTS = {
     "dataset_helpers": ("test_patches_optimizer", "test_dataset_helpers_are_not_compiled_where_there_is_no_makefile"),
     "torch_adam_of_the_distributed_optimizer": ("test_patches_optimizer", "test_stock_shares_one_step"),
-    "optimizer_checkpoints": ("test_patches_optimizer_checkpoints", "test_stock_loses_the_step_where_rank_0_holds_no_expert"),
+    "optimizer_checkpoints": (
+        "test_patches_optimizer_checkpoints",
+        "test_stock_loses_the_step_where_rank_0_holds_no_expert",
+    ),
     "rng_of_ranks": ("test_determinism", "test_stock_gives_all_expert_parallel_ranks_the_streams_of_the_first"),
     "sequence_parallel_norm": ("test_patches_norm", "test_the_norm_is_marked_for_the_sum_over_tensor_parallel_ranks"),
     "optimizer_is_built": ("test_determinism", "test_the_norm_with_cut_experts_is_that_of_whole_ones"),
@@ -416,8 +457,13 @@ def test_an_asynchronous_save_still_has_its_manager(tmp_path):
 def _save_asynchronously(folder):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    request = dist_checkpointing.save(_sharded(torch.distributed.get_rank() + torch.arange(4.0)), folder,
-                                      async_sharded_save=True, async_strategy="mcore")
+
+    request = dist_checkpointing.save(
+        _sharded(torch.distributed.get_rank() + torch.arange(4.0)),
+        folder,
+        async_sharded_save=True,
+        async_strategy="mcore",
+    )
     calls = AsyncCallsQueue()
     calls.schedule_async_request(request)
     calls.maybe_finalize_async_calls(blocking=True)

@@ -1,4 +1,5 @@
 """Megatron's own collectives on gloo ranks, with unequal numbers of rows, forward and backward."""
+
 import pytest
 import torch
 
@@ -19,10 +20,15 @@ def test_all_to_all_of_unequal_rows_and_its_backward():
 
 def _all_to_all():
     from megatron.core.tensor_parallel import all_to_all
+
     rank = torch.distributed.get_rank()
     sent = torch.tensor([[rank, row] for row in range(3)], dtype=torch.float32, requires_grad=True)
-    received = all_to_all(torch.distributed.group.WORLD, sent,
-                          torch.tensor([rows[rank] for rows in ROWS_SENT]), torch.tensor(ROWS_SENT[rank]))
+    received = all_to_all(
+        torch.distributed.group.WORLD,
+        sent,
+        torch.tensor([rows[rank] for rows in ROWS_SENT]),
+        torch.tensor(ROWS_SENT[rank]),
+    )
     (received[:, 0] * (10 * rank + torch.arange(len(received)))).sum().backward()
     return received.tolist(), sent.grad[:, 0].tolist()
 
@@ -48,6 +54,7 @@ def _gather_and_scatter(rows, dtype):
         gather_from_sequence_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
     )
+
     rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     whole = torch.arange(8, dtype=dtype).view(4, 2)
     sizes = None if rows[0] == rows[1] else rows
@@ -98,10 +105,17 @@ def _norm_gradient():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     sequence_parallel_norm()
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm",
-                               tensor_model_parallel_size=2, sequence_parallel=True)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+    )
 
     class Model(MegatronModule):
         def __init__(self):

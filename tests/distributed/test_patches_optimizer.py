@@ -1,4 +1,5 @@
 """The distributed optimizer with torch's Adam: save before the first step, resume, and the step after it."""
+
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ def _ddp_and_optimizer():
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import MegatronModule
+
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
@@ -49,7 +51,7 @@ def _weights(model):
 
 def _saved(model, optimizer):
     """Everything of a checkpoint, by value: model, optimizer and its parameters' states."""
-    inner, = optimizer.chained_optimizers
+    (inner,) = optimizer.chained_optimizers
     state = inner.state_dict()
     return _weights(model), state, inner.get_parameter_state_dp_zero()
 
@@ -59,7 +61,7 @@ def _load(model, optimizer, saved):
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), weights, strict=True):
             parameter.copy_(weight)
-    inner, = optimizer.chained_optimizers
+    (inner,) = optimizer.chained_optimizers
     inner.load_state_dict(state)
     inner.load_parameter_state_from_dp_zero(parameter_state)
 
@@ -118,7 +120,7 @@ def _tensors_of_step(repaired):
     assert not repaired or torch_adam_of_the_distributed_optimizer()
     first, second = _ddp_and_optimizer(), _ddp_and_optimizer()
     _step(*first, 0)
-    inner, = second[1].chained_optimizers
+    (inner,) = second[1].chained_optimizers
     inner.load_state_dict(first[1].chained_optimizers[0].state_dict())
     return len({id(state["step"]) for state in inner.optimizer.state.values()})
 
@@ -129,6 +131,7 @@ def test_repair_is_left_out_where_a_fused_adam_is_there():
 
 def _repair_with_fused_adam():
     from megatron.core.optimizer import distrib_optimizer
+
     before = dict(vars(distrib_optimizer.DistributedOptimizer))
     distrib_optimizer.HAVE_APEX_OR_TE = True
     return torch_adam_of_the_distributed_optimizer(), dict(vars(distrib_optimizer.DistributedOptimizer)) == before
@@ -140,6 +143,7 @@ def test_a_second_repair_changes_nothing():
 
 def _repair_twice():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
     torch_adam_of_the_distributed_optimizer()
     before = dict(vars(DistributedOptimizer))
     return torch_adam_of_the_distributed_optimizer() and dict(vars(DistributedOptimizer)) == before
@@ -156,6 +160,7 @@ def _helpers():
 
     def run(command):
         raise RuntimeError("make was run")
+
     subprocess.run = run
     try:
         utils.compile_helpers()

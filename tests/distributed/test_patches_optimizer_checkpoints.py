@@ -104,11 +104,14 @@ def test_ranks_without_experts_save_and_load(tmp_path, optimizer, changes):
     assert [rank["adam_steps"] for rank in [*first, *loaded(second), *loaded(third)]] == [[2]] * 4 + [[3]] * 2
 
 
-@pytest.mark.parametrize(("optimizer", "count"), [
-    ("", 0),
-    *rarely(("--fp16", 1)),  # it skips the step: the first loss scale is 2**32
-    ("--fp16 --use-distributed-optimizer", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("optimizer", "count"),
+    [
+        ("", 0),
+        *rarely(("--fp16", 1)),  # it skips the step: the first loss scale is 2**32
+        ("--fp16 --use-distributed-optimizer", 1),
+    ],
+)
 def test_a_checkpoint_from_before_the_first_step(tmp_path, optimizer, count):
     first = run(tmp_path, BOTH, optimizer, count, save="first", after=2)
     second = run(tmp_path, FIRST_EMPTY, optimizer, 2, load="first", skip=count)
@@ -142,10 +145,14 @@ def test_stock_begins_again_at_step_1_with_a_fused_adam(tmp_path):
     assert losses(second)[0] == losses(first)[2] and losses(second)[1] != losses(first)[3]
 
 
-@pytest.mark.parametrize(("before", "after", "error", "message"), [
-    (FIRST_EMPTY, BOTH, ValueError, "Cannot merge two lists with different lengths"),
-    (BOTH, FIRST_EMPTY, KeyError, "fp32_from_fp16"),
-], ids=["rank 0 had none", "rank 0 has none"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after", "error", "message"),
+    [
+        (FIRST_EMPTY, BOTH, ValueError, "Cannot merge two lists with different lengths"),
+        (BOTH, FIRST_EMPTY, KeyError, "fp32_from_fp16"),
+    ],
+    ids=["rank 0 had none", "rank 0 has none"],
+)
 def test_stock_cannot_load_masters_where_a_rank_holds_no_expert(tmp_path, before, after, error, message):
     run(tmp_path, before, "--bf16", 1, [STOCK], save="stock")
     with pytest.raises(error, match=message):

@@ -5,16 +5,7 @@ import torch
 
 from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_run import (
-    EXPERTS,
-    LAYERS,
-    ONE_ULP,
-    SEQUENCE,
-    UNCLIPPED,
-    logical_state,
-    losses,
-    steps,
-)
+from tests.distributed.training_run import EXPERTS, LAYERS, ONE_ULP, SEQUENCE, UNCLIPPED, logical_state, losses, steps
 from tests.rows import rarely
 
 MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
@@ -32,9 +23,13 @@ TWO_ULP = 2 * ONE_ULP
 def run(tmp_path, ep, *plans, world=None, flags="", count=5, name="plan", **more):
     plan = save_plan(tmp_path / f"{name}.json", *(plans if len(plans) == LAYERS else plans * LAYERS))
     return run_ranks(
-        world or ep, steps, f"{MODEL} --expert-model-parallel-size {ep} --hmoe-placement {plan} {flags}", count,
-        telemetry=True, **more,
-    )  # fmt: skip
+        world or ep,
+        steps,
+        f"{MODEL} --expert-model-parallel-size {ep} --hmoe-placement {plan} {flags}",
+        count,
+        telemetry=True,
+        **more,
+    )
 
 
 def assert_same(state, expected, bound=0.0):

@@ -1,4 +1,5 @@
 """The helper that runs ranks: results, a failing rank, a hanging rank, a dying rank."""
+
 import os
 import sys
 import time
@@ -22,8 +23,14 @@ def _sum(offset, times=1):
 
 
 def _environment():
-    return (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MARK"], os.environ["OMP_NUM_THREADS"],
-            torch.get_num_threads(), "megatron.training.training" in sys.modules)
+    return (
+        os.environ["RANK"],
+        os.environ["WORLD_SIZE"],
+        os.environ["MARK"],
+        os.environ["OMP_NUM_THREADS"],
+        torch.get_num_threads(),
+        "megatron.training.training" in sys.modules,
+    )
 
 
 def _fail_on_rank_1():
@@ -112,7 +119,9 @@ def _sleep_on_rank_1(seconds):
 
 def test_how_ranks_end_is_told():
     assert [(end.exit_code, end.told, end.orphans) for end in end_ranks(2, _end_as, [3, 0])] == [
-        (3, False, ()), (0, False, ())]  # fmt: skip
+        (3, False, ()),
+        (0, False, ()),
+    ]
 
 
 def test_a_rank_that_outlives_another_is_told_to_end(monkeypatch):

@@ -33,8 +33,10 @@ def refusal(flags):
         (f"{WIDTHS} --moe-ffn-hidden-size 64", ["--moe-ffn-hidden-size", "widths come from --hmoe-widths"]),
         (f"{WIDTHS} --mtp-num-layers 1", ["--mtp-num-layers", "remove it"]),
         (f"{WIDTHS} --optimizer muon", ["--optimizer", "use adam, sgd or lion"]),
-        (f"{WIDTHS} --moe-expert-capacity-factor 1.0 --moe-apply-probs-on-input",
-         ["--moe-expert-capacity-factor", "--moe-apply-probs-on-input"]),
+        (
+            f"{WIDTHS} --moe-expert-capacity-factor 1.0 --moe-apply-probs-on-input",
+            ["--moe-expert-capacity-factor", "--moe-apply-probs-on-input"],
+        ),
         (f"{WIDTHS} --transformer-impl transformer_engine", ["transformer_engine: this machine has no GPU"]),
         (f"{WIDTHS} --moe-layer-freq [0,0]", ["--moe-layer-freq [0, 0]: no layer has experts"]),
         (f"{WIDTHS} --moe-layer-freq [0,1,1]", ["names 3 layers, --num-layers is 2"]),
@@ -45,10 +47,12 @@ def refusal(flags):
         (f"{WIDTHS} --ckpt-format torch", ["--ckpt-format", "use torch_dist"]),
         (f"{WIDTHS} --moe-router-score-function sigmoid", ["--moe-router-score-function", "--hmoe-p-penalty-coeff 0"]),
         (f"{WIDTHS} --async-save", ["--async-save without --use-persistent-ckpt-worker"]),
-        (f"{WIDTHS} --async-save --use-persistent-ckpt-worker --async-strategy nvrx",
-         ["--async-strategy nvrx: this machine has no GPU", "use mcore"]),
+        (
+            f"{WIDTHS} --async-save --use-persistent-ckpt-worker --async-strategy nvrx",
+            ["--async-strategy nvrx: this machine has no GPU", "use mcore"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(flags, messages):
     (said,) = run_ranks(1, refusal, flags)
     assert said is not None

@@ -55,14 +55,16 @@ def test_a_resume_says_what_it_checked(copy):
     ("damage", "said"),
     [  # other damage: tests/faults
         (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file"),
-        (lambda path: alter(path / "__0_0.distcp", lambda text: text[:5000] + bytes(64) + text[5064:]),
-         "__0_0.distcp is altered (SHA-256 does not match)"),
+        (
+            lambda path: alter(path / "__0_0.distcp", lambda text: text[:5000] + bytes(64) + text[5064:]),
+            "__0_0.distcp is altered (SHA-256 does not match)",
+        ),
         (lambda path: alter(path / ".metadata", lambda text: text[:-1]), ".metadata has "),
         (lambda path: (path / directory.MANIFEST_FILE).unlink(), "hmoe_manifest.json is missing: not a complete"),
         (lambda path: shutil.rmtree(path), "iter_0000004: missing, and latest_checkpointed_iteration.txt names it"),
     ],
     ids=["missing shard", "altered shard", "metadata", "manifest", "directory"],
-)  # fmt: skip
+)
 def test_damage_is_named_and_the_checkpoint_before_it_loads(copy, damage, said):
     damage(directory.checkpoint_path(copy, 4))
     line = refused(go_on(copy))

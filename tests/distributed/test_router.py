@@ -48,10 +48,18 @@ def route(settings, routing, padding):
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     config = TransformerConfig(
-        num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=len(WIDTHS), moe_router_topk=2,
-        moe_ffn_hidden_size=8, tensor_model_parallel_size=world, sequence_parallel=world > 1, add_bias_linear=False,
-        moe_router_load_balancing_type="none", moe_z_loss_coeff=None if padding else Z_LOSS_COEFF,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_moe_experts=len(WIDTHS),
+        moe_router_topk=2,
+        moe_ffn_hidden_size=8,
+        tensor_model_parallel_size=world,
+        sequence_parallel=world > 1,
+        add_bias_linear=False,
+        moe_router_load_balancing_type="none",
+        moe_z_loss_coeff=None if padding else Z_LOSS_COEFF,
+    )
     stats = RoutingStats([0], len(WIDTHS))
     layout = SimpleNamespace(settings=settings, stats=stats, widths={0: WIDTHS})
     router = HMoERouter(config, ProcessGroupCollection.use_mpu_process_groups(), layout=layout, layer=0)

@@ -17,8 +17,9 @@ ETP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-paral
 
 def run(tmp_path, ranks, plans, flags):
     plan = save_plan(tmp_path / "plan.json", *plans)
-    return run_ranks(ranks, steps_with_standins, f"{MODEL} {flags} --hmoe-placement {plan}", same_dense=True,
-                     telemetry=True)  # fmt: skip
+    return run_ranks(
+        ranks, steps_with_standins, f"{MODEL} {flags} --hmoe-placement {plan}", same_dense=True, telemetry=True
+    )
 
 
 def assert_agree(found, expected):

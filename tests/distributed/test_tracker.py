@@ -29,9 +29,13 @@ def report_five_steps(run_dir):
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     plan = contiguous_plan([WIDTHS], 2)
     layout = SimpleNamespace(
-        settings=HMoEConfig(router="topp", top_p=0.6, **COEFFS), stats=RoutingStats([0], 4), layers=[0],
-        widths={0: WIDTHS}, plan=plan, pieces=lambda layer: plan.layers[0].pieces,
-    )  # fmt: skip
+        settings=HMoEConfig(router="topp", top_p=0.6, **COEFFS),
+        stats=RoutingStats([0], 4),
+        layers=[0],
+        widths={0: WIDTHS},
+        plan=plan,
+        pieces=lambda layer: plan.layers[0].pieces,
+    )
     tracker = HMoEMetricsTracker(layout, 8, ParameterCounts(10, 24 * sum(WIDTHS)), 2, run_dir, None)
     writer, timed, totals = Writer(), [], {}
     for iteration in range(1, 6):
@@ -40,9 +44,16 @@ def report_five_steps(run_dir):
         tracker.record("p_penalty_loss", torch.tensor(3.0), 1, 1)
         tracker.record("router_entropy_loss", torch.tensor(2.0), 1, 1)
         tracker.report(
-            1.0, iteration, writer, None, track_names=[], num_layers=1, moe_layer_freq=1, force_initialize=True,
+            1.0,
+            iteration,
+            writer,
+            None,
+            track_names=[],
+            num_layers=1,
+            moe_layer_freq=1,
+            force_initialize=True,
             total_loss_dict=totals,
-        )  # fmt: skip
+        )
     return dict(writer), timed, {name: float(value) for name, value in totals.items()}, tracker.active_width
 
 

@@ -43,8 +43,16 @@ def tool(name, *words, **more):
 
 
 def torchrun(*flags):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
-            "pretrain_hmoe.py", *map(str, flags)]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(RANKS),
+        "pretrain_hmoe.py",
+        *map(str, flags),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +64,40 @@ def data(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     tool("train_tokenizer", "--input", folder / "train.jsonl", "--vocab-size", VOCABULARY, "--output", folder / "tok")
     for name in ("train", "valid"):
-        tool("preprocess_data", "--input", folder / f"{name}.jsonl", "--output-prefix", folder / name, "--append-eod",
-             "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tok.model")  # fmt: skip
+        tool(
+            "preprocess_data",
+            "--input",
+            folder / f"{name}.jsonl",
+            "--output-prefix",
+            folder / name,
+            "--append-eod",
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            folder / "tok.model",
+        )
     return folder
 
 
 def flags(data, run, steps, *more):
-    return [*TINY, "--train-data-path", data / "train_text_document", "--valid-data-path", data / "valid_text_document",
-            "--tokenizer-model", data / "tok.model", "--save", run, "--tensorboard-dir", run / "tensorboard",
-            "--train-iters", steps, "--save-interval", 3, *more]  # fmt: skip
+    return [
+        *TINY,
+        "--train-data-path",
+        data / "train_text_document",
+        "--valid-data-path",
+        data / "valid_text_document",
+        "--tokenizer-model",
+        data / "tok.model",
+        "--save",
+        run,
+        "--tensorboard-dir",
+        run / "tensorboard",
+        "--train-iters",
+        steps,
+        "--save-interval",
+        3,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +172,9 @@ def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
 @pytest.mark.campaign
 def test_a_killed_run_starts_again_from_its_last_checkpoint(data, tmp_path):
     run = tmp_path / "killed"
-    launcher = subprocess.Popen(torchrun(*flags(data, run, 200, "--load", run)), cwd=ROOT,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    launcher = subprocess.Popen(
+        torchrun(*flags(data, run, 200, "--load", run)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     tracker, deadline_s = run / "latest_checkpointed_iteration.txt", time.monotonic() + 240
     while not tracker.exists():
         assert time.monotonic() < deadline_s and launcher.poll() is None
@@ -177,7 +211,18 @@ def test_data_of_another_tokenizer_is_refused_before_any_process_group_starts(da
 
 def test_a_wrong_flag_ends_before_any_process_group_starts():
     """The messages themselves: tests/distributed/test_refusals.py."""
-    output = command(sys.executable, "pretrain_hmoe.py", *TINY, "--mock-data", "--tokenizer-model", "x",
-                     "--train-iters", "1", "--hmoe-top-p", "1.5", code=2)  # fmt: skip
+    output = command(
+        sys.executable,
+        "pretrain_hmoe.py",
+        *TINY,
+        "--mock-data",
+        "--tokenizer-model",
+        "x",
+        "--train-iters",
+        "1",
+        "--hmoe-top-p",
+        "1.5",
+        code=2,
+    )
     assert "pretrain_hmoe.py: error: --hmoe-top-p 1.5: give a probability above 0, at most 1" in output
     assert "initializing torch distributed" not in output and "Traceback" not in output

@@ -20,8 +20,10 @@ from tests.faults.inside import CPU_S, KILLED, LOSSES, pretrain
 
 STEPS, INTERVAL = 8, 2
 TIMEOUT_S = 300.0  # of a run that takes seconds on an idle machine: what is over it hangs
-MODEL = ("--hmoe-widths 16,32,48,64 --make-vocab-size-divisible-by 1 --expert-model-parallel-size 2 "
-         f"--num-workers 0 --train-iters {STEPS} --save-interval {INTERVAL}").split()  # fmt: skip
+MODEL = (
+    "--hmoe-widths 16,32,48,64 --make-vocab-size-divisible-by 1 --expert-model-parallel-size 2 "
+    f"--num-workers 0 --train-iters {STEPS} --save-interval {INTERVAL}"
+).split()
 KEPT = {directory.TRACKER_FILE, LOCK_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE}
 ERROR = re.compile(r"pretrain_hmoe\.py: error: (.*)")
 
@@ -52,8 +54,10 @@ class Ended:
 
     @property
     def tail(self) -> str:
-        return "\n".join(f"rank {number}, exit code {rank.exit_code}:\n" + "\n".join(rank.output.splitlines()[-25:])
-                         for number, rank in enumerate(self.ranks))  # fmt: skip
+        return "\n".join(
+            f"rank {number}, exit code {rank.exit_code}:\n" + "\n".join(rank.output.splitlines()[-25:])
+            for number, rank in enumerate(self.ranks)
+        )
 
 
 def run(ranks: int, root: Path, scratch: Path, *faults: functools.partial, flags: str = "", mock: bool = True) -> Ended:
@@ -115,8 +119,11 @@ def reference(ranks: int, folder: Path, flags: str = "") -> Reference:
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint: weights, optimizer."""
     stored = FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    state = {name: torch.empty(kind.size, dtype=kind.properties.dtype)
-             for name, kind in stored.items() if isinstance(kind, TensorStorageMetadata)}  # fmt: skip
+    state = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in stored.items()
+        if isinstance(kind, TensorStorageMetadata)
+    }
     load(state, storage_reader=FileSystemReader(str(path)), no_dist=True)
     return state
 

@@ -121,8 +121,13 @@ def kill_at_operation(scratch, root: Path, number: int = 1, what: str = ".*") ->
     process, seen = os.getpid(), [0]
 
     def hook(event, args):
-        if (event in OPERATIONS and _phase == "saves" and isinstance(args[0], str | Path)
-                and str(args[0]).startswith(str(root)) and os.getpid() == process):  # fmt: skip
+        if (
+            event in OPERATIONS
+            and _phase == "saves"
+            and isinstance(args[0], str | Path)
+            and str(args[0]).startswith(str(root))
+            and os.getpid() == process
+        ):
             operation = f"{event} of {str(args[0])[len(str(root)) + 1 :]}"
             seen[0] += bool(re.fullmatch(what, operation))
             if seen[0] == number:

@@ -36,8 +36,10 @@ def page(rows: list[dict], stamp: str, by: str = "`make faults`") -> str:
         if row["fault"] not in most or row["cases"] >= most[row["fault"]]["cases"]:
             most[row["fault"]] = row
     ordered = sorted(most.values(), key=lambda row: row["cases"] > 0)
-    cells = [[str(row[name]).replace("|", "\\|").replace("\n", " ").strip() for name in ("fault", "cases", "outcome")]
-             for row in ordered]  # fmt: skip
+    cells = [
+        [str(row[name]).replace("|", "\\|").replace("\n", " ").strip() for name in ("fault", "cases", "outcome")]
+        for row in ordered
+    ]
     return HEAD.format(stamp=stamp, by=by) + "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 

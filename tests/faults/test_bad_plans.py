@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hmoe_megatron.placement.plan import PlacementPlan
-from hmoe_megatron.untrusted import canonical, checksum
 from hmoe_megatron.placement.planner import contiguous_plan
+from hmoe_megatron.untrusted import canonical, checksum
 from tests.distributed.plans import WIDTHS
 from tests.distributed.training_run import LAYERS
 from tests.faults.harness import run

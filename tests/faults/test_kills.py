@@ -13,8 +13,10 @@ from tests.faults.inside import kill_after, kill_at_operation
 
 KILLS, SEEDED_KILLS = int(os.environ.get("FAULTS_KILLS", "100")), 3  # on two ranks, and as many on four
 OPERATIONS_OF_A_SAVE = 30  # on files of --save, by rank 0
-FLAVOURS = {"asynchronous saves": "--async-save --use-persistent-ckpt-worker",
-            "data loader's workers": "--num-workers 2"}  # fmt: skip
+FLAVOURS = {
+    "asynchronous saves": "--async-save --use-persistent-ckpt-worker",
+    "data loader's workers": "--num-workers 2",
+}
 
 
 def kill_often(expected, kills, tmp_path, seed, flags=""):
@@ -31,8 +33,11 @@ def kill_often(expected, kills, tmp_path, seed, flags=""):
         ended = run(expected.ranks, root, scratch, kill, flags=flags)
         if ended.killed:
             assert ended.codes[victim] == -9, ended.tail
-            check_little_lost(ended, check_lasting(root, expected) if root.exists() else None,
-                              intervals=2 if "--async-save" in flags else 1)
+            check_little_lost(
+                ended,
+                check_lasting(root, expected) if root.exists() else None,
+                intervals=2 if "--async-save" in flags else 1,
+            )
             phases[ended.killed.split(":")[0]] += 1
             told += any(rank.told for rank in ended.ranks)
         else:
@@ -45,8 +50,11 @@ def kill_often(expected, kills, tmp_path, seed, flags=""):
 
 def tell(told, what, phases, told_to_end):
     where = ", ".join(f"{count} in {phase}" for phase, count in sorted(phases.items()))
-    told(f"SIGKILL of a random rank, {what}", phases.total(),
-         f"{where}; every run went on bitwise; in {told_to_end} a survivor ended only by SIGTERM")  # fmt: skip
+    told(
+        f"SIGKILL of a random rank, {what}",
+        phases.total(),
+        f"{where}; every run went on bitwise; in {told_to_end} a survivor ended only by SIGTERM",
+    )
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])

@@ -136,8 +136,11 @@ def test_a_malicious_checkpoint(attack, flags, two, tmp_path, told):
     assert ended.losses == {} and 0 not in ended.codes and 3 in ended.codes, ended.tail
     named = "posix.mkdir" if flags and attack is common_file else ATTACKS[attack]
     assert named in ended.output and str(root) in ended.error
-    told(f"malicious: {attack.__name__.replace('_', ' ')} {flags and f'`{flags}`'}", 1,
-         "no code ran, exit code 3, it is named")  # fmt: skip
+    told(
+        f"malicious: {attack.__name__.replace('_', ' ')} {flags and f'`{flags}`'}",
+        1,
+        "no code ran, exit code 3, it is named",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +176,14 @@ def test_a_malicious_dataset_index(attack, corpus, tmp_path, told):
     files = sorted((tmp_path / "cache").glob("*.npy"))
     for file in files:
         attack(file, tmp_path / "canary")
-    ended = run(2, tmp_path / "run", tmp_path / "scratch", flags=f"{flags} --data-cache-path {tmp_path / 'cache'}",
-                mock=False)  # fmt: skip
+    ended = run(
+        2, tmp_path / "run", tmp_path / "scratch", flags=f"{flags} --data-cache-path {tmp_path / 'cache'}", mock=False
+    )
     assert not (tmp_path / "canary").exists(), "code of the attacker ran"
     assert 0 not in ended.codes and ended.losses == {}, ended.tail
     assert str(tmp_path / "cache") in ended.error
-    told(f"malicious: {attack.__name__.replace('_', ' ')} as cached dataset index", 1,
-         "no code ran, exit code 2, the cache is named")  # fmt: skip
+    told(
+        f"malicious: {attack.__name__.replace('_', ' ')} as cached dataset index",
+        1,
+        "no code ran, exit code 2, the cache is named",
+    )

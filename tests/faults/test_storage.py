@@ -50,8 +50,12 @@ def test_a_full_disk_ends_the_run_after_three_saves(where, two, disk, tmp_path, 
     assert check_lasting(root, two) == 2
     empty(disk)
     check_finished(run(2, root, scratch), root, two)
-    told(f"disk full at {where}", 1, "three saves were tried twice and told; exit code 4; the last good one as it was; "
-         "with space again the run went on bitwise")  # fmt: skip
+    told(
+        f"disk full at {where}",
+        1,
+        "three saves were tried twice and told; exit code 4; the last good one as it was; "
+        "with space again the run went on bitwise",
+    )
 
 
 @pytest.mark.parametrize("where", mostly_rarely(FULL_AT, ("`.metadata`",)))

@@ -41,8 +41,9 @@ def test_experts_are_drawn_from_seed_layer_and_expert_only():
 
     from hmoe_megatron.moe.experts import initial_weights
 
-    config = SimpleNamespace(hidden_size=512, init_method=torch.nn.init.normal_,
-                             output_layer_init_method=torch.nn.init.normal_)  # fmt: skip
+    config = SimpleNamespace(
+        hidden_size=512, init_method=torch.nn.init.normal_, output_layer_init_method=torch.nn.init.normal_
+    )
     device = torch.device("cuda", torch.cuda.current_device())
     before = torch.cuda.get_rng_state()
     first = initial_weights(config, 1, 0, 3, 640, device)
@@ -84,9 +85,23 @@ def test_training_run(servers, run):
 
 def test_a_whole_command_goes_on_from_its_checkpoint(tmp_path):
     def train(steps):
-        command = [sys.executable, ROOT / "pretrain_hmoe.py", *MODEL.split(), "--bf16", "--train-iters", steps,
-                   "--save", tmp_path, "--load", tmp_path, "--save-interval", 3, "--override-opt_param-scheduler",
-                   "--tensorboard-dir", tmp_path / "tensorboard"]  # fmt: skip
+        command = [
+            sys.executable,
+            ROOT / "pretrain_hmoe.py",
+            *MODEL.split(),
+            "--bf16",
+            "--train-iters",
+            steps,
+            "--save",
+            tmp_path,
+            "--load",
+            tmp_path,
+            "--save-interval",
+            3,
+            "--override-opt_param-scheduler",
+            "--tensorboard-dir",
+            tmp_path / "tensorboard",
+        ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

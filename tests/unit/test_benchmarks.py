@@ -22,8 +22,10 @@ def rows(lines):
 def test_flops_table(small):
     lines = list(planner.flops_tables())
     for _, schedule, *over_mean, planned, most_cuts, allowed in rows(lines):
-        worst = max(planner.over_mean(contiguous_plan([widths], 4, [tokens])) for tokens, widths in (
-            planner.layer(schedule, load, 8, 4, planner.FLOPS_UNIT) for load in planner.LOADS))
+        worst = max(
+            planner.over_mean(contiguous_plan([widths], 4, [tokens]))
+            for tokens, widths in (planner.layer(schedule, load, 8, 4, planner.FLOPS_UNIT) for load in planner.LOADS)
+        )
         assert float(over_mean[0]) == pytest.approx(worst, abs=1e-3)
         assert 1 <= float(planned) <= min(map(float, over_mean)) and int(most_cuts) <= int(allowed) == 3
     assert len(rows(lines)) == 2 and lines[-1] == "\nOver 1.01: none."
@@ -42,8 +44,10 @@ def test_the_report_of_a_training_run():
         return planner_real.Run(np.full(5, step_ms), np.tile(expert_ms, (5, 1)), np.tile(predicted_ms, (5, 1)))
 
     plan = contiguous_plan([[10, 30]], 2)
-    lines = planner_real.report({"contiguous": [run(100.0, [30.0, 10.0], [24.0, 8.0])],
-                                 "planned": [run(90.0, [20.0, 20.0], [16.0, 16.0])]}, plan)
+    lines = planner_real.report(
+        {"contiguous": [run(100.0, [30.0, 10.0], [24.0, 8.0])], "planned": [run(90.0, [20.0, 20.0], [16.0, 16.0])]},
+        plan,
+    )
     assert "| contiguous | 100 | 30.0, 10.0 | 1.500 | 24.0, 8.0 | 1.500 |" in lines
     assert "| planned | 90 | 20.0, 20.0 | 1.000 | 16.0, 16.0 | 1.000 |" in lines
     text = " ".join(lines)

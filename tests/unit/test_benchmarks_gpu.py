@@ -88,7 +88,7 @@ def test_many_runs_in_one_process():
     ((found, other, again, refused),) = run_ranks(1, two_runs, timeout_s=120)
     assert len(found["losses"]) == runs.SAVED + 1 and found["losses"][-1] < found["losses"][0]
     assert again["losses"] == found["losses"] != other["losses"]
-    assert found["resumed"] == found["losses"][runs.SAVED:], "it goes on with the data and the state of the checkpoint"
+    assert found["resumed"] == found["losses"][runs.SAVED :], "it goes on with the data and the state of the checkpoint"
     assert "SystemExit" in refused[0]["failed"] and "SystemExit" in refused[1]["failed"]
 
 
@@ -113,24 +113,60 @@ def test_what_a_machine_lacks_is_named():
 
 
 ROWS = {
-    "correctness": [{"what": "named cases", "dtype": "bfloat16", "cases": 10, "of": 11, "failed": ["one row: y off"],
-                     "worst": {"y": 2.3e-3}, "different in a second run": []},
-                    {"what": "memcheck", "cases": 2, "skipped": "not installed"}],
-    "ffn": [{"shape": "fine", "way": "triton", "ms": 4.5, "tflops": 569.0, "bytes": 1 << 30},
-            {"shape": "fine", "way": "loop", "failed": "OutOfMemoryError: x"},
-            {"shape": "fine", "ratios": {"dense FFN": 0.94}},
-            {"shape": "fine", "kernel": "up", "ms": 0.86, "tflops": 657.0}],
-    "steps": [{"model": "0.4B", "side": "ours", "build_s": 0.2, "expert_parameters": 28_000_000,
-               "to_first_loss_s": 40.0, "first_step_ms": 900.0, "first_loss": 10.4},
-              {"model": "0.4B", "what": "step, ours over Megatron's", "ratio": 0.98, "least": 0.97, "most": 1.0,
-               "ms": {"ours": 98.0, "stock": 100.0}},
-              {"model": "0.4B", "side": "ours", "parts_ms": {"experts": 40.0, "rest": 50.0}, "step_ms": 98.0,
-               "bytes": 1 << 33, "experts": 2.0},
-              {"model": "0.4B", "side": "ours", "kernels": [["up", 12, 10.0]]}, {"model": "0.4B", "failed": "a\nOOM"}],
-    "runs": [{"run": "no flag", "ok": True, "first": 6.3, "last": 6.2}, {"run": "EP2", "skipped": "needs 2 GPUs"},
-             {"run": "TE", "ok": False, "failed": "RuntimeError: x"}],
+    "correctness": [
+        {
+            "what": "named cases",
+            "dtype": "bfloat16",
+            "cases": 10,
+            "of": 11,
+            "failed": ["one row: y off"],
+            "worst": {"y": 2.3e-3},
+            "different in a second run": [],
+        },
+        {"what": "memcheck", "cases": 2, "skipped": "not installed"},
+    ],
+    "ffn": [
+        {"shape": "fine", "way": "triton", "ms": 4.5, "tflops": 569.0, "bytes": 1 << 30},
+        {"shape": "fine", "way": "loop", "failed": "OutOfMemoryError: x"},
+        {"shape": "fine", "ratios": {"dense FFN": 0.94}},
+        {"shape": "fine", "kernel": "up", "ms": 0.86, "tflops": 657.0},
+    ],
+    "steps": [
+        {
+            "model": "0.4B",
+            "side": "ours",
+            "build_s": 0.2,
+            "expert_parameters": 28_000_000,
+            "to_first_loss_s": 40.0,
+            "first_step_ms": 900.0,
+            "first_loss": 10.4,
+        },
+        {
+            "model": "0.4B",
+            "what": "step, ours over Megatron's",
+            "ratio": 0.98,
+            "least": 0.97,
+            "most": 1.0,
+            "ms": {"ours": 98.0, "stock": 100.0},
+        },
+        {
+            "model": "0.4B",
+            "side": "ours",
+            "parts_ms": {"experts": 40.0, "rest": 50.0},
+            "step_ms": 98.0,
+            "bytes": 1 << 33,
+            "experts": 2.0,
+        },
+        {"model": "0.4B", "side": "ours", "kernels": [["up", 12, 10.0]]},
+        {"model": "0.4B", "failed": "a\nOOM"},
+    ],
+    "runs": [
+        {"run": "no flag", "ok": True, "first": 6.3, "last": 6.2},
+        {"run": "EP2", "skipped": "needs 2 GPUs"},
+        {"run": "TE", "ok": False, "failed": "RuntimeError: x"},
+    ],
     "rates": [{"profile": "h100", "layers": 9, "median_error": 0.1, "worst_error": 0.3, "over_measured": 1.1}],
-}  # fmt: skip
+}
 
 
 def test_the_page_and_the_console(tmp_path):
@@ -141,10 +177,17 @@ def test_the_page_and_the_console(tmp_path):
             table.add(item, row)
     table.note("runs", "cut off after 9 s")
     page = (tmp_path / "gpu.md").read_text()
-    for words in ("1 x NVIDIA X", "| fine | triton | 4.500 | 569 | 1.00 |", "0.980 (0.970 to 1.000), 98.0 against",
-                  "| 0.4B, ours | 98.0 | 0.0 | 0.0 | 0.0 | 40.0 | 0.0 | 0.0 | 50.0 | 8.0 | 2.00 |", "10 of 11",
-                  "failed: OOM",
-                  "| EP2 | needs 2 GPUs |", "FAILED RuntimeError: x", "Not whole: cut off after 9 s"):  # fmt: skip
+    for words in (
+        "1 x NVIDIA X",
+        "| fine | triton | 4.500 | 569 | 1.00 |",
+        "0.980 (0.970 to 1.000), 98.0 against",
+        "| 0.4B, ours | 98.0 | 0.0 | 0.0 | 0.0 | 40.0 | 0.0 | 0.0 | 50.0 | 8.0 | 2.00 |",
+        "10 of 11",
+        "failed: OOM",
+        "| EP2 | needs 2 GPUs |",
+        "FAILED RuntimeError: x",
+        "Not whole: cut off after 9 s",
+    ):
         assert words in page, words
     data = json.loads((tmp_path / "gpu.json").read_text())
     assert data["items"]["ffn"] == ROWS["ffn"] and data["not whole"] == {"runs": "cut off after 9 s"}
@@ -192,8 +235,9 @@ def test_what_a_thread_still_says_after_its_limit_is_dropped(tmp_path):
 
 def test_time_that_an_item_leaves_goes_to_the_next(tmp_path, monkeypatch):
     limits = {}
-    monkeypatch.setattr(items, "ITEMS", {item: lambda session, limit_s, item=item: limits.update({item: limit_s})
-                                         for item in ITEMS})  # fmt: skip
+    monkeypatch.setattr(
+        items, "ITEMS", {item: lambda session, limit_s, item=item: limits.update({item: limit_s}) for item in ITEMS}
+    )
     monkeypatch.setattr(Session, "start", lambda *_: None)
     items.do(Session(Table(tmp_path), tmp_path), list(ITEMS), 360)
     assert limits["correctness"] == pytest.approx(360 * 75 / 360, rel=0.05)
@@ -230,9 +274,21 @@ def test_steps_beside_megatrons(tmp_path):
     sides["broken"] = Side("broken", "ours", "", tmp_path / "broken.log", 1, "no_such_module")
     steps.compare_or_say("tiny", sides, lambda **row: found.append(row), tiny=True)
     assert [row.get("side") for row in found] == [
-        "ours", "stock", None, None, "ours", "ours", "stock", "stock",
-        "ours, Top-P", None, "ours, Top-P", "ours, Top-P", "broken", None,
-    ]  # fmt: skip
+        "ours",
+        "stock",
+        None,
+        None,
+        "ours",
+        "ours",
+        "stock",
+        "stock",
+        "ours, Top-P",
+        None,
+        "ours, Top-P",
+        "ours, Top-P",
+        "broken",
+        None,
+    ]
     assert found[4]["experts"] == 2 and 1 < found[10]["experts"] < 3 and "no_such_module" in found[12]["failed"]
     assert found[9]["what"] == "step, ours over ours, Top-P"
     assert all(side.first.poll() is not None for side in sides.values())

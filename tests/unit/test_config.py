@@ -10,12 +10,26 @@ from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_fro
 from hmoe_megatron.validate_args import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES, check_megatron_arguments
 
 FLAGS = {
-    "--hmoe-widths", "--hmoe-total-width", "--hmoe-width-multiple", "--hmoe-router", "--hmoe-top-p",
-    "--hmoe-max-experts-per-token", "--hmoe-p-penalty-coeff", "--hmoe-router-entropy-coeff",
-    "--hmoe-load-balance-coeff", "--hmoe-placement", "--hmoe-max-cuts", "--hmoe-cut-multiple", "--hmoe-gemm-backend",
-    "--hmoe-keep-hidden", "--hmoe-run-dir", "--hmoe-idle-expert-steps", "--hmoe-skip-integrity", "--hmoe-verify-data",
+    "--hmoe-widths",
+    "--hmoe-total-width",
+    "--hmoe-width-multiple",
+    "--hmoe-router",
+    "--hmoe-top-p",
+    "--hmoe-max-experts-per-token",
+    "--hmoe-p-penalty-coeff",
+    "--hmoe-router-entropy-coeff",
+    "--hmoe-load-balance-coeff",
+    "--hmoe-placement",
+    "--hmoe-max-cuts",
+    "--hmoe-cut-multiple",
+    "--hmoe-gemm-backend",
+    "--hmoe-keep-hidden",
+    "--hmoe-run-dir",
+    "--hmoe-idle-expert-steps",
+    "--hmoe-skip-integrity",
+    "--hmoe-verify-data",
     "--hmoe-max-failed-saves",
-}  # fmt: skip
+}
 
 
 def parse(*argv):
@@ -149,8 +163,9 @@ def test_what_transformer_engine_and_the_flex_dispatcher_need(changes, message):
     check_megatron_arguments(good_arguments(**(changes | mended)), HMoEConfig(), has_gpu=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("moe_router_score_function", "sigmoid"),
-                                             ("moe_router_load_balancing_type", "sinkhorn")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [("moe_router_score_function", "sigmoid"), ("moe_router_load_balancing_type", "sinkhorn")]
+)
 def test_losses_on_softmax_refuse_other_routers_and_their_absence_does_not(name, value):
     with pytest.raises(ValueError, match="set --hmoe-p-penalty-coeff 0"):
         check_megatron_arguments(good_arguments(**{name: value}), HMoEConfig())
@@ -183,8 +198,13 @@ def test_every_checked_flag_exists_in_megatron():
 
 
 def test_all_problems_are_listed_not_the_first_only():
-    args = good_arguments(num_layers=None, num_experts=None, moe_grouped_gemm=True, recompute_granularity="selective",
-                          recompute_modules=["moe_act"])  # fmt: skip
+    args = good_arguments(
+        num_layers=None,
+        num_experts=None,
+        moe_grouped_gemm=True,
+        recompute_granularity="selective",
+        recompute_modules=["moe_act"],
+    )
     with pytest.raises(ValueError) as refused:
         check_megatron_arguments(args, HMoEConfig())
     lines = str(refused.value).splitlines()
@@ -199,10 +219,13 @@ def test_all_problems_are_listed_not_the_first_only():
     ("changes", "settings", "message"),
     [
         ({"moe_router_topk": 9}, HMoEConfig(), "--moe-router-topk 9 exceeds --num-experts 8"),
-        ({}, HMoEConfig(router="topp", top_p=0.6, max_experts_per_token=9),
-         "--hmoe-max-experts-per-token 9 exceeds --num-experts 8"),
+        (
+            {},
+            HMoEConfig(router="topp", top_p=0.6, max_experts_per_token=9),
+            "--hmoe-max-experts-per-token 9 exceeds --num-experts 8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_more_experts_a_token_than_there_are(changes, settings, message):
     with pytest.raises(ValueError, match=message):
         check_megatron_arguments(good_arguments(**changes), settings)

@@ -18,8 +18,12 @@ from hmoe_megatron.training import parse_arguments
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.args"))
 # A run is a variant of a model; the other files are its parts.
-RUNS = [path for path in FILES if path.name in ("dense.args", "moe_topk.args", "moe_topp.args", "hmoe_topk.args",
-                                                "hmoe_topp.args") and path.parent.name != "common"]  # fmt: skip
+RUNS = [
+    path
+    for path in FILES
+    if path.name in ("dense.args", "moe_topk.args", "moe_topp.args", "hmoe_topk.args", "hmoe_topp.args")
+    and path.parent.name != "common"
+]
 BATCH_TOKENS = 640 * 4096
 MOST_SHARED_LINES = 3  # the includes of one variant at two sizes
 
@@ -124,12 +128,14 @@ def test_24_layers_of_the_printed_width_have_the_papers_active_and_nearly_its_to
     ("folder", "budget_flops", "active_millions"),
     [
         ("hmoe_0.4b", 7e19, {"dense": 417, "moe_topk": 163, "moe_topp": 173, "hmoe_topk": 153, "hmoe_topp": 173}),
-        ("hmoe_3b/2.5b_width_65536", 2.6e20,
-         {"moe_topk": 770, "moe_topp": 1230, "hmoe_topk": 700, "hmoe_topp": 680}),
-        ("hmoe_3b/as_printed_width_32768", 2.6e20,
-         {"dense": 1320, **dict.fromkeys(("moe_topk", "moe_topp", "hmoe_topk", "hmoe_topp"), 417.98144)}),
+        ("hmoe_3b/2.5b_width_65536", 2.6e20, {"moe_topk": 770, "moe_topp": 1230, "hmoe_topk": 700, "hmoe_topp": 680}),
+        (
+            "hmoe_3b/as_printed_width_32768",
+            2.6e20,
+            {"dense": 1320, **dict.fromkeys(("moe_topk", "moe_topp", "hmoe_topk", "hmoe_topp"), 417.98144)},
+        ),
     ],
-)  # fmt: skip
+)
 def test_steps_spend_the_budget_at_6_flops_a_parameter_and_token(folder, budget_flops, active_millions):
     for variant, millions in active_millions.items():
         words = launcher.read_args(EXAMPLES / folder / f"{variant}.args")
@@ -170,8 +176,16 @@ def test_read_args_refuses(tmp_path, text, message):
 
 def test_one_node():
     command = launcher.torchrun_command(["--lr", "1"], {"NPROC_PER_NODE": "4"})
-    assert command[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
-                           str(EXAMPLES.parent / "pretrain_hmoe.py"), "--lr", "1"]  # fmt: skip
+    assert command[1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        str(EXAMPLES.parent / "pretrain_hmoe.py"),
+        "--lr",
+        "1",
+    ]
 
 
 def test_without_a_gpu_a_node_starts_as_many_ranks_as_experts_are_spread_over(monkeypatch):
@@ -215,8 +229,8 @@ FAKE_SLURM = {
     "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "scontrol $*"; fi',
     "scancel": 'echo "scancel $*"; touch "$FAKE_STOP"',
     "srun": 'while [ -n "${FAKE_WAIT:-}" ] && [ ! -e "$FAKE_STOP" ]; do sleep 0.05; done; shift\n'
-            'for node in 0 1; do SLURM_NODEID=$node "$@"; done; exit "${FAKE_CODE:-0}"',
-}  # fmt: skip
+    'for node in 0 1; do SLURM_NODEID=$node "$@"; done; exit "${FAKE_CODE:-0}"',
+}
 
 
 @pytest.fixture
@@ -224,14 +238,26 @@ def slurm(tmp_path):
     for command, script in FAKE_SLURM.items():
         (tmp_path / command).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / command).chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7",
-                 "SLURM_JOB_NODELIST": "x", "NPROC_PER_NODE": "8", "PYTHON": sys.executable,
-                 "FAKE_STOP": str(tmp_path / "stop")}  # fmt: skip
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "x",
+        "NPROC_PER_NODE": "8",
+        "PYTHON": sys.executable,
+        "FAKE_STOP": str(tmp_path / "stop"),
+    }
 
     def start(*words, **environment):
         command = ["bash", str(EXAMPLES / "slurm.sbatch"), *words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                cwd=EXAMPLES.parent, env=os.environ | variables | environment)  # fmt: skip
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=EXAMPLES.parent,
+            env=os.environ | variables | environment,
+        )
 
     return start
 

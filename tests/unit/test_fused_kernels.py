@@ -8,9 +8,8 @@ import sys
 import textwrap
 
 import pytest
-from hmoe_megatron.machine import optional
 
-from hmoe_megatron.machine import fused_kernels
+from hmoe_megatron.machine import fused_kernels, optional
 from hmoe_megatron.machine.flags import LIMITED, gpu_argv
 from hmoe_megatron.machine.fused_kernels import APEX, GRADIENT_ACCUMULATION, MASKED_SOFTMAX, Kernels, summary
 
@@ -51,9 +50,18 @@ def test_what_the_user_gave_wins():
     assert gpu_argv(["--transformer-impl=local"], BOTH)[-1] == "--transformer-impl=local"
 
 
-NEED_ENGINE = ["--transformer-impl transformer_engine", "--fp8-format hybrid", "--context-parallel-size 2",
-               "--moe-permute-fusion", "--moe-router-fusion", "--use-precision-aware-optimizer", "--tp-comm-overlap",
-               "--cross-entropy-fusion-impl te", "--te-rng-tracker", "--fused-residual-rmsnorm"]  # fmt: skip
+NEED_ENGINE = [
+    "--transformer-impl transformer_engine",
+    "--fp8-format hybrid",
+    "--context-parallel-size 2",
+    "--moe-permute-fusion",
+    "--moe-router-fusion",
+    "--use-precision-aware-optimizer",
+    "--tp-comm-overlap",
+    "--cross-entropy-fusion-impl te",
+    "--te-rng-tracker",
+    "--fused-residual-rmsnorm",
+]
 
 
 @pytest.mark.parametrize("flag", NEED_ENGINE)
@@ -74,8 +82,10 @@ def test_what_needs_a_gpu_only_is_taken_where_there_is_one():
 
 
 def test_the_summary_says_what_and_why():
-    assert summary(ENGINE, {}) == ("implementation transformer_engine (Transformer Engine 2.20.2); fused kernels "
-                                   "without gradient accumulation (needs NVIDIA's Apex)")  # fmt: skip
+    assert summary(ENGINE, {}) == (
+        "implementation transformer_engine (Transformer Engine 2.20.2); fused kernels "
+        "without gradient accumulation (needs NVIDIA's Apex)"
+    )
     assert summary(BOTH, {}).endswith("; fused kernels all on")
     said = summary(NONE, {"--normalization": "RMSNorm"})
     assert said.startswith("implementation local (Transformer Engine: not installed); fused kernels without rope (")
@@ -108,21 +118,20 @@ WHOLE = {
         from transformer_engine import common, pytorch
         """,
     "transformer_engine/wheel_lib/transformer_engine_torch.so": "",
-    "transformer_engine-2.20.2.dist-info/METADATA":
-        "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n",
+    "transformer_engine-2.20.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n",
 }
 HALF = {
     "transformer_engine/__init__.py": "raise FileNotFoundError('no transformer_engine_torch library')",
-    "transformer_engine_cu13-2.9.0.dist-info/METADATA":
-        "Metadata-Version: 2.1\nName: transformer-engine-cu13\nVersion: 2.9.0\n",
+    "transformer_engine_cu13-2.9.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: transformer-engine-cu13\nVersion: 2.9.0\n",
 }
 BROKEN = WHOLE | {"transformer_engine/__init__.py": "raise ImportError('undefined symbol: _ZN2at')"}
 NVIDIAS = {
-    "apex/__init__.py": "", "amp_C.py": "multi_tensor_l2norm = multi_tensor_scale = None",
+    "apex/__init__.py": "",
+    "amp_C.py": "multi_tensor_l2norm = multi_tensor_scale = None",
     "apex/multi_tensor_apply/__init__.py": "multi_tensor_applier = None",
     "apex/optimizers/__init__.py": "class FusedAdam: pass\nclass FusedSGD: pass",
     "fused_weight_gradient_mlp_cuda.py": "",
-} | {f"{name}.py": "" for name in MASKED_SOFTMAX}  # fmt: skip
+} | {f"{name}.py": "" for name in MASKED_SOFTMAX}
 PYRAMIDS = {"apex/__init__.py": ""}
 SCRIPT = """
     import json, os, sys, warnings
@@ -166,8 +175,13 @@ def start(tmp_path):
         write(tmp_path, packages)
         paths = os.pathsep.join([str(tmp_path), *sys.path])
         environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT), *flags], env=environment,
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), *flags],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -176,10 +190,7 @@ def start(tmp_path):
 
 @pytest.mark.parametrize(
     ("packages", "words"),
-    [
-        (HALF, "transformer-engine-cu13 2.9.0, but its torch part is missing"),
-        (PYRAMIDS, "not installed"),
-    ],
+    [(HALF, "transformer-engine-cu13 2.9.0, but its torch part is missing"), (PYRAMIDS, "not installed")],
     ids=["half an engine", "no engine, another apex"],
 )
 def test_a_start_without_the_kernels(start, packages, words):
@@ -188,8 +199,9 @@ def test_a_start_without_the_kernels(start, packages, words):
     assert found["transformer_impl"] == "local" and found["no_persist_layer_norm"]
     assert not (found["apply_rope_fusion"] or found["gradient_accumulation_fusion"] or found["masked_softmax_fusion"])
     assert words in found["line"] and found["line"].startswith("implementation local (")
-    assert found["refused"].startswith("--transformer-impl transformer_engine: it needs Transformer Engine, and "
-                                       f"Transformer Engine is {words}")  # fmt: skip
+    assert found["refused"].startswith(
+        f"--transformer-impl transformer_engine: it needs Transformer Engine, and Transformer Engine is {words}"
+    )
 
 
 def test_a_start_with_the_engine(start):

@@ -227,7 +227,8 @@ def test_triton_needs_a_gpu(monkeypatch):
 def test_layers_that_the_kernels_cannot_take_are_named(a_gpu):
     name, words = chosen("auto", True, SHAPES._replace(widths=frozenset([(8, 16), (8, 37)])))
     assert name == "ragged_experts" and a_gpu["tested"][0].alignments == {8}
-    assert words.endswith("; 1 of 2 sets of pieces one after the other: width 37, which is not a multiple of 8 "
-                          "(--hmoe-width-multiple 8)")  # fmt: skip
+    assert words.endswith(
+        "; 1 of 2 sets of pieces one after the other: width 37, which is not a multiple of 8 (--hmoe-width-multiple 8)"
+    )
     name, words = chosen("auto", True, SHAPES._replace(hidden=40))
     assert name == "reference_experts" and "hidden size 40, which is not a multiple of 16" in words

@@ -1,4 +1,5 @@
 """Flags and environment of this machine, and that nothing of it is active where a GPU is."""
+
 import argparse
 import json
 import os
@@ -23,14 +24,15 @@ def megatron_parser():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.training.arguments import add_megatron_arguments
+
         return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def test_needed_flags_come_first_and_the_users_words_stay():
     user = ["--num-layers", "2", "--lr=1e-3", "--bf16"]
     found = machine.machine_argv(user)
-    assert found[-len(user):] == user
-    assert found[:-len(user)] == [word for flag in flags.NEEDED for word in flag]
+    assert found[-len(user) :] == user
+    assert found[: -len(user)] == [word for flag in flags.NEEDED for word in flag]
     assert machine.machine_argv(found) == found
 
 
@@ -39,17 +41,20 @@ def test_what_the_user_gave_is_not_given_twice(user):
     assert sum(word.startswith("--distributed-backend") for word in machine.machine_argv(user)) == 1
 
 
-@pytest.mark.parametrize("user, shown", [
-    (["--transformer-impl", "transformer_engine"], "--transformer-impl transformer_engine"),
-    (["--distributed-backend=nccl"], "--distributed-backend nccl"),
-    (["--context-parallel-size", "2"], "--context-parallel-size 2"),
-    (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type flex"),
-    (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
-    (["--attention-backend", "flash"], "--attention-backend flash"),
-    (["--moe-grouped-gemm", "--lr", "1"], "--moe-grouped-gemm"),
-    (["--lr", "1", "--tp-comm-overlap"], "--tp-comm-overlap"),
-    (["--profile"], "--profile"),
-])
+@pytest.mark.parametrize(
+    "user, shown",
+    [
+        (["--transformer-impl", "transformer_engine"], "--transformer-impl transformer_engine"),
+        (["--distributed-backend=nccl"], "--distributed-backend nccl"),
+        (["--context-parallel-size", "2"], "--context-parallel-size 2"),
+        (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type flex"),
+        (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
+        (["--attention-backend", "flash"], "--attention-backend flash"),
+        (["--moe-grouped-gemm", "--lr", "1"], "--moe-grouped-gemm"),
+        (["--lr", "1", "--tp-comm-overlap"], "--tp-comm-overlap"),
+        (["--profile"], "--profile"),
+    ],
+)
 def test_a_flag_that_needs_a_gpu_is_refused_with_the_remedy(user, shown):
     with pytest.raises(ValueError) as raised:
         machine.machine_argv(user)
@@ -66,9 +71,15 @@ def test_every_limited_flag_is_refused_and_its_allowed_values_are_not(flag):
 
 
 def test_settings_that_a_cpu_can_have_pass():
-    user = ["--context-parallel-size", "1", "--moe-token-dispatcher-type", "allgather", "--profile",
-            "--use-pytorch-profiler"]
-    assert machine.machine_argv(user)[-len(user):] == user
+    user = [
+        "--context-parallel-size",
+        "1",
+        "--moe-token-dispatcher-type",
+        "allgather",
+        "--profile",
+        "--use-pytorch-profiler",
+    ]
+    assert machine.machine_argv(user)[-len(user) :] == user
 
 
 def test_every_flag_is_one_of_megatrons(megatron_parser):
@@ -86,6 +97,7 @@ def test_every_flag_is_one_of_megatrons(megatron_parser):
 
 def test_environment_is_set_where_the_user_did_not(monkeypatch):
     import torch
+
     for name in machine.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -158,8 +170,9 @@ def late():
     """)
     environment = {name: value for name, value in os.environ.items() if name not in machine.ENVIRONMENT}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True,
-                         text=True, timeout=240)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=240
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -86,9 +86,11 @@ def test_weights_and_gradients_are_named_by_expert_and_layer():
 
 @pytest.mark.parametrize(
     ("x", "text"),
-    [(NAN, "NaN came into mlp.router in decoder layer 3"),
-     (3e38, "mlp.router in decoder layer 3 gave infinity from finite input")],
-)  # fmt: skip
+    [
+        (NAN, "NaN came into mlp.router in decoder layer 3"),
+        (3e38, "mlp.router in decoder layer 3 gave infinity from finite input"),
+    ],
+)
 def test_the_probe_names_the_first_module_and_leaves_no_hook(x, text):
     model = Model()
     with torch.no_grad():

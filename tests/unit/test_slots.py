@@ -39,9 +39,13 @@ TOPP = HMoEConfig(router="topp", top_p=0.6)
 
 @pytest.mark.parametrize(
     ("settings", "topk", "most"),
-    [(HMoEConfig(), 1, 2), (HMoEConfig(), 2, 3), (TOPP, 1, 4),
-     (HMoEConfig(router="topp", top_p=0.6, max_experts_per_token=2), 1, 3)],
-)  # fmt: skip
+    [
+        (HMoEConfig(), 1, 2),
+        (HMoEConfig(), 2, 3),
+        (TOPP, 1, 4),
+        (HMoEConfig(router="topp", top_p=0.6, max_experts_per_token=2), 1, 3),
+    ],
+)
 def test_most_slots_of_a_token(settings, topk, most):
     """Experts 0 and 2 have one slot, 1 has two."""
     assert most_slots(slot2expert(PIECES, 3), 3, settings, topk) == most
@@ -50,11 +54,20 @@ def test_most_slots_of_a_token(settings, topk, most):
 def model(settings=None, pieces=PIECES, **config):
     """Config of a model whose other layer has four slots on each of three ranks."""
     layout = SimpleNamespace(
-        settings=settings or HMoEConfig(), pieces=lambda layer: pieces, slots=lambda: 12, layers=[0],
-        plan=SimpleNamespace(ranks=3), has_cuts=lambda layer: pieces is PIECES,
-    )  # fmt: skip
-    values = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_expert_capacity_factor": None,
-              "moe_token_dispatcher_type": "alltoall", "moe_flex_dispatcher_backend": "deepep"}  # fmt: skip
+        settings=settings or HMoEConfig(),
+        pieces=lambda layer: pieces,
+        slots=lambda: 12,
+        layers=[0],
+        plan=SimpleNamespace(ranks=3),
+        has_cuts=lambda layer: pieces is PIECES,
+    )
+    values = {
+        "num_moe_experts": 3,
+        "moe_router_topk": 2,
+        "moe_expert_capacity_factor": None,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_flex_dispatcher_backend": "deepep",
+    }
     return SimpleNamespace(**(values | config)), layout
 
 
@@ -83,8 +96,13 @@ def test_what_the_dispatchers_count(config, counted):
 
 @pytest.mark.parametrize("quantized", [{"fp8": "hybrid"}, {"fp4": "e2m1"}, {"use_transformer_engine_op_fuser": True}])
 def test_no_dispatcher_pads_rows_for_fp8_kernels(quantized):
-    plain = {"fp8": None, "fp4": None, "use_transformer_engine_op_fuser": False, "fp8_recipe": "delayed",
-             "fp4_recipe": "nvfp4"}  # fmt: skip
+    plain = {
+        "fp8": None,
+        "fp4": None,
+        "use_transformer_engine_op_fuser": False,
+        "fp8_recipe": "delayed",
+        "fp4_recipe": "nvfp4",
+    }
     config = SimpleNamespace(**(plain | quantized))
     assert get_align_size_for_quantization(config) > 0
     assert get_align_size_for_quantization(unpadded(config)) == 0
@@ -93,8 +111,14 @@ def test_no_dispatcher_pads_rows_for_fp8_kernels(quantized):
 
 def test_more_slots_than_deepep_moves():
     many = tuple(tuple(Piece(expert, rank, rank + 1) for expert in range(9)) for rank in range(4))
-    args = argparse.Namespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep", num_experts=9,
-                              moe_router_topk=8, expert_tensor_parallel_size=None, tensor_model_parallel_size=1)
+    args = argparse.Namespace(
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="deepep",
+        num_experts=9,
+        moe_router_topk=8,
+        expert_tensor_parallel_size=None,
+        tensor_model_parallel_size=1,
+    )
     check_dispatch(args, model(pieces=many)[1])
     with pytest.raises(ValueError, match="a token can fill 36 slots in layer 0, its kernels move 32 at most"):
         check_dispatch(args, model(TOPP, many)[1])

@@ -24,10 +24,18 @@ def block(transformer_impl):
         # Without Transformer Engine these two names are None; its classes themselves are stand-ins there.
         gpt_layer_specs.TESpecProvider, gpt_layer_specs.TENorm = TESpecProvider, type("TENorm", (), {})
     config = TransformerConfig(
-        num_layers=3, hidden_size=8, num_attention_heads=2, num_moe_experts=4, moe_ffn_hidden_size=8,
-        moe_layer_freq=[0, 1, 1], transformer_impl=transformer_impl, add_bias_linear=False, gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, normalization="RMSNorm",
-    )  # fmt: skip
+        num_layers=3,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_moe_experts=4,
+        moe_ffn_hidden_size=8,
+        moe_layer_freq=[0, 1, 1],
+        transformer_impl=transformer_impl,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+    )
     spec = hmoe_block_spec(None, SimpleNamespace(transformer=config))
     backend = TESpecProvider() if transformer_impl == "transformer_engine" else None
     layers = []
@@ -39,10 +47,12 @@ def block(transformer_impl):
                 "dense": isinstance(mlp, partial) and getattr(mlp.func, "__self__", None) is MLP,
                 "layer": mlp.keywords.get("layer"),
                 "te_attention": backend is not None and attention.linear_proj is backend.row_parallel_linear(),
-                "te_shared_experts": backend is not None and "layer" in mlp.keywords and mlp.keywords[
-                    "submodules"].shared_experts.keywords["submodules"].linear_fc2 is backend.row_parallel_linear(),
+                "te_shared_experts": backend is not None
+                and "layer" in mlp.keywords
+                and mlp.keywords["submodules"].shared_experts.keywords["submodules"].linear_fc2
+                is backend.row_parallel_linear(),
             }
-        )  # fmt: skip
+        )
     return layers, len({id(layer) for layer in spec.layer_specs}), spec.layer_norm.__name__
 
 
@@ -71,4 +81,4 @@ def test_the_stock_spec_is_left_as_it_was():
 
 def test_multi_token_prediction_layers_are_refused():
     with pytest.raises(ValueError, match="--mtp-num-layers: multi-token-prediction layers with unequal experts"):
-        HMoELayer(SimpleNamespace(), is_mtp_layer=True, layer=0)
+        HMoELayer(SimpleNamespace(), is_mtp_layer=True, layout=None, layer=0)

@@ -20,8 +20,12 @@ PIECES = ((Piece(0, 0, 10), Piece(1, 0, 5)), (Piece(1, 5, 30),))
 
 
 def layout():
-    return SimpleNamespace(layers=[1, 3], widths={1: (10, 30), 3: (10, 30)}, pieces=lambda layer: PIECES,
-                           plan=SimpleNamespace(layers=[SimpleNamespace(pieces=PIECES)] * 2))  # fmt: skip
+    return SimpleNamespace(
+        layers=[1, 3],
+        widths={1: (10, 30), 3: (10, 30)},
+        pieces=lambda layer: PIECES,
+        plan=SimpleNamespace(layers=[SimpleNamespace(pieces=PIECES)] * 2),
+    )
 
 
 def record():

@@ -91,8 +91,9 @@ def _failing(has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool) -> str:
     from hmoe_megatron.moe.compute.ragged.self_test import Variants, alignment
 
     of = shapes.supported()
-    variants = Variants(shapes.hidden, shapes.dtype, frozenset(map(alignment, of)), max(map(len, of)),
-                        shapes.grad_dtype, keep_hidden)  # fmt: skip
+    variants = Variants(
+        shapes.hidden, shapes.dtype, frozenset(map(alignment, of)), max(map(len, of)), shapes.grad_dtype, keep_hidden
+    )
     return _tested(variants, _device())
 
 
@@ -111,8 +112,10 @@ def _tested(variants, device) -> str:
         try:
             torch.cuda.synchronize(device)
         except Exception as after:  # an illegal access stays with the process
-            raise DeviceFailed(f"the triton kernels broke {name} for this process ({first_line(after)}): "
-                               "use --hmoe-gemm-backend reference") from error  # fmt: skip
+            raise DeviceFailed(
+                f"the triton kernels broke {name} for this process ({first_line(after)}): "
+                "use --hmoe-gemm-backend reference"
+            ) from error
     return f"the triton kernels fail on {name}: {wrong}" if wrong else ""
 
 

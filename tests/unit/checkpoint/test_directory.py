@@ -151,7 +151,12 @@ def test_tidy_says_what_it_did_and_leaves_what_it_does_not_know(tmp_path):
     (tmp_path / ".x.123.tmp").write_text("")
     done = directory.tidy(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        ".x.123.tmp", "iter_0000003", "iter_0000004", "iter_0000009", "mine"]  # fmt: skip
+        ".x.123.tmp",
+        "iter_0000003",
+        "iter_0000004",
+        "iter_0000009",
+        "mine",
+    ]
     assert len(done) == 4 and any("iter_0000002: removed, it was empty" in line for line in done)
 
 

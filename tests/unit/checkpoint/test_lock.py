@@ -24,8 +24,9 @@ time.sleep(60)
 
 
 def start(root, *more):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(root), *more], stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(root), *more], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 

@@ -42,8 +42,10 @@ def test_every_damage_is_named(folder):
     (folder / ".metadata").write_bytes(text)
     found = damaged_files(folder, files)
     assert [next(phrase for phrase in found if phrase.startswith(name)) for name in ("a", "b.distcp", ".metadata")] == [
-        "a: No such file or directory", "b.distcp has 511 bytes, 512 were saved",
-        ".metadata is altered (SHA-256 does not match)"]  # fmt: skip
+        "a: No such file or directory",
+        "b.distcp has 511 bytes, 512 were saved",
+        ".metadata is altered (SHA-256 does not match)",
+    ]
     assert len(found) == 3
 
 
@@ -76,8 +78,22 @@ def test_a_flip_of_any_bit_is_found(folder):
                 load_manifest(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "NaN", '{"schema": 1}', "{" * 100_000, "[" * 100_000, "\x00",
-                                  '{"schema": 2}', '{"schema": 1, "schema": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "NaN",
+        '{"schema": 1}',
+        "{" * 100_000,
+        "[" * 100_000,
+        "\x00",
+        '{"schema": 2}',
+        '{"schema": 1, "schema": 1}',
+    ],
+)
 def test_other_texts_are_refused(folder, text):
     (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(CheckpointRefused, match="--ckpt-step N"):
@@ -87,12 +103,22 @@ def test_other_texts_are_refused(folder, text):
 @pytest.mark.parametrize(
     "alter",
     [
-        {"files": {"../../etc/passwd": [1, "0" * 64]}}, {"files": {"/etc/passwd": [1, "0" * 64]}}, {"files": []},
-        {"files": {"..": [1, "0" * 64]}}, {"files": {"a": [1, "0" * 63]}}, {"files": {"a": ["1", "0" * 64]}},
-        {"files": {"a": [1]}}, {"iteration": 0}, {"iteration": "7"}, {"iteration": 10**400}, {"settings": 3},
-        {"more": 1}, {"schema": 1.5}, {"sha256": None},
+        {"files": {"../../etc/passwd": [1, "0" * 64]}},
+        {"files": {"/etc/passwd": [1, "0" * 64]}},
+        {"files": []},
+        {"files": {"..": [1, "0" * 64]}},
+        {"files": {"a": [1, "0" * 63]}},
+        {"files": {"a": ["1", "0" * 64]}},
+        {"files": {"a": [1]}},
+        {"iteration": 0},
+        {"iteration": "7"},
+        {"iteration": 10**400},
+        {"settings": 3},
+        {"more": 1},
+        {"schema": 1.5},
+        {"sha256": None},
     ],
-)  # fmt: skip
+)
 def test_a_sound_checksum_does_not_make_it_believed(folder, alter):
     body = json.loads((folder / MANIFEST_FILE).read_text()) | alter
     del body["sha256"]

@@ -97,9 +97,20 @@ def test_a_pickle_in_the_metadata_does_not_run(folder, tmp_path):
     assert canary.exists(), "the attack must work where nothing guards against it"
 
 
-@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "builtins.getattr", "torch.load", "torch.hub.load",
-                                  "torch.serialization.load", "subprocess.Popen", "functools.partial",
-                                  "torch.distributed.checkpoint.metadata.os"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "builtins.eval",
+        "builtins.getattr",
+        "torch.load",
+        "torch.hub.load",
+        "torch.serialization.load",
+        "subprocess.Popen",
+        "functools.partial",
+        "torch.distributed.checkpoint.metadata.os",
+    ],
+)
 def test_no_other_name_is_looked_up(folder, name):
     module, _, attribute = name.rpartition(".")
     (folder / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
@@ -153,8 +164,9 @@ def test_no_path_leaves_the_directory(folder, path):
         read_metadata(folder)
 
 
-@pytest.mark.parametrize("changed", [{"offset": 10**9}, {"length": 10**9}, {"offset": -1}, {"length": -5},
-                                     {"offset": 1.5}, {"length": "5"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed", [{"offset": 10**9}, {"length": 10**9}, {"offset": -1}, {"length": -5}, {"offset": 1.5}, {"length": "5"}]
+)
 def test_no_entry_lies_beyond_its_file(folder, changed):
     stored(folder, **changed)
     with pytest.raises(CheckpointRefused, match="beyond the end"):
@@ -190,12 +202,15 @@ def test_a_pipe_is_not_waited_for(folder):
         read_metadata(folder)
 
 
-@pytest.mark.parametrize("alter", [
-    lambda metadata: setattr(metadata, "state_dict_metadata", [1]),
-    lambda metadata: setattr(metadata, "state_dict_metadata", {1: BytesStorageMetadata()}),
-    lambda metadata: setattr(metadata, "state_dict_metadata", {"x": MetadataIndex("x")}),
-    lambda metadata: setattr(metadata, "storage_data", {MetadataIndex("x"): MetadataIndex("y")}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda metadata: setattr(metadata, "state_dict_metadata", [1]),
+        lambda metadata: setattr(metadata, "state_dict_metadata", {1: BytesStorageMetadata()}),
+        lambda metadata: setattr(metadata, "state_dict_metadata", {"x": MetadataIndex("x")}),
+        lambda metadata: setattr(metadata, "storage_data", {MetadataIndex("x"): MetadataIndex("y")}),
+    ],
+)
 def test_objects_of_the_wrong_kind(folder, alter):
     rewrite(folder, alter)
     with pytest.raises(CheckpointRefused, match=r"\.metadata: "):

@@ -22,8 +22,13 @@ def second_rank(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "_compare", compare)
     monkeypatch.setattr("hmoe_megatron.checkpoint.settings.model_settings", lambda *_: {})
-    args = argparse.Namespace(save=str(tmp_path), load=str(tmp_path), ckpt_step=None, pretrained_checkpoint=None,
-                              exit_on_missing_checkpoint=False)  # fmt: skip
+    args = argparse.Namespace(
+        save=str(tmp_path),
+        load=str(tmp_path),
+        ckpt_step=None,
+        pretrained_checkpoint=None,
+        exit_on_missing_checkpoint=False,
+    )
     return Checkpoints(args, argparse.Namespace(plan=None, settings=None, widths=()))
 
 

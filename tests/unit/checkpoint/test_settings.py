@@ -7,11 +7,24 @@ import pytest
 from hmoe_megatron.checkpoint.settings import differences, model_settings, plain, tokenizer_sha256
 
 ARGS = {
-    "num_layers": 2, "hidden_size": 32, "vocab_size": 128, "tokenizer_type": "NullTokenizer", "rotary_base": 10000,
-    "moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall", "moe_z_loss_coeff": None, "moe_layer_freq": 1,
-    "hmoe_router": "topk", "hmoe_top_p": None, "hmoe_p_penalty_coeff": 0.1, "hmoe_placement": "auto",
-    "expert_model_parallel_size": 2, "lr": 1e-3, "tokenizer_model": None, "moe_router_score_function": "softmax",
-}  # fmt: skip
+    "num_layers": 2,
+    "hidden_size": 32,
+    "vocab_size": 128,
+    "tokenizer_type": "NullTokenizer",
+    "rotary_base": 10000,
+    "moe_router_topk": 2,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_z_loss_coeff": None,
+    "moe_layer_freq": 1,
+    "hmoe_router": "topk",
+    "hmoe_top_p": None,
+    "hmoe_p_penalty_coeff": 0.1,
+    "hmoe_placement": "auto",
+    "expert_model_parallel_size": 2,
+    "lr": 1e-3,
+    "tokenizer_model": None,
+    "moe_router_score_function": "softmax",
+}
 WIDTHS = {0: (16, 32), 1: (24, 24)}
 
 
@@ -29,19 +42,27 @@ def settings(widths=WIDTHS, **changed):
         ({"hmoe_router": "topp"}, "--hmoe-router: topk"),
         ({"hmoe_top_p": 0.6}, "--hmoe-top-p: None in the checkpoint, 0.6 now"),
         ({"rotary_base": 500000}, "--rotary-base"),
-        ({"widths": {0: (16, 32), 1: (16, 32)}},
-         "expert_widths of layer 1 (--hmoe-widths): [24, 24] in the checkpoint, [16, 32] now"),
+        (
+            {"widths": {0: (16, 32), 1: (16, 32)}},
+            "expert_widths of layer 1 (--hmoe-widths): [24, 24] in the checkpoint, [16, 32] now",
+        ),
         ({"widths": {0: (16, 32)}}, "expert-widths"),
     ],
-)  # fmt: skip
+)
 def test_another_model_is_named(changed, phrase):
     refused, told = differences(settings(), settings(**changed))
     assert len(refused) == 1 and phrase in refused[0] and told == []
 
 
-@pytest.mark.parametrize("changed", [
-    {"moe_token_dispatcher_type": "allgather"}, {"hmoe_placement": "plan.json"}, {"expert_model_parallel_size": 4},
-    {"lr": 1.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"moe_token_dispatcher_type": "allgather"},
+        {"hmoe_placement": "plan.json"},
+        {"expert_model_parallel_size": 4},
+        {"lr": 1.0},
+    ],
+)
 def test_another_plan_layout_or_schedule_is_no_difference(changed):
     assert differences(settings(), settings(**changed)) == ([], [])
 
@@ -49,8 +70,10 @@ def test_another_plan_layout_or_schedule_is_no_difference(changed):
 def test_training_settings_are_told():
     refused, told = differences(settings(), settings(hmoe_p_penalty_coeff=0.2, moe_z_loss_coeff=1e-3))
     assert refused == []
-    assert sorted(told) == ["--hmoe-p-penalty-coeff: 0.1 in the checkpoint, 0.2 now",
-                            "--moe-z-loss-coeff: None in the checkpoint, 0.001 now"]  # fmt: skip
+    assert sorted(told) == [
+        "--hmoe-p-penalty-coeff: 0.1 in the checkpoint, 0.2 now",
+        "--moe-z-loss-coeff: None in the checkpoint, 0.001 now",
+    ]
 
 
 def test_fine_tuning_may_change_what_the_weights_compute_but_not_what_they_are():

@@ -33,8 +33,16 @@ def argv_of(*inputs, prefix: Path, model: Path | None = None, flags: tuple = ())
     kind = ["NullTokenizer", "--vocab-size", "100"]
     if model:
         kind = ["HuggingFaceTokenizer" if model.is_dir() else "SentencePieceTokenizer", "--tokenizer-model", str(model)]
-    return ["--input", *map(str, inputs), "--output-prefix", str(prefix), "--tokenizer-type", kind[0],
-            *flags, *kind[1:]]  # fmt: skip
+    return [
+        "--input",
+        *map(str, inputs),
+        "--output-prefix",
+        str(prefix),
+        "--tokenizer-type",
+        kind[0],
+        *flags,
+        *kind[1:],
+    ]
 
 
 def preprocess(*inputs, prefix: Path, model: Path | None = None, flags: tuple = ()) -> int:

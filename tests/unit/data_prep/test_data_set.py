@@ -26,8 +26,14 @@ def data(sp_model, tmp_path) -> DataSet:
 def run_args(data, model, **changed):
     unset = """train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path vocab_file
                merge_file""".split()
-    fields = {"data_path": [data.prefix], "split": "1,0,0", "mock_data": False, "multiple_validation_sets": False,
-              "tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model)}  # fmt: skip
+    fields = {
+        "data_path": [data.prefix],
+        "split": "1,0,0",
+        "mock_data": False,
+        "multiple_validation_sets": False,
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": str(model),
+    }
     return argparse.Namespace(**dict.fromkeys(unset) | fields | changed)
 
 

@@ -13,8 +13,15 @@ from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
 from tests.unit.data_prep.calls import argv_of, make_texts, preprocess_data
 from tests.unit.data_prep.conftest import make_bpe
 
-TEXTS = [*make_texts(50), "ünï 😀\u2028\n", "<s> </s> <|endoftext|> a", "  two  spaces\t\n\n", "İ ﬁ é e\u0301",
-         "\x00\x01", "a"]  # fmt: skip
+TEXTS = [
+    *make_texts(50),
+    "ünï 😀\u2028\n",
+    "<s> </s> <|endoftext|> a",
+    "  two  spaces\t\n\n",
+    "İ ﬁ é e\u0301",
+    "\x00\x01",
+    "a",
+]
 
 
 def encoder_of(model, sample=TEXTS, flags=()):
@@ -72,8 +79,12 @@ def test_unicode_normal_forms_and_patterns_go_through_tiktoken(tmp_path):
 
     assert len(fast_encoding.KNOWN_PATTERNS) == 4
     for number, pattern in enumerate([*sorted(fast_encoding.KNOWN_PATTERNS), r"[[:alpha:]]+|\s+|.", r"\p{L}+"]):
-        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+        cut = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         encoder = encoder_of(make_bpe(tmp_path / str(number), normalizers.NFC(), cut), TEXTS[:10])
         known = pattern in fast_encoding.KNOWN_PATTERNS
         assert encoder.way_name.startswith("tiktoken with the same" if known else "the tokenizers library")
@@ -139,6 +150,7 @@ def test_an_entry_that_merging_never_makes_is_found(ignore_merges, tmp_path, bpe
 
 def test_an_entry_without_a_merge_is_found(tmp_path, bpe_folder):
     """With ignore_merges a whole piece is taken that no merge makes."""
+
     def change(parts):
         parts["model"]["ignore_merges"] = True
         parts["model"]["vocab"]["xyzxyz"] = len(parts["model"]["vocab"])
@@ -203,12 +215,25 @@ def test_tiktokens_own_tokenizer_goes_to_arrays(tmp_path):
     import base64
 
     words = [bytes([byte]) for byte in range(256)] + [b"ab", b"abc", b" a"]
-    entries = [{"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": word.decode("latin-1")}
-               for rank, word in enumerate(words)]  # fmt: skip
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": word.decode("latin-1")}
+        for rank, word in enumerate(words)
+    ]
     (tmp_path / "vocab.json").write_text(json.dumps(entries))
-    argv = ["--input", "x", "--output-prefix", "y", "--tokenizer-type", "TikTokenizer", "--tokenizer-model",
-            str(tmp_path / "vocab.json"), "--vocab-size", str(len(words) + 20), "--tiktoken-num-special-tokens",
-            "20"]  # fmt: skip
+    argv = [
+        "--input",
+        "x",
+        "--output-prefix",
+        "y",
+        "--tokenizer-type",
+        "TikTokenizer",
+        "--tokenizer-model",
+        str(tmp_path / "vocab.json"),
+        "--vocab-size",
+        str(len(words) + 20),
+        "--tiktoken-num-special-tokens",
+        "20",
+    ]
     args, rest = preprocess_data.parse_flags(argv)
     texts = ["abc ab a", "x <s> ab", "é"]
     encoder = Encoder(megatron_tokenizer_args(args, rest), ["text"], False, 1 << 20, texts)

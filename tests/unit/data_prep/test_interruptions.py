@@ -73,8 +73,10 @@ def work(tmp_path, monkeypatch, small_blocks):
     monkeypatch.setattr(shard, "COMMIT_S", 0.0)
     rng = random.Random(7)
     for number in range(3):
-        lines = [json.dumps({"a": " ".join(str(rng.randrange(100)) for _ in range(rng.randint(1, 40))), "b": "7 8"})
-                 for _ in range(150)]  # fmt: skip
+        lines = [
+            json.dumps({"a": " ".join(str(rng.randrange(100)) for _ in range(rng.randint(1, 40))), "b": "7 8"})
+            for _ in range(150)
+        ]
         for bad in ('{"a": "1"', "", '{"a": "1"}', '{"a": "100", "b": "1"}', "null"):
             lines.insert(rng.randrange(len(lines)), bad)
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
@@ -276,8 +278,10 @@ def test_line_numbers_of_a_shard_are_those_of_the_file(work, tmp_path):
             assert Path(record["file"]).read_text().splitlines()[record["line"] - 1] == record["raw"]
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None and not (Path(sys.executable).parent / "mpirun").exists(),
-                    reason="no mpirun is installed")  # fmt: skip
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None and not (Path(sys.executable).parent / "mpirun").exists(),
+    reason="no mpirun is installed",
+)
 def test_mpirun_makes_the_same_bytes(work, tmp_path):
     argv, whole = work
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -310,7 +314,8 @@ def test_other_flags_and_input_are_refused_until_the_work_is_removed(work, tmp_p
     assert preprocess_data.main(argv) == 0
     found = contents(tmp_path)
     assert {name: found[name] for name in whole if not name.endswith("json")} == {
-        name: data for name, data in whole.items() if not name.endswith("json")}  # fmt: skip
+        name: data for name, data in whole.items() if not name.endswith("json")
+    }
 
 
 def test_another_policy_is_refused_once_there_are_bad_records(tmp_path, capsys, monkeypatch):

@@ -50,14 +50,17 @@ def test_data_set_gives_the_text_back(sp_model, tmp_path):
         assert facts["bytes"] == path.stat().st_size
     hashes = sidecar["request"]["tokenizer"]["sha256"]
     assert hashes == {"tok.model": hashlib.sha256(sp_model.read_bytes()).hexdigest()}
-    assert sidecar["counts"] == {
-        "records": 62, "documents": 62, "tokens": sum(map(len, documents)), "bad_records": {}
-    }  # fmt: skip
+    assert sidecar["counts"] == {"records": 62, "documents": 62, "tokens": sum(map(len, documents)), "bad_records": {}}
     assert (sidecar["dtype"], sidecar["vocab_size"], sidecar["eod_id"]) == ("uint16", SP_VOCAB_SIZE, EOD_ID)
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")).filter(str.strip),
-                      min_size=1, max_size=8))  # fmt: skip
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")).filter(str.strip),
+        min_size=1,
+        max_size=8,
+    )
+)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_comes_back(texts, sp_model, bpe_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
@@ -148,10 +151,17 @@ def test_megatrons_datasets_read_it(sp_model, tmp_path):
     args, rest = preprocess_data.parse_flags(argv_of(corpus, prefix="y", model=sp_model))
     encoder = encoding.Encoder(megatron_tokenizer_args(args, rest), ["text"], False, 1 << 20, None)
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=32, blend=([str(tmp_path / "out_text_document")], None), split="1,0,0",
-        path_to_cache=str(tmp_path / "cache"), tokenizer=encoder.tokenizer, reset_position_ids=False,
-        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
+        random_seed=1,
+        sequence_length=32,
+        blend=([str(tmp_path / "out_text_document")], None),
+        split="1,0,0",
+        path_to_cache=str(tmp_path / "cache"),
+        tokenizer=encoder.tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
     train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [20, 0, 0], lambda: True, config).build()
     stream = [id for ids in read_data_set(tmp_path / "out") for id in ids]
     assert len(train) >= 20

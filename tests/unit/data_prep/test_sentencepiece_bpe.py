@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from hmoe_megatron.data_prep.sentencepiece_bpe import tiktoken_encoder
 from tests.unit.data_prep.calls import make_texts
 
-OURS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False,
-        "byte_fallback": True}  # fmt: skip
+OURS = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "byte_fallback": True,
+}
 KINDS = {
     "ours": OURS,
     "llama": OURS | {"add_dummy_prefix": True, "allow_whitespace_only_pieces": True},
@@ -23,10 +27,25 @@ KINDS = {
     "a space in a symbol": {"user_defined_symbols": ["new york"]},  # kept as it is, never written as SPACE
     "line ends inside": OURS | {"user_defined_symbols": ["\n\n", "end\n"]},
 }
-TEXTS = [*make_texts(20), "", " ", "\n", "a", "  two  spaces\t\n\n end\n", "ﬁ\u3000x e\u0301 ünï 😀😀 ☃ ☃", "▁a▁▁b ▁",
-         "\ue000 \ue001a\ue002", "a\x00b \x01", "x<sep>y <s></s>", "foo(bar), 3.14_2 ²½", "\r\n  \u2028 \u00a0 z",
-         "in new york now, new  york", "w" * 200 + " " + "w" * 200, "é日本 ع\u0301 ¼ \ufffd \ue000",
-         "the" * 3000]  # fmt: skip
+TEXTS = [
+    *make_texts(20),
+    "",
+    " ",
+    "\n",
+    "a",
+    "  two  spaces\t\n\n end\n",
+    "ﬁ\u3000x e\u0301 ünï 😀😀 ☃ ☃",
+    "▁a▁▁b ▁",
+    "\ue000 \ue001a\ue002",
+    "a\x00b \x01",
+    "x<sep>y <s></s>",
+    "foo(bar), 3.14_2 ²½",
+    "\r\n  \u2028 \u00a0 z",
+    "in new york now, new  york",
+    "w" * 200 + " " + "w" * 200,
+    "é日本 ع\u0301 ¼ \ufffd \ue000",
+    "the" * 3000,
+]
 
 
 def trained(**options):
@@ -101,8 +120,14 @@ def test_entries_of_characters_that_are_none(dropped):
     texts = ["é", "ér", "the réré é e ee", "rérér  ▁ é é", *TEXTS]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the réré éré there"] * 50), model_writer=model, model_type="bpe", vocab_size=290,
-        hard_vocab_limit=False, minloglevel=2, **OURS)  # fmt: skip
+        sentence_iterator=iter(["the réré éré there"] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=290,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **OURS,
+    )
     processor = edited(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), drop)
     assert_equal(processor, texts)
 
@@ -118,11 +143,14 @@ def test_every_entry_has_its_own_ids(processor):
     assert_equal(processor, pieces + [f"x{piece}y" for piece in pieces] + [f" {piece}{piece} " for piece in pieces])
 
 
-@pytest.mark.parametrize(("options", "reason"), [
-    ({"model_type": "unigram"}, "no BPE"),
-    ({"split_by_whitespace": False}, "an entry holds a space after other characters"),
-    ({"treat_whitespace_as_suffix": True}, "an entry holds a space after other characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model_type": "unigram"}, "no BPE"),
+        ({"split_by_whitespace": False}, "an entry holds a space after other characters"),
+        ({"treat_whitespace_as_suffix": True}, "an entry holds a space after other characters"),
+    ],
+)
 def test_other_models_are_refused(options, reason):
     processor = trained(**options)
     with pytest.raises(ValueError, match=reason):

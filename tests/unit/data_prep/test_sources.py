@@ -94,8 +94,13 @@ def test_rows_of_parquet_are_read_once(shards, tmp_path):
     texts = [None if number % 7 == 0 else f"row {number}" for number in range(500)]
     parquet.write_table(pyarrow.table({"n": list(range(500)), "text": texts}), path, row_group_size=90)
     inputs = find_sources([str(path)])
-    rows = [row for number in range(shards) for span in spans(inputs, number, shards)
-            for block in read(span) for row in block.data]  # fmt: skip
+    rows = [
+        row
+        for number in range(shards)
+        for span in spans(inputs, number, shards)
+        for block in read(span)
+        for row in block.data
+    ]
     assert [text and text.decode() for (text,) in rows] == texts
     resumed = read(Span(inputs[0], 0, None), start=333)
     assert [row for block in resumed for row in block.data] == rows[333:]
@@ -136,8 +141,9 @@ def test_a_long_record_behind_white_space_is_one_and_its_line_is_right(sample_by
     assert found == [(1, "Good"), (long_line, "Bad"), *after]
 
 
-@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\n" * 100_000), ("a.txt", b"1\n\n" * 50_000),
-                                            ("b.txt", b"\n" * 100_000 + b"x")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.jsonl", b"\n" * 100_000), ("a.txt", b"1\n\n" * 50_000), ("b.txt", b"\n" * 100_000 + b"x")]
+)
 def test_a_block_has_few_records(name, data, tmp_path):
     (source,) = find_sources([str(write(tmp_path, name, data))], "paragraph")
     blocks = read(Span(source, 0, None))
@@ -163,9 +169,9 @@ def test_patterns_are_sorted_and_formats_follow_from_names(tmp_path):
     assert [source.compression for source in found] == [None, "gzip", None, None, "zstd"]
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("a.jsonl.gz", "damaged or cut gzip"), ("a.jsonl.zst", "zst"), ("a.parquet", "parquet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.jsonl.gz", "damaged or cut gzip"), ("a.jsonl.zst", "zst"), ("a.parquet", "parquet")]
+)
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
 def test_damaged_files_are_named(name, message, damage, tmp_path):
     path = tmp_path / name

@@ -24,7 +24,7 @@ KINDS = {
     "bf16": (1, "--bf16 --moe-router-dtype fp32"),
     "tied embeddings, pipeline": (2, f"{TIED} --pipeline-model-parallel-size 2"),
     "four ranks of experts": (4, "--expert-model-parallel-size 4"),
-}  # fmt: skip
+}
 IN_SUITE = ("expert parallel, with cuts", "top-p, with norms and biases", "tied embeddings, pipeline")
 
 
@@ -103,8 +103,9 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_whole(small, tmp_path, a
     def convert():
         place, name = {"config": (export, "write_json"), "rename": (os, "rename")}.get(at, (shards, "save_file"))
         stock, calls = getattr(place, name), iter(range(100))
-        setattr(place, name, lambda *given: die() if next(calls) == (at if isinstance(at, int) else 0)
-                else stock(*given))  # fmt: skip
+        setattr(
+            place, name, lambda *given: die() if next(calls) == (at if isinstance(at, int) else 0) else stock(*given)
+        )
         to_hf(small, tmp_path / "out", "--no-logits")
 
     from hmoe_megatron.hf import export, shards
@@ -124,8 +125,13 @@ def test_with_its_tokenizer_it_writes_text_and_comes_back(tmp_path, capsys):
 
     prefix = tmp_path / "tok"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the expert of unequal width"] * 50), model_prefix=str(prefix), vocab_size=100,
-        model_type="bpe", hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter(["the expert of unequal width"] * 50),
+        model_prefix=str(prefix),
+        vocab_size=100,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     flags = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {prefix}.model"
     run, text = train(tmp_path / "run", 1, flags), tmp_path / "text.txt"
     text.write_text("the width of the expert " * 20)
@@ -198,15 +204,30 @@ def test_what_the_exported_model_lacks_is_listed(small, tmp_path, capsys, monkey
 def test_the_card_shows_the_flags_and_no_place(tmp_path):
     from hmoe_megatron.hf.card import _public
 
-    flags = ["--lr", "1e-3", "--save", "a b", "--hmoe-placement", "/home/me/plan.json", "--data-path", "0.5", "x/y",
-             "--wandb-save-dir=/tmp/w", "--bf16", "--hmoe-placement=auto"]  # fmt: skip
+    flags = [
+        "--lr",
+        "1e-3",
+        "--save",
+        "a b",
+        "--hmoe-placement",
+        "/home/me/plan.json",
+        "--data-path",
+        "0.5",
+        "x/y",
+        "--wandb-save-dir=/tmp/w",
+        "--bf16",
+        "--hmoe-placement=auto",
+    ]
     assert _public(flags) == ["--lr", "1e-3", "--bf16", "--hmoe-placement=auto"]
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (("--output", "there", "--no-logits"), "exists already"),
-    (("--output", "no/such/place", "--no-logits"), "its parent directory does not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--output", "there", "--no-logits"), "exists already"),
+        (("--output", "no/such/place", "--no-logits"), "its parent directory does not exist"),
+    ],
+)
 def test_a_wrong_output_is_refused(small, tmp_path, flags, said, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()

@@ -16,9 +16,18 @@ from transformers import (
 
 from hmoe_megatron.hf.modeling_hmoe import HMoEForCausalLM
 
-SHARED = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-          "intermediate_size": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}  # fmt: skip
+SHARED = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 24,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
 DENSE = {**SHARED, "expert_widths": [[], []], "num_experts_per_tok": None}
 ATTENTION_KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -42,8 +51,10 @@ def test_equal_widths_with_top_k_are_mixtral(k):
     state = ours.state_dict()
     for layer in range(2):
         mlp = f"model.layers.{layer}.mlp"
-        experts = [{name: state.pop(f"{mlp}.experts.{e}.{name}_proj.weight") for name in ("gate", "up", "down")}
-                   for e in range(4)]  # fmt: skip
+        experts = [
+            {name: state.pop(f"{mlp}.experts.{e}.{name}_proj.weight") for name in ("gate", "up", "down")}
+            for e in range(4)
+        ]
         state[f"{mlp}.experts.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in experts])
         state[f"{mlp}.experts.down_proj"] = torch.stack([e["down"] for e in experts])
     theirs = MixtralForCausalLM(MixtralConfig(**SHARED, num_local_experts=4, num_experts_per_tok=k))

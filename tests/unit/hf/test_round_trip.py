@@ -17,12 +17,15 @@ from tests.unit.hf.conversions import ROOT, TIED, assert_same_logits, from_hf, t
 
 KINDS = {
     "cuts, unequal": (2, "--expert-model-parallel-size 2 --hmoe-widths 16,32,48,160", ("native", "padded")),
-    "top-p, a dense layer": (1, "--hmoe-router topp --hmoe-top-p 0.6 --moe-layer-freq [0,1] --ffn-hidden-size 80 "
-                                "--qk-layernorm --add-qkv-bias", ("native",)),
+    "top-p, a dense layer": (
+        1,
+        "--hmoe-router topp --hmoe-top-p 0.6 --moe-layer-freq [0,1] --ffn-hidden-size 80 --qk-layernorm --add-qkv-bias",
+        ("native",),
+    ),
     "bf16, grouped queries": (1, "--bf16 --group-query-attention --num-query-groups 2", ("native", "padded")),
     "tied embeddings": (1, TIED, ("native", "padded")),
     "tensor parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel", ("native",)),
-}  # fmt: skip
+}
 IN_SUITE = ("cuts, unequal", "tied embeddings")
 
 
@@ -58,11 +61,22 @@ def test_a_run_goes_on_from_it_under_another_layout(tmp_path):
 def test_stock_models_become_checkpoints_and_come_back(name, tmp_path):
     import transformers
 
-    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-             "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 16,
-             "num_experts_per_tok": 2}  # fmt: skip
-    sizes |= {"num_local_experts": 4} if name == "Mixtral" else {
-        "num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}  # fmt: skip
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 16,
+        "num_experts_per_tok": 2,
+    }
+    sizes |= (
+        {"num_local_experts": 4}
+        if name == "Mixtral"
+        else {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    )
     torch.manual_seed(0)
     stock = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
     stock.save_pretrained(tmp_path / "stock")
@@ -115,12 +129,18 @@ def changed(exported, tmp_path, form, change):
 EXPERT = "model.layers.1.mlp.experts.2"
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda tensors: tensors.pop(f"{EXPERT}.up_proj.weight"), f"1 missing: {EXPERT}.up_proj.weight"),
-    (lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), "no place for: model.extra"),
-    (lambda tensors: tensors.update({f"{EXPERT}.up_proj.weight": torch.zeros(47, 32)}), "[47, 32], not [48, 32]"),
-    (lambda tensors: tensors[f"{EXPERT}.up_proj.weight"].fill_(torch.nan), f"{EXPERT}.up_proj.weight is not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop(f"{EXPERT}.up_proj.weight"), f"1 missing: {EXPERT}.up_proj.weight"),
+        (lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), "no place for: model.extra"),
+        (lambda tensors: tensors.update({f"{EXPERT}.up_proj.weight": torch.zeros(47, 32)}), "[47, 32], not [48, 32]"),
+        (
+            lambda tensors: tensors[f"{EXPERT}.up_proj.weight"].fill_(torch.nan),
+            f"{EXPERT}.up_proj.weight is not finite",
+        ),
+    ],
+)
 def test_a_directory_that_is_not_whole_is_refused(exported, tmp_path, change, said):
     ended = from_hf(changed(exported, tmp_path, "out", change), tmp_path / "run")
     assert ended.returncode == 2 and said in ended.stderr, ended.stderr[-3000:]
@@ -138,8 +158,17 @@ def test_padding_that_has_learnt_something_is_not_dropped(exported, tmp_path):
 def test_killed_while_it_is_proven_it_leaves_nothing_under_the_name(exported, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("any")
-    words = [sys.executable, ROOT / "tools/convert_checkpoint.py", "from-hf", "--load", exported / "out", "--save",
-             tmp_path / "back", "--text", text]  # fmt: skip
+    words = [
+        sys.executable,
+        ROOT / "tools/convert_checkpoint.py",
+        "from-hf",
+        "--load",
+        exported / "out",
+        "--save",
+        tmp_path / "back",
+        "--text",
+        text,
+    ]
     process = subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline_s = time.monotonic() + 120
     while not (tmp_path / ".back.writing/latest_checkpointed_iteration.txt").exists():

@@ -13,13 +13,21 @@ from hmoe_megatron.hf import tokenizer_files
 WORDS = "the of and model expert width plan token Zwölf naïve Ελληνικά 日本語 x1 2026 don't --flag a,b (c)".split()
 # As tools/train_tokenizer.py trains, as LLaMA's is, and one without byte pieces.
 SENTENCEPIECE = {
-    "ours": {"byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
-             "remove_extra_whitespaces": False, "user_defined_symbols": ["<sep>"]},
+    "ours": {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "user_defined_symbols": ["<sep>"],
+    },
     "as LLaMA's": {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
     "normalized": {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True},
-    "unknown characters": {"normalization_rule_name": "identity", "add_dummy_prefix": False,
-                           "remove_extra_whitespaces": False},
-}  # fmt: skip
+    "unknown characters": {
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+    },
+}
 
 
 def made_up_text(seed: int) -> str:
@@ -29,8 +37,15 @@ def made_up_text(seed: int) -> str:
 
 def sentencepiece_model(folder, options):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=map(made_up_text, range(200)), model_prefix=str(folder / "tok"), vocab_size=400,
-        model_type="bpe", hard_vocab_limit=False, pad_id=3, minloglevel=2, **options)  # fmt: skip
+        sentence_iterator=map(made_up_text, range(200)),
+        model_prefix=str(folder / "tok"),
+        vocab_size=400,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        pad_id=3,
+        minloglevel=2,
+        **options,
+    )
     return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(folder / "tok.model")]
 
 
@@ -41,8 +56,9 @@ def byte_level_bpe(folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=alphabet)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(map(made_up_text, range(200)), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
@@ -129,8 +145,13 @@ def test_whether_a_directory_has_the_ids_of_its_sentencepiece_model(tmp_path, ad
 
 def test_a_unigram_model_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=map(made_up_text, range(200)), model_prefix=str(tmp_path / "uni"), vocab_size=100,
-        model_type="unigram", hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+        sentence_iterator=map(made_up_text, range(200)),
+        model_prefix=str(tmp_path / "uni"),
+        vocab_size=100,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tmp_path / "uni.model")]
     with pytest.raises(ValueError, match="no BPE can't be exported"):
         tokenizer_files.write(flags, tmp_path)

@@ -13,8 +13,16 @@ from hmoe_megatron.hf.upcycling import Upcycled
 from tests.rows import rarely
 from tests.unit.hf.conversions import assert_same_logits, convert, tensors_of, to_hf, train
 
-SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-         "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 16}  # fmt: skip
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 16,
+}
 WIDTHS = (8, 16, 24, 48)
 CUT = ("--num-experts", "4", "--hmoe-widths", ",".join(map(str, WIDTHS)))
 
@@ -27,12 +35,18 @@ def dense(folder, name="Llama", **settings):
     return model
 
 
-@pytest.mark.parametrize(("name", "settings", "router"), [
-    ("Llama", {}, "--moe-router-topk 4"),
-    ("Qwen3", {"tie_word_embeddings": True}, "--moe-router-topk 3 --moe-router-pre-softmax"),
-    *rarely(("Qwen3", {}, "--moe-router-topk 2"), ("Llama", {}, "--hmoe-top-p 0.6"),
-            ("Llama", {"dtype": torch.bfloat16}, "--moe-router-topk 2")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "settings", "router"),
+    [
+        ("Llama", {}, "--moe-router-topk 4"),
+        ("Qwen3", {"tie_word_embeddings": True}, "--moe-router-topk 3 --moe-router-pre-softmax"),
+        *rarely(
+            ("Qwen3", {}, "--moe-router-topk 2"),
+            ("Llama", {}, "--hmoe-top-p 0.6"),
+            ("Llama", {"dtype": torch.bfloat16}, "--moe-router-topk 2"),
+        ),
+    ],
+)
 def test_with_all_experts_on_it_computes_what_the_dense_model_does(name, settings, router, tmp_path):
     stock, text = dense(tmp_path / "dense", name, **settings), tmp_path / "text.txt"
     text.write_text("any")  # no tokenizer: random ids
@@ -61,11 +75,16 @@ ROUTERS = {"Top-K": {"router": "topk", "pre_softmax": False}, "before it": {"rou
 @pytest.mark.parametrize("chosen", [1, 2, 4])
 def test_the_mean_over_evenly_chosen_experts_is_the_dense_layer(folder, kind, chosen):
     source = Upcycled(folder / "dense", WIDTHS, ROUTERS[kind] | {"experts_per_token": chosen})
-    found = {name: tensor for part, tensor in source.tensors()
-             for name, tensor in zip(part.names, part.split(tensor), strict=True)}  # fmt: skip
+    found = {
+        name: tensor
+        for part, tensor in source.tensors()
+        for name, tensor in zip(part.names, part.split(tensor), strict=True)
+    }
     x_H, layer, outputs = torch.randn(32), "model.layers.1.mlp", []
-    experts = [[found[f"{layer}.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")]
-               for expert in range(4)]  # fmt: skip
+    experts = [
+        [found[f"{layer}.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")]
+        for expert in range(4)
+    ]
     out_EH = [down @ (torch.nn.functional.silu(gate @ x_H) * (up @ x_H)) for gate, up, down in experts]
     for selected in itertools.combinations(range(4), chosen):
         logits_TE = torch.zeros(1, 4)
@@ -88,8 +107,10 @@ def test_every_neuron_goes_to_one_expert_unchanged(folder):
     stock = tensors_of(folder / "dense")
     for layer in range(2):
         name = f"model.layers.{layer}.mlp"
-        experts = {matrix: [source.read(f"{name}.experts.{expert}.{matrix}_proj.weight") for expert in range(4)]
-                   for matrix in ("gate", "up", "down")}  # fmt: skip
+        experts = {
+            matrix: [source.read(f"{name}.experts.{expert}.{matrix}_proj.weight") for expert in range(4)]
+            for matrix in ("gate", "up", "down")
+        }
         assert tuple(gate.shape[0] for gate in experts["gate"]) == WIDTHS
         for matrix in ("gate", "up"):
             assert torch.equal(torch.cat(experts[matrix]), stock[f"{name}.{matrix}_proj.weight"])
@@ -111,13 +132,23 @@ def test_halves_are_scaled_in_fp32(tmp_path):
     assert torch.equal(down, stock[f"{name}.down_proj.weight"].float() * 6)
 
 
-@pytest.mark.parametrize("changed", [
-    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, {"partial_rotary_factor": 0.5},
-    {"num_attention_heads": 0, "head_dim": None}, {"initializer_range": -1}, {"num_hidden_layers": 2**40},
-    {"rope_parameters": {"rope_theta": -5.0}}, {"rope_parameters": {"rope_theta": 10000.5}}, {"hidden_act": "gelu"},
-    {"model_type": "mixtral", "num_local_experts": 2**31}, {"model_type": "qwen3_moe", "decoder_sparse_step": 0},
-    {"model_type": "mixtral", "num_local_experts": True}, {"model_type": "qwen3_moe", "num_experts": 10**13},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None},
+        {"partial_rotary_factor": 0.5},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"initializer_range": -1},
+        {"num_hidden_layers": 2**40},
+        {"rope_parameters": {"rope_theta": -5.0}},
+        {"rope_parameters": {"rope_theta": 10000.5}},
+        {"hidden_act": "gelu"},
+        {"model_type": "mixtral", "num_local_experts": 2**31},
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 0},
+        {"model_type": "mixtral", "num_local_experts": True},
+        {"model_type": "qwen3_moe", "num_experts": 10**13},
+    ],
+)
 def test_what_a_config_asks_in_vain_is_refused(folder, changed):
     from hmoe_megatron.hf.architectures import form_of
 
@@ -135,22 +166,37 @@ def test_a_mixtral_without_a_base_has_that_of_transformers():
     assert Mixtral.settings(config | {"rope_parameters": None}).rope_theta == config["rope_parameters"]["rope_theta"]
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("--num-experts", "4", "--hmoe-widths", "8,16,24,40"), "add up to 88"),
-    (("--num-experts", "4", "--hmoe-widths", "arithmetic:9"), "arithmetic"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num-experts", "4", "--hmoe-widths", "8,16,24,40"), "add up to 88"),
+        (("--num-experts", "4", "--hmoe-widths", "arithmetic:9"), "arithmetic"),
+    ],
+)
 def test_wrong_widths_are_refused(folder, tmp_path, words, said):
-    ended = convert("upcycle", "--load", folder / "dense", "--save", tmp_path / "run", *words, "--moe-router-topk", "2",
-                    "--no-logits")  # fmt: skip
+    ended = convert(
+        "upcycle",
+        "--load",
+        folder / "dense",
+        "--save",
+        tmp_path / "run",
+        *words,
+        "--moe-router-topk",
+        "2",
+        "--no-logits",
+    )
     assert ended.returncode == 2 and said in ended.stderr, ended.stderr[-2000:]
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("command", "said"), [
-    (("from-hf",), "a dense model has no experts to bring back: use upcycle"),
-    (("upcycle", *CUT, "--moe-router-topk", "5"), "--moe-router-topk: 1 to --num-experts"),
-    (("upcycle", *CUT), "--moe-router-topk K or --hmoe-top-p P: give one of them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("from-hf",), "a dense model has no experts to bring back: use upcycle"),
+        (("upcycle", *CUT, "--moe-router-topk", "5"), "--moe-router-topk: 1 to --num-experts"),
+        (("upcycle", *CUT), "--moe-router-topk K or --hmoe-top-p P: give one of them"),
+    ],
+)
 def test_wrong_commands_are_refused(folder, tmp_path, command, said):
     ended = convert(*command, "--load", folder / "dense", "--save", tmp_path / "run", "--no-logits")
     assert ended.returncode == 2 and said in ended.stderr, ended.stderr[-2000:]
@@ -160,8 +206,9 @@ def test_wrong_commands_are_refused(folder, tmp_path, command, said):
 def test_a_run_goes_on_from_it_by_its_args_file(folder, tmp_path):
     from hmoe_megatron.flag_files import read_args
 
-    ended = convert("upcycle", "--load", folder / "dense", "--save", tmp_path / "run", *CUT, "--moe-router-topk", "2",
-                    "--no-logits")  # fmt: skip
+    ended = convert(
+        "upcycle", "--load", folder / "dense", "--save", tmp_path / "run", *CUT, "--moe-router-topk", "2", "--no-logits"
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     described = " ".join(read_args(tmp_path / "run/model.args"))
     flags = f"{described} --expert-model-parallel-size 2 --load {tmp_path / 'run'} --finetune"

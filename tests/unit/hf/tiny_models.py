@@ -16,11 +16,19 @@ def tiny_config(**changes) -> HMoEConfig:
     """Two layers of unequal experts around a dense one."""
     return HMoEConfig(
         **{
-            "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.2,
-            "expert_widths": [[16, 24, 40, 8], [], [8, 8, 24]], "num_experts_per_tok": 2, **changes,
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+            "expert_widths": [[16, 24, 40, 8], [], [8, 8, 24]],
+            "num_experts_per_tok": 2,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def tiny_model(seed: int = 0, **changes) -> HMoEForCausalLM:

@@ -21,14 +21,17 @@ def bound(widths, ranks, cost=None, max_cuts=None, unit=1, tokens=None):
     return lower_bound(problem, whole=not max_cuts)
 
 
-@pytest.mark.parametrize("widths, ranks, expected", [
-    ([10] * 3, 2, 20),  # one rank holds two
-    ([10] * 5, 2, 30),
-    ([9, 8, 7, 1], 3, 9),  # the widest
-    ([9, 8, 7, 6], 3, 13),  # of the four one rank holds two: at least the narrowest two
-    ([9, 8, 7, 6, 5, 4, 4], 3, 43 / 3),  # three on a rank: 4 + 4 + 5 is below the even share
-    ([9, 9, 9, 9, 9, 9, 9], 3, 27),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "widths, ranks, expected",
+    [
+        ([10] * 3, 2, 20),  # one rank holds two
+        ([10] * 5, 2, 30),
+        ([9, 8, 7, 1], 3, 9),  # the widest
+        ([9, 8, 7, 6], 3, 13),  # of the four one rank holds two: at least the narrowest two
+        ([9, 8, 7, 6, 5, 4, 4], 3, 43 / 3),  # three on a rank: 4 + 4 + 5 is below the even share
+        ([9, 9, 9, 9, 9, 9, 9], 3, 27),
+    ],
+)
 def test_whole_experts(widths, ranks, expected):
     assert bound(widths, ranks, max_cuts=0) == pytest.approx(18 * expected)
 
@@ -60,9 +63,10 @@ def test_tiles():
     assert bound([65], 1, tiled) == pytest.approx(LAUNCH + 18 * 128, rel=1e-5)
 
 
-@pytest.mark.parametrize("widths, ranks, cost, unit", [
-    ([600], 3, LAUNCHED, 1), ([250], 2, LAUNCHED, 50), ([300], 2, LAUNCHED, 100), ([64] * 4, 2, LAUNCHED, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "widths, ranks, cost, unit",
+    [([600], 3, LAUNCHED, 1), ([250], 2, LAUNCHED, 50), ([300], 2, LAUNCHED, 100), ([64] * 4, 2, LAUNCHED, 16)],
+)
 def test_the_planner_reaches_it(widths, ranks, cost, unit):
     plan = plan_layer(None, widths, ranks, cost, cut_multiple=unit)
     assert plan.predicted.gap < 1e-4

@@ -13,8 +13,18 @@ from hmoe_megatron.placement.profiles import PROFILES
 H = 64
 ALONE = [Rank()]
 # Everything costs, with a width tile and a row tile; fp32, as on a CPU.
-FULL = Profile("made up", 1e9, launch_s=2e-5, memory_bytes_per_s=1e7, row_tile=16, width_tile=8, element_bytes=4,
-               intra_node_bytes_per_s=1e7, inter_node_bytes_per_s=2e6, activation_bytes_per_s=3e8)
+FULL = Profile(
+    "made up",
+    1e9,
+    launch_s=2e-5,
+    memory_bytes_per_s=1e7,
+    row_tile=16,
+    width_tile=8,
+    element_bytes=4,
+    intra_node_bytes_per_s=1e7,
+    inter_node_bytes_per_s=2e6,
+    activation_bytes_per_s=3e8,
+)
 COSTS = {name: CostModel(profile, H) for name, profile in (PROFILES | {"full": FULL}).items()}
 every_profile = pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
 
@@ -113,13 +123,17 @@ ROW_BYTES = 4 * H * 4  # there and back, forward and backward, in fp32
 INSIDE_S, ACROSS_S = ROW_BYTES / 1e7, ROW_BYTES / 2e6
 
 
-@pytest.mark.parametrize("ranks, expected", [
-    (nodes_of(1, 1), [0]),
-    (nodes_of(1, 4), [3 * INSIDE_S / 4] * 4),
-    (nodes_of(4, 1), [3 * ACROSS_S / 4] * 4),
-    (nodes_of(4, 2), [(INSIDE_S + 6 * ACROSS_S) / 8] * 8),
-    ([Rank(7), Rank(3), Rank(7)], [(INSIDE_S + ACROSS_S) / 3, 2 * ACROSS_S / 3, (INSIDE_S + ACROSS_S) / 3]),
-], ids=["alone", "one node", "nodes of one", "four nodes", "unequal nodes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "ranks, expected",
+    [
+        (nodes_of(1, 1), [0]),
+        (nodes_of(1, 4), [3 * INSIDE_S / 4] * 4),
+        (nodes_of(4, 1), [3 * ACROSS_S / 4] * 4),
+        (nodes_of(4, 2), [(INSIDE_S + 6 * ACROSS_S) / 8] * 8),
+        ([Rank(7), Rank(3), Rank(7)], [(INSIDE_S + ACROSS_S) / 3, 2 * ACROSS_S / 3, (INSIDE_S + ACROSS_S) / 3]),
+    ],
+    ids=["alone", "one node", "nodes of one", "four nodes", "unequal nodes"],
+)
 def test_travel_by_link(ranks, expected):
     assert COSTS["full"].travel(ranks) == pytest.approx(expected)
 
@@ -130,13 +144,16 @@ def test_travel_over_links_that_are_not_known():
     assert COSTS["flops"].travel(nodes_of(2, 2)).tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("element_bytes, copies, param_bytes", [
-    (2, 1, 2 + 4 + 4 + 4 + 4),  # weight, gradient, two moments, main weight
-    (2, 4, 2 + 4 + 3),
-    (2, 64, 6 + 12 / 64),
-    (4, 1, 4 + 4 + 4 + 4),
-    (4, 4, 4 + 4 + 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "element_bytes, copies, param_bytes",
+    [
+        (2, 1, 2 + 4 + 4 + 4 + 4),  # weight, gradient, two moments, main weight
+        (2, 4, 2 + 4 + 3),
+        (2, 64, 6 + 12 / 64),
+        (4, 1, 4 + 4 + 4 + 4),
+        (4, 4, 4 + 4 + 2),
+    ],
+)
 def test_bytes(element_bytes, copies, param_bytes):
     cost = CostModel(Profile("made up", 1e9, element_bytes=element_bytes), H, copies, live_micro_batches=3)
     tokens, width = [0, 10, 0.1], 96

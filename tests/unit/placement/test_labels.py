@@ -45,17 +45,21 @@ def renamed(layer, row_R):
 
 
 def with_names(layer, row_R, ranks):
-    return made_layer([[(p.expert, p.lo, p.hi) for p in held] for held in renamed(layer, row_R)], layer.widths,
-                      layer.tokens, ranks)
+    return made_layer(
+        [[(p.expert, p.lo, p.hi) for p in held] for held in renamed(layer, row_R)], layer.widths, layer.tokens, ranks
+    )
 
 
 def by_kind(values, ranks):
-    return [sorted(value for value, kind in zip(values, kinds(ranks), strict=True) if kind == wanted)
-            for wanted in range(max(kinds(ranks)) + 1)]
+    return [
+        sorted(value for value, kind in zip(values, kinds(ranks), strict=True) if kind == wanted)
+        for wanted in range(max(kinds(ranks)) + 1)
+    ]
 
 
 def assert_only_names_differ(made, layers, ranks, widths_only=False):
     """The same pieces, or with widths_only pieces of the same widths, under other names, and what is predicted."""
+
     def contents(layer):
         return [sorted((p.expert, p.width if widths_only else (p.lo, p.hi)) for p in held) for held in layer.pieces]
 
@@ -106,9 +110,19 @@ def test_even_bytes_of_two_layers_is_the_best(seed):
     total = sum(sums([first, second]))
     for fullest, best in zip(
         by_kind(sums(even_bytes([first, second], ranks)), ranks),
-        np.min([[max(kind) for kind in by_kind(np.array(first.predicted.bytes)
-                                               + np.array(second.predicted.bytes)[list(row_R)], ranks)]
-                for row_R in renamings(ranks)], axis=0), strict=True,
+        np.min(
+            [
+                [
+                    max(kind)
+                    for kind in by_kind(
+                        np.array(first.predicted.bytes) + np.array(second.predicted.bytes)[list(row_R)], ranks
+                    )
+                ]
+                for row_R in renamings(ranks)
+            ],
+            axis=0,
+        ),
+        strict=True,
     ):
         assert best <= fullest[-1] <= best + LEAST_GAIN * total
 
@@ -139,8 +153,9 @@ def test_even_bytes_renames_few(seed):
     assert made[widest] == layers[widest]
     for new, given in zip(made, layers, strict=True):
         for rank in range(8):
-            assert (new.pieces[rank] == given.pieces[rank]) == (new.predicted.bytes[rank]
-                                                                == given.predicted.bytes[rank])
+            assert (new.pieces[rank] == given.pieces[rank]) == (
+                new.predicted.bytes[rank] == given.predicted.bytes[rank]
+            )
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -149,13 +164,15 @@ def test_relabel_moves_the_fewest_of_all_names(seed):
     rng = random.Random(seed)
     ranks, widths, multiple = random_ranks(rng, 6), random_widths(rng), rng.choice([1, 4])
     cut_old = rng.choice([0, 1])
-    old, layers = ([random_layer(rng, w, ranks, multiple, cut_share) for w in widths]
-                   for cut_share in (cut_old, 1 - cut_old))
+    old, layers = (
+        [random_layer(rng, w, ranks, multiple, cut_share) for w in widths] for cut_share in (cut_old, 1 - cut_old)
+    )
     made = relabel(layers, old, ranks, cut_multiple=multiple)
     assert_only_names_differ(made, layers, ranks, widths_only=True)
     for new, was, given in zip(made, old, layers, strict=True):
-        assert moved([was], [new]) == min(moved([was], [replace(given, pieces=renamed(given, row_R))])
-                                          for row_R in renamings(ranks))
+        assert moved([was], [new]) == min(
+            moved([was], [replace(given, pieces=renamed(given, row_R))]) for row_R in renamings(ranks)
+        )
 
 
 def most_in_place(layer, row_R, old, multiple):
@@ -167,9 +184,13 @@ def most_in_place(layer, row_R, old, multiple):
         for order in permutations(pieces):
             if not any(width % multiple for _, width in order[:-1]):
                 ends = np.cumsum([width for _, width in order])
-                in_place.append(sum(
-                    max(0, min(end, was[e, rank].hi) - max(end - width, was[e, rank].lo))
-                    for (rank, width), end in zip(order, ends, strict=True) if (e, rank) in was))
+                in_place.append(
+                    sum(
+                        max(0, min(end, was[e, rank].hi) - max(end - width, was[e, rank].lo))
+                        for (rank, width), end in zip(order, ends, strict=True)
+                        if (e, rank) in was
+                    )
+                )
         most += max(in_place)
     return most
 
@@ -195,16 +216,18 @@ def test_relabel_keeps_widths_cuts_times_and_caps(seed):
     ranks = random_ranks(rng, 12)
     old, layers = ([random_layer(rng, w, ranks, multiple, cost=COST) for w in widths] for _ in range(2))
     stages = [rng.randrange(2) for _ in layers]
-    cap = round(slack * max(sums([p for p, s in zip(layers, stages, strict=True) if s == stage]).max()
-                            for stage in set(stages)))
+    cap = round(
+        slack * max(sums([p for p, s in zip(layers, stages, strict=True) if s == stage]).max() for stage in set(stages))
+    )
     capped = tuple(replace(rank, bytes=cap) for rank in ranks)
     made = relabel(layers, old, capped, stages, multiple)
     assert_only_names_differ(made, layers, ranks, widths_only=True)
     assert made == relabel(layers, old, capped, stages, multiple)
     assert not any(p.lo % multiple for layer in made for held in layer.pieces for p in held)
     for stage in set(stages):
-        before, given, after = ([p for p, s in zip(plans, stages, strict=True) if s == stage]
-                                for plans in (old, layers, made))
+        before, given, after = (
+            [p for p, s in zip(plans, stages, strict=True) if s == stage] for plans in (old, layers, made)
+        )
         assert sums(after).max() <= cap
         assert moved(before, after) <= moved(before, given)
         assert relabel(given, before, capped, (), multiple) == tuple(after)
@@ -217,8 +240,9 @@ def near(rng, layer, ranks):
         source, to = rng.choices(range(len(ranks)), k=2)
         for e in [e for e in held[source] if e not in held[to] and rng.random() < 0.4]:
             held[to][e] = held[source].pop(e)
-    return made_layer([[(p.expert, p.lo, p.hi) for p in pieces.values()] for pieces in held], layer.widths,
-                      layer.tokens, ranks)
+    return made_layer(
+        [[(p.expert, p.lo, p.hi) for p in pieces.values()] for pieces in held], layer.widths, layer.tokens, ranks
+    )
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -243,7 +267,7 @@ def test_relabel_under_caps_without_slack(alike):
         else:
             saved += moved(old, layers) - moved(old, made)
             could_save += moved(old, layers) - moved(old, free)
-    print('SH',saved/could_save)
+    print("SH", saved / could_save)
     assert saved >= CAPPED_SHARE * could_save > 0
 
 
@@ -283,7 +307,7 @@ def test_pieces_are_laid_over_the_old_ones():
     ranks = tuple(Rank(speed=speed) for speed in (1.0, 2.0, 4.0))  # names are fixed
     old = made_layer([[(0, 0, 50)], [(0, 50, 101)], []], [101])
     new = made_layer([[(0, 40, 70)], [(0, 70, 101)], [(0, 0, 40)]], [101])
-    made, = relabel([new], [old], ranks, cut_multiple=10)
+    (made,) = relabel([new], [old], ranks, cut_multiple=10)
     assert made.pieces == ((Piece(0, 0, 30),), (Piece(0, 70, 101),), (Piece(0, 30, 70),))
 
 
@@ -294,8 +318,9 @@ def test_other_ep_sizes(old_ranks, new_ranks):
         widths = [rng.randint(1, 60) for _ in range(8)]
         old, given = (random_layer(rng, widths, as_ranks(n), cut_share=0) for n in (old_ranks, new_ranks))
         made = relabel([given], [old], as_ranks(new_ranks))
-        assert moved([old], made) == min(moved([old], [replace(given, pieces=renamed(given, row_R))])
-                                         for row_R in renamings(as_ranks(new_ranks)))
+        assert moved([old], made) == min(
+            moved([old], [replace(given, pieces=renamed(given, row_R))]) for row_R in renamings(as_ranks(new_ranks))
+        )
 
 
 def test_a_tight_cap_costs_few_moves():

@@ -35,8 +35,9 @@ def random_layer(rng, widths, ranks, multiple=1, cut_share=0.5, cost=COST):
 
 
 def random_widths(rng, most_experts=20, most_layers=4):
-    return [[rng.randint(1, 60) for _ in range(rng.randint(1, most_experts))]
-            for _ in range(rng.randint(1, most_layers))]
+    return [
+        [rng.randint(1, 60) for _ in range(rng.randint(1, most_experts))] for _ in range(rng.randint(1, most_layers))
+    ]
 
 
 def random_plan(rng, widths_LE, ranks, **options):
@@ -50,7 +51,7 @@ def owners(plan):
     for layer_owners, layer in zip(found, plan.layers, strict=True):
         for rank, held in enumerate(layer.pieces):
             for p in held:
-                layer_owners[p.expert][p.lo:p.hi] = rank
+                layer_owners[p.expert][p.lo : p.hi] = rank
     return found
 
 
@@ -67,14 +68,18 @@ def test_applied_to_the_old_plan_they_give_the_new(seed):
         assert move.source != move.to and (held[move.layer][move.expert][units] == move.source).all()
         held[move.layer][move.expert][units] = move.to
         touched[move.layer][move.expert][units] += 1
-    changed = [[(a != b).astype(int) for a, b in zip(*layers, strict=True)]
-               for layers in zip(owners(old), wanted, strict=True)]
+    changed = [
+        [(a != b).astype(int) for a, b in zip(*layers, strict=True)] for layers in zip(owners(old), wanted, strict=True)
+    ]
     for found, right in ((held, wanted), (touched, changed)):
-        assert all(np.array_equal(a, b) for layers in zip(found, right, strict=True)
-                   for a, b in zip(*layers, strict=True))
+        assert all(
+            np.array_equal(a, b) for layers in zip(found, right, strict=True) for a, b in zip(*layers, strict=True)
+        )
     assert moves == sorted(moves) == diff(old, new)
-    assert not any((a.layer, a.expert, a.hi, a.source, a.to) == (b.layer, b.expert, b.lo, b.source, b.to)
-                   for a, b in pairwise(moves))
+    assert not any(
+        (a.layer, a.expert, a.hi, a.source, a.to) == (b.layer, b.expert, b.lo, b.source, b.to)
+        for a, b in pairwise(moves)
+    )
     assert diff(old, old) == diff(new, new) == []
 
 

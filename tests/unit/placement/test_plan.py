@@ -25,9 +25,10 @@ from hmoe_megatron.untrusted import checksum
 WIDTHS = ((96, 160, 64), (32, 32, 256))
 TOKENS = ((5.0, 2.5, 0.0), (1.0, 1.0, 4.0))
 COST = CostModel(
-    Profile("made up", 1e12, memory_bytes_per_s=1e12, inter_node_bytes_per_s=1e10), hidden_size=64,
+    Profile("made up", 1e12, memory_bytes_per_s=1e12, inter_node_bytes_per_s=1e10),
+    hidden_size=64,
     live_micro_batches=0.5,
-)  # fmt: skip
+)
 
 
 def made(ranks=2, cost=None, stages=()):
@@ -59,21 +60,24 @@ def rewritten(change):
     return json.dumps(body | {"sha256": checksum(body)})
 
 
-@pytest.mark.parametrize("pieces, problem", [
-    ([[(0, 0, 4)], [(1, 0, 6)]], None),
-    ([[(0, 0, 4), (1, 2, 6)], [(1, 0, 2)], []], None),
-    ([[(0, 0, 4)], []], "expert 1: [0:6) is placed nowhere"),
-    ([[(0, 0, 3), (1, 0, 6)]], "expert 0: [3:4) is placed nowhere"),
-    ([[(0, 1, 4), (1, 0, 6)]], "expert 0: [0:1) is placed nowhere"),
-    ([[(0, 0, 4), (1, 0, 6)], [(1, 2, 5)]], "expert 1: [2:5) is placed twice"),
-    ([[(0, 0, 4), (1, 0, 4)], [(1, 3, 6)]], "expert 1: [3:4) is placed twice"),
-    ([[(0, 0, 4)], [(1, 0, 3), (1, 3, 6)]], "rank 1: 2 pieces of expert 1; join them into one"),
-    ([[(0, 0, 4), (1, 0, 6), (2, 0, 1)]], "rank 0: expert 2 is not one of 0-1"),
-    ([[(0, 0, 4), (1, 0, 6), (-1, 0, 1)]], "rank 0: expert -1 is not one of 0-1"),
-    ([[(0, 0, 4), (1, 0, 7)]], "rank 0: expert 1 [0:7) is no range within its width 6"),
-    ([[(0, 0, 4), (1, 0, 6)], [(1, 3, 3)]], "rank 1: expert 1 [3:3) is no range within its width 6"),
-    ([], "0 ranks and 2 experts: one of each is the least"),
-])
+@pytest.mark.parametrize(
+    "pieces, problem",
+    [
+        ([[(0, 0, 4)], [(1, 0, 6)]], None),
+        ([[(0, 0, 4), (1, 2, 6)], [(1, 0, 2)], []], None),
+        ([[(0, 0, 4)], []], "expert 1: [0:6) is placed nowhere"),
+        ([[(0, 0, 3), (1, 0, 6)]], "expert 0: [3:4) is placed nowhere"),
+        ([[(0, 1, 4), (1, 0, 6)]], "expert 0: [0:1) is placed nowhere"),
+        ([[(0, 0, 4), (1, 0, 6)], [(1, 2, 5)]], "expert 1: [2:5) is placed twice"),
+        ([[(0, 0, 4), (1, 0, 4)], [(1, 3, 6)]], "expert 1: [3:4) is placed twice"),
+        ([[(0, 0, 4)], [(1, 0, 3), (1, 3, 6)]], "rank 1: 2 pieces of expert 1; join them into one"),
+        ([[(0, 0, 4), (1, 0, 6), (2, 0, 1)]], "rank 0: expert 2 is not one of 0-1"),
+        ([[(0, 0, 4), (1, 0, 6), (-1, 0, 1)]], "rank 0: expert -1 is not one of 0-1"),
+        ([[(0, 0, 4), (1, 0, 7)]], "rank 0: expert 1 [0:7) is no range within its width 6"),
+        ([[(0, 0, 4), (1, 0, 6)], [(1, 3, 3)]], "rank 1: expert 1 [3:3) is no range within its width 6"),
+        ([], "0 ranks and 2 experts: one of each is the least"),
+    ],
+)
 def test_validate_pieces(pieces, problem):
     found = validate_pieces([[Piece(*p) for p in rank] for rank in pieces], (4, 6))
     assert found == [] if problem is None else problem in found
@@ -104,8 +108,7 @@ def test_properties():
     layer = contiguous_plan([WIDTHS[0]], 5).layers[0]
     assert (layer.ranks, layer.slots_per_rank, layer.cuts) == (5, 1, 0) and layer.pieces[3] == ()
     assert contiguous_plan([WIDTHS[0]], 2).layers[0].slots_per_rank == 2
-    assert contiguous_plan([WIDTHS[0]], 1).layers[0].pieces == (tuple(
-        Piece(e, 0, F) for e, F in enumerate(WIDTHS[0])),)
+    assert contiguous_plan([WIDTHS[0]], 1).layers[0].pieces == (tuple(Piece(e, 0, F) for e, F in enumerate(WIDTHS[0])),)
     assert made().widths == WIDTHS and made().ranks == 2
 
 
@@ -157,18 +160,24 @@ def test_a_plan_over_the_memory_of_its_ranks_is_refused(stages):
         caps = [cap if r == rank else None for r, cap in enumerate(most)]
         for less in (1, 1000, caps[rank]):
             over = capped([cap and cap - less for cap in caps])
-            missing = {where: amount - caps[rank] + less
-                       for where, amount in sorted(held.items()) if where[1] == rank and amount > caps[rank] - less}
+            missing = {
+                where: amount - caps[rank] + less
+                for where, amount in sorted(held.items())
+                if where[1] == rank and amount > caps[rank] - less
+            }
             assert missing and over.missing_bytes() == missing
             with pytest.raises(ValueError) as error:
                 PlacementPlan.from_json(over.to_json())
             for stage, _ in missing:
-                assert (f"rank {rank} lacks {missing[stage, rank]} bytes, of {caps[rank] - less}, in pipeline stage "
-                        f"{stage}; make the plan again") in str(error.value)
+                assert (
+                    f"rank {rank} lacks {missing[stage, rank]} bytes, of {caps[rank] - less}, in pipeline stage "
+                    f"{stage}; make the plan again"
+                ) in str(error.value)
 
 
 def test_what_a_file_predicts_is_not_trusted():
     """Bytes that it claims to need neither save nor condemn a plan."""
+
     def claims(body, amount, cap):
         for layer in body["layers"]:
             layer["predicted"]["bytes"] = [amount] * 2
@@ -198,9 +207,12 @@ def test_every_mismatch_is_in_one_error(tmp_path):
     made().save(path)
     with pytest.raises(ValueError) as error:
         PlacementPlan.load(path, ((96, 160, 64), (32, 64, 224), (1, 1, 1)), 4)
-    for words in (str(path), "made for 2 ranks, but --expert-model-parallel-size 4",
-                  "2 MoE layers, the model has 3", "other widths (--hmoe-widths) in layers 1: [32, 32, 256] "
-                  "in layer 1, the model has [32, 64, 224]"):
+    for words in (
+        str(path),
+        "made for 2 ranks, but --expert-model-parallel-size 4",
+        "2 MoE layers, the model has 3",
+        "other widths (--hmoe-widths) in layers 1: [32, 32, 256] in layer 1, the model has [32, 64, 224]",
+    ):
         assert words in str(error.value)
 
 
@@ -208,71 +220,85 @@ def first(body):
     return body["layers"][0]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda b: b.update(schema=1), "schema 1: this version reads 3; make the plan again"),
-    (lambda b: (b.clear(), b.update(schema=1, ep_size=2, layers=[])), "schema 1: this version reads 3; make the plan"),
-    (lambda b: b.update(schema=2), "schema 2: this version reads 3"),
-    (lambda b: b.update(schema=True), "schema True"),
-    (lambda b: b.update(more=1), "unknown field 'more'"),
-    (lambda b: b.pop("layers"), "field 'layers' is missing"),
-    (lambda b: b.update(layers=[]), "layers is not a list"),
-    (lambda b: b["ranks"].append([0, 1.0, None]), "not a list for each of 3 ranks"),
-    (lambda b: b.update(ranks=[[0, 1.0, None]] * 70_000), "ranks is not a list of 1 to 65536"),
-    (lambda b: b.update(ranks=[[0, 1.0], [0, 1.0]]), "ranks is not"),
-    (lambda b: b.update(ranks=[[0, 1.0, True]] * 2), "ranks is not"),
-    (lambda b: b.update(ranks=[[0, 1.0, None], [0, 0.0, -1]]), "ranks[1]: rank Rank(node=0, speed=0.0, bytes=-1): "),
-    (lambda b: b.update(ranks=[[0, 1.0, int("9" * 4200)]] * 2), "ranks[1]: rank Rank(node=0, speed=1.0, bytes=999"),
-    (lambda b: b.update(stages=[0]), "stages is not a list of 2"),
-    (lambda b: b.update(stages=[0, 0.0]), "stages is not"),
-    (lambda b: b.update(stages=[0, -1]), "stages is not"),
-    (lambda b: b.update(numbers=[3, 2]), "numbers is not a list of 2 rising"),
-    (lambda b: b.update(numbers=[0, 4096]), "numbers is not a list of 2 rising whole numbers, 0 to 4095"),
-    (lambda b: b.update(cost=None), "cost: "),
-    (lambda b: b["cost"].update(more=1), "cost: "),
-    (lambda b: b["cost"].update(hidden_size=0), "cost: "),
-    (lambda b: b.update(widths_fingerprint="0" * 16), "is not that of its widths"),
-    (lambda b: b.update(widths_fingerprint=None), "widths_fingerprint is not text"),
-    (lambda b: b["layers"].append(None), "layer 2 is not a JSON object"),
-    (lambda b: b["layers"][1].update(more=1), "layer 1: unknown field 'more'"),
-    (lambda b: b["layers"][1].pop("tokens"), "layer 1: field 'tokens' is missing"),
-    (lambda b: first(b).update(widths=[96, 160, 64.0]), "layer 0: widths is not"),
-    (lambda b: first(b).update(widths=[96, 160, True]), "layer 0: widths is not"),
-    (lambda b: first(b).update(widths=[96, 160, 0]), "layer 0: widths is not"),
-    (lambda b: first(b).update(tokens=[1, 2]), "layer 0: tokens is not"),
-    (lambda b: first(b).update(tokens=[1, 2, -1]), "layer 0: tokens is not"),
-    (lambda b: first(b).update(tokens=[1, 2, False]), "layer 0: tokens is not"),
-    (lambda b: first(b).update(tokens=[1, 2, 1e19]), "layer 0: tokens is not"),
-    (lambda b: first(b)["predicted"].update(bound="1"), "predicted bound is not"),
-    (lambda b: first(b)["predicted"].update(params=[1.5, 2]), "predicted params is not"),
-    (lambda b: first(b)["predicted"].update(more=[1, 2]), "layer 0 predicted: unknown field 'more'"),
-    (lambda b: first(b).update(predicted=None), "layer 0 predicted is not a JSON object"),
-    (lambda b: first(b)["pieces"][0].pop(), "is placed nowhere"),
-    (lambda b: first(b)["pieces"][0].append([0, 0]), "layer 0: pieces is not"),
-    (lambda b: first(b)["pieces"][0].append([0, 0, True]), "layer 0: pieces is not"),
-    (lambda b: first(b)["predicted"].update(bytes=[1.5, 2]), "predicted bytes is not"),
-    (lambda b: first(b)["predicted"].update(time=[1, 2, 3]), "predicted time is not"),
-    (lambda b: first(b)["pieces"][0].append([7, 0, 1]), "expert 7 is not one of 0-2"),
-    (lambda b: (b["layers"].append(None), b.update(sha256=1)), "numbers is not a list of 3 rising whole numbers, 0 to 4095; "
-                                                              "layer 2 is not"),
-    (lambda b: [layer["pieces"][0].clear() for layer in b["layers"]], "; layer 1: expert"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda b: b.update(schema=1), "schema 1: this version reads 3; make the plan again"),
+        (
+            lambda b: (b.clear(), b.update(schema=1, ep_size=2, layers=[])),
+            "schema 1: this version reads 3; make the plan",
+        ),
+        (lambda b: b.update(schema=2), "schema 2: this version reads 3"),
+        (lambda b: b.update(schema=True), "schema True"),
+        (lambda b: b.update(more=1), "unknown field 'more'"),
+        (lambda b: b.pop("layers"), "field 'layers' is missing"),
+        (lambda b: b.update(layers=[]), "layers is not a list"),
+        (lambda b: b["ranks"].append([0, 1.0, None]), "not a list for each of 3 ranks"),
+        (lambda b: b.update(ranks=[[0, 1.0, None]] * 70_000), "ranks is not a list of 1 to 65536"),
+        (lambda b: b.update(ranks=[[0, 1.0], [0, 1.0]]), "ranks is not"),
+        (lambda b: b.update(ranks=[[0, 1.0, True]] * 2), "ranks is not"),
+        (
+            lambda b: b.update(ranks=[[0, 1.0, None], [0, 0.0, -1]]),
+            "ranks[1]: rank Rank(node=0, speed=0.0, bytes=-1): ",
+        ),
+        (lambda b: b.update(ranks=[[0, 1.0, int("9" * 4200)]] * 2), "ranks[1]: rank Rank(node=0, speed=1.0, bytes=999"),
+        (lambda b: b.update(stages=[0]), "stages is not a list of 2"),
+        (lambda b: b.update(stages=[0, 0.0]), "stages is not"),
+        (lambda b: b.update(stages=[0, -1]), "stages is not"),
+        (lambda b: b.update(numbers=[3, 2]), "numbers is not a list of 2 rising"),
+        (lambda b: b.update(numbers=[0, 4096]), "numbers is not a list of 2 rising whole numbers, 0 to 4095"),
+        (lambda b: b.update(cost=None), "cost: "),
+        (lambda b: b["cost"].update(more=1), "cost: "),
+        (lambda b: b["cost"].update(hidden_size=0), "cost: "),
+        (lambda b: b.update(widths_fingerprint="0" * 16), "is not that of its widths"),
+        (lambda b: b.update(widths_fingerprint=None), "widths_fingerprint is not text"),
+        (lambda b: b["layers"].append(None), "layer 2 is not a JSON object"),
+        (lambda b: b["layers"][1].update(more=1), "layer 1: unknown field 'more'"),
+        (lambda b: b["layers"][1].pop("tokens"), "layer 1: field 'tokens' is missing"),
+        (lambda b: first(b).update(widths=[96, 160, 64.0]), "layer 0: widths is not"),
+        (lambda b: first(b).update(widths=[96, 160, True]), "layer 0: widths is not"),
+        (lambda b: first(b).update(widths=[96, 160, 0]), "layer 0: widths is not"),
+        (lambda b: first(b).update(tokens=[1, 2]), "layer 0: tokens is not"),
+        (lambda b: first(b).update(tokens=[1, 2, -1]), "layer 0: tokens is not"),
+        (lambda b: first(b).update(tokens=[1, 2, False]), "layer 0: tokens is not"),
+        (lambda b: first(b).update(tokens=[1, 2, 1e19]), "layer 0: tokens is not"),
+        (lambda b: first(b)["predicted"].update(bound="1"), "predicted bound is not"),
+        (lambda b: first(b)["predicted"].update(params=[1.5, 2]), "predicted params is not"),
+        (lambda b: first(b)["predicted"].update(more=[1, 2]), "layer 0 predicted: unknown field 'more'"),
+        (lambda b: first(b).update(predicted=None), "layer 0 predicted is not a JSON object"),
+        (lambda b: first(b)["pieces"][0].pop(), "is placed nowhere"),
+        (lambda b: first(b)["pieces"][0].append([0, 0]), "layer 0: pieces is not"),
+        (lambda b: first(b)["pieces"][0].append([0, 0, True]), "layer 0: pieces is not"),
+        (lambda b: first(b)["predicted"].update(bytes=[1.5, 2]), "predicted bytes is not"),
+        (lambda b: first(b)["predicted"].update(time=[1, 2, 3]), "predicted time is not"),
+        (lambda b: first(b)["pieces"][0].append([7, 0, 1]), "expert 7 is not one of 0-2"),
+        (
+            lambda b: (b["layers"].append(None), b.update(sha256=1)),
+            "numbers is not a list of 3 rising whole numbers, 0 to 4095; layer 2 is not",
+        ),
+        (lambda b: [layer["pieces"][0].clear() for layer in b["layers"]], "; layer 1: expert"),
+    ],
+)
 def test_a_forged_plan_is_refused(change, words):
     with pytest.raises(ValueError) as error:
         PlacementPlan.from_json(rewritten(change))
     assert words in str(error.value) and len(str(error.value)) < 4000
 
 
-@pytest.mark.parametrize("text, words", [
-    ("", "not read as JSON"),
-    ("[]", "the file is not a JSON object"),
-    ('{"schema": 1, "schema": 1}', "a field is there twice"),
-    ('{"schema": NaN}', "NaN is no number here"),
-    ('{"schema": -Infinity}', "-Infinity is no number here"),
-    ('{"schema": %s}' % ("9" * 5000), "not read as JSON"),
-    ("[" * 200_000, "nested too deeply"),
-    (" " * (MAX_FILE_BYTES + 1), f"over {MAX_FILE_BYTES} characters, too large"),
-    ("[" + "[]," * MAX_NESTS + "{}]", f"over {MAX_NESTS} lists and objects, too large"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "not read as JSON"),
+        ("[]", "the file is not a JSON object"),
+        ('{"schema": 1, "schema": 1}', "a field is there twice"),
+        ('{"schema": NaN}', "NaN is no number here"),
+        ('{"schema": -Infinity}', "-Infinity is no number here"),
+        ('{"schema": %s}' % ("9" * 5000), "not read as JSON"),
+        ("[" * 200_000, "nested too deeply"),
+        (" " * (MAX_FILE_BYTES + 1), f"over {MAX_FILE_BYTES} characters, too large"),
+        ("[" + "[]," * MAX_NESTS + "{}]", f"over {MAX_NESTS} lists and objects, too large"),
+    ],
+)
 def test_what_is_no_plan_is_refused(text, words):
     with pytest.raises(ValueError, match="^placement plan: ") as error:
         PlacementPlan.from_json(text)
@@ -289,7 +315,12 @@ def test_an_infinite_number_is_refused():
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "binary").write_bytes(b"\x80\xff")
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (("none", "No such file"), ("pipe", "not a regular file"), ("", "not a regular file"),
-                        ("binary", "not UTF-8"), ("nul\0", "null")):
+    for name, words in (
+        ("none", "No such file"),
+        ("pipe", "not a regular file"),
+        ("", "not a regular file"),
+        ("binary", "not UTF-8"),
+        ("nul\0", "null"),
+    ):
         with pytest.raises(ValueError, match=words):
             PlacementPlan.load(os.path.join(tmp_path, name), WIDTHS, 2)

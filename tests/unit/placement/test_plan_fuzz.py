@@ -32,10 +32,21 @@ MAX_MESSAGE = (MAX_PROBLEMS + 1) * MAX_PROBLEM_CHARS
 AMOUNT, WHOLE = (int, float), (int,)
 
 COST = CostModel(
-    Profile("made up", 1e12, launch_s=1e-5, memory_bytes_per_s=1e12, row_tile=8, width_tile=16,
-            intra_node_bytes_per_s=1e11, inter_node_bytes_per_s=1e10, sources={"flops_per_s": "made up"}),
-    hidden_size=64, expert_data_parallel_size=2, live_micro_batches=1.5,
-)  # fmt: skip
+    Profile(
+        "made up",
+        1e12,
+        launch_s=1e-5,
+        memory_bytes_per_s=1e12,
+        row_tile=8,
+        width_tile=16,
+        intra_node_bytes_per_s=1e11,
+        inter_node_bytes_per_s=1e10,
+        sources={"flops_per_s": "made up"},
+    ),
+    hidden_size=64,
+    expert_data_parallel_size=2,
+    live_micro_batches=1.5,
+)
 RANKS = (Rank(0, 1.0, 10**8), Rank(0, 0.5, 10**9), Rank(1, 2.0, None))
 PIECES = (
     ((Piece(0, 0, 96), Piece(1, 32, 160)), (Piece(1, 0, 32),), (Piece(2, 0, 64),)),
@@ -82,7 +93,8 @@ def check(plan) -> None:
         assert validate_pieces(layer.pieces, layer.widths) == []
         experts = [(rank, piece.expert) for rank, pieces in enumerate(layer.pieces) for piece in pieces]
         assert len(set(experts)) == len(experts) and units(layer.pieces) == [
-            (e, unit) for e, F in enumerate(layer.widths) for unit in range(F)]
+            (e, unit) for e, F in enumerate(layer.widths) for unit in range(F)
+        ]
         assert layer.ranks == plan.ranks == len(plan.rank_specs) and len(layer.tokens) == len(layer.widths)
         for pieces in layer.pieces:
             assert all_of(WHOLE, 0, 2**31, [n for p in pieces for n in (p.expert, p.lo, p.hi)])
@@ -145,10 +157,16 @@ def test_the_plan_itself_is_read():
     assert read(PLAN.to_json()) == read(refitted(BODY)) == PLAN and len(VALUES) > 100
 
 
-@pytest.mark.parametrize("change", [
-    lambda node, key: node.__delitem__(key),
-    lambda node, key: node.insert(key, node[key]) if isinstance(node, list) else node.__setitem__("more", node[key]),
-], ids=["missing", "doubled"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda node, key: node.__delitem__(key),
+        lambda node, key: (
+            node.insert(key, node[key]) if isinstance(node, list) else node.__setitem__("more", node[key])
+        ),
+    ],
+    ids=["missing", "doubled"],
+)
 def test_nothing_can_be_missing_or_added(change):
     for path in VALUES:
         plan = read(changed(path, change))

@@ -32,10 +32,24 @@ def test_a_large_plan_has_a_small_file():
     assert len(text) < BYTES_A_RANK * ranks * layers and PlacementPlan.from_json(text) == plan
 
 
-@pytest.mark.parametrize("path", [
-    (), ("schema",), ("widths_fingerprint",), ("cost",), ("cost", "profile"), ("ranks",), ("stages",), ("layers",),
-    ("layers", 0), ("layers", 0, "pieces"), ("layers", 0, "tokens"), ("layers", 0, "predicted"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        (),
+        ("schema",),
+        ("widths_fingerprint",),
+        ("cost",),
+        ("cost", "profile"),
+        ("ranks",),
+        ("stages",),
+        ("layers",),
+        ("layers", 0),
+        ("layers", 0, "pieces"),
+        ("layers", 0, "tokens"),
+        ("layers", 0, "predicted"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("many", MANY)
 def test_memory_is_bounded_by_the_size_of_the_file(path, many):
     body = {"body": json.loads(contiguous_plan([[96, 160, 64]], 3).to_json())}

@@ -18,12 +18,28 @@ from hmoe_megatron.placement.profiles import MAX_FILE_BYTES, PROFILES, profile_n
 from tests.unit.placement.hostile_json import BYTES, JSON
 
 GPUS = ("a100", "h100", "h200", "b200")
-RATES = ("flops_per_s", "launch_s", "memory_bytes_per_s", "activation_bytes_per_s", "row_tile", "width_tile",
-         "intra_node_bytes_per_s", "inter_node_bytes_per_s")  # fmt: skip
+RATES = (
+    "flops_per_s",
+    "launch_s",
+    "memory_bytes_per_s",
+    "activation_bytes_per_s",
+    "row_tile",
+    "width_tile",
+    "intra_node_bytes_per_s",
+    "inter_node_bytes_per_s",
+)
 MAX_MESSAGE = 4000
-MEASURED = Profile("measured on a CPU", 1.2e11, launch_s=1.3e-4, memory_bytes_per_s=1.5e10, row_tile=25.5,
-                   intra_node_bytes_per_s=1.1e9, element_bytes=4, activation_bytes_per_s=8.5e9,
-                   sources={"flops_per_s": "fit to 30 layers"})  # fmt: skip
+MEASURED = Profile(
+    "measured on a CPU",
+    1.2e11,
+    launch_s=1.3e-4,
+    memory_bytes_per_s=1.5e10,
+    row_tile=25.5,
+    intra_node_bytes_per_s=1.1e9,
+    element_bytes=4,
+    activation_bytes_per_s=8.5e9,
+    sources={"flops_per_s": "fit to 30 layers"},
+)
 BODY = json.loads(MEASURED.to_json())
 
 
@@ -43,10 +59,15 @@ def test_every_rate_of_a_gpu_has_its_source(gpu):
         assert 0.5 < float(share) < 1
 
 
-@pytest.mark.parametrize("rate, rising", [
-    ("flops_per_s", "a100 h100 b200"), ("memory_bytes_per_s", "a100 h100 h200 b200"),
-    ("intra_node_bytes_per_s", "a100 h100 b200"), ("inter_node_bytes_per_s", "a100 h100"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rate, rising",
+    [
+        ("flops_per_s", "a100 h100 b200"),
+        ("memory_bytes_per_s", "a100 h100 h200 b200"),
+        ("intra_node_bytes_per_s", "a100 h100 b200"),
+        ("inter_node_bytes_per_s", "a100 h100"),
+    ],
+)
 def test_newer_gpus_are_faster(rate, rising):
     rates = [getattr(PROFILES[name], rate) for name in rising.split()]
     assert rates == sorted(set(rates))
@@ -89,9 +110,20 @@ def test_named():
 
 def test_errors_list_all_problems():
     with pytest.raises(ValueError) as error:
-        Profile("", -1.0, unit="ms", launch_s=math.nan, memory_bytes_per_s="fast", row_tile=0, width_tile=2.5,
-                intra_node_bytes_per_s=True, inter_node_bytes_per_s=math.inf, element_bytes=8,
-                activation_bytes_per_s=1j, sources=["NVIDIA"])  # fmt: skip
+        Profile(
+            "",
+            -1.0,
+            unit="ms",
+            launch_s=math.nan,
+            memory_bytes_per_s="fast",
+            row_tile=0,
+            width_tile=2.5,
+            intra_node_bytes_per_s=True,
+            inter_node_bytes_per_s=math.inf,
+            element_bytes=8,
+            activation_bytes_per_s=1j,
+            sources=["NVIDIA"],
+        )
     assert str(error.value).count(";") == 11
     assert [name for name in BODY["profile"] if name not in str(error.value)] == []
 
@@ -108,26 +140,49 @@ def with_field(name, text) -> str:
 
 
 HOSTILE = {
-    "empty": "", "no object": "[]", "cut off": MEASURED.to_json()[:-9], "no JSON": "flops_per_s: 1",
-    "other schema": json.dumps(BODY | {"schema": 2}), "true is no schema": json.dumps(BODY | {"schema": True}),
-    "no schema": json.dumps({"profile": BODY["profile"]}), "more": json.dumps(BODY | {"more": 1}),
+    "empty": "",
+    "no object": "[]",
+    "cut off": MEASURED.to_json()[:-9],
+    "no JSON": "flops_per_s: 1",
+    "other schema": json.dumps(BODY | {"schema": 2}),
+    "true is no schema": json.dumps(BODY | {"schema": True}),
+    "no schema": json.dumps({"profile": BODY["profile"]}),
+    "more": json.dumps(BODY | {"more": 1}),
     "no profile": json.dumps(BODY | {"profile": None}),
     "unknown field": json.dumps({"schema": 1, "profile": BODY["profile"] | {"tflops": 1}}),
     "5000 unknown fields": json.dumps({"schema": 1, "profile": {f"\x1b[31m{n}": n for n in range(5000)}}),
     "twice": MEASURED.to_json().replace('"unit"', '"unit": "s", "unit"'),
-    "nested": "[" * 100_000, "nested objects": '{"a":' * 100_000,
+    "nested": "[" * 100_000,
+    "nested objects": '{"a":' * 100_000,
     "nested in a field": with_field("sources", '{"a":' * 20_000 + "1" + "}" * 20_000),
     "large": MEASURED.to_json() + " " * MAX_FILE_BYTES,
     "many sources": with_field("sources", json.dumps({str(n): "x" for n in range(65)})),
     "long source": with_field("sources", json.dumps({"flops_per_s": "x" * 1001})),
     "long name": with_field("name", json.dumps("x" * 100_000)),
     "number as source": with_field("sources", '{"flops_per_s": 1}'),
-    "control characters": with_field("name", '"\\u001b[31m"'), "half a character": with_field("name", '"\\ud800"'),
-    **{f"flops_per_s {text}": with_field("flops_per_s", text) for text in (
-        "NaN", "Infinity", "-1", "0", "1e999", "1e31", "1" * 400, "1" * 5000, "null", "true", '"1"', "[1]", "{}")},
+    "control characters": with_field("name", '"\\u001b[31m"'),
+    "half a character": with_field("name", '"\\ud800"'),
+    **{
+        f"flops_per_s {text}": with_field("flops_per_s", text)
+        for text in (
+            "NaN",
+            "Infinity",
+            "-1",
+            "0",
+            "1e999",
+            "1e31",
+            "1" * 400,
+            "1" * 5000,
+            "null",
+            "true",
+            '"1"',
+            "[1]",
+            "{}",
+        )
+    },
     **{f"width_tile {text}": with_field("width_tile", text) for text in ("1.0", "0", "-1", "65537", "null", "1e400")},
     **{f"element_bytes {text}": with_field("element_bytes", text) for text in ("1", "2.0", "true", "null", "[2]")},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)

@@ -42,9 +42,19 @@ def random_case(rng):
 
 
 # A launch and a weight read for every piece with tokens, rows in tiles, links inside and across nodes.
-SLOW_LINKS = CostModel(Profile(
-    "test", flops_per_s=1e9, launch_s=2e-5, memory_bytes_per_s=1e7, row_tile=16, width_tile=8,
-    intra_node_bytes_per_s=1e7, inter_node_bytes_per_s=2e6), hidden_size=64)
+SLOW_LINKS = CostModel(
+    Profile(
+        "test",
+        flops_per_s=1e9,
+        launch_s=2e-5,
+        memory_bytes_per_s=1e7,
+        row_tile=16,
+        width_tile=8,
+        intra_node_bytes_per_s=1e7,
+        inter_node_bytes_per_s=2e6,
+    ),
+    hidden_size=64,
+)
 UNEQUAL = {
     "one node": lambda ranks: ranks,
     "nodes of unequal size": lambda ranks: [Rank(node=int(rank >= 3)) for rank in range(ranks)],
@@ -69,7 +79,7 @@ def test_invariants(seed, cost, where):
     for kind in set(kinds(as_ranks(ranks))):  # of one kind: in the order of their first piece, empty ones last
         same = [rank for rank, k in zip(plan.pieces, kinds(as_ranks(ranks)), strict=True) if k == kind]
         firsts = [rank[0] for rank in same if rank]
-        assert firsts == sorted(firsts) and all(same[:len(firsts)])
+        assert firsts == sorted(firsts) and all(same[: len(firsts)])
     assert plan == plan_layer(tokens, widths, ranks, cost, max_cuts, multiple)
 
     slowest = max(plan.predicted.time)
@@ -144,8 +154,10 @@ def test_whole_experts_against_every_assignment(seed):
     E, ranks = rng.randint(1, 7), rng.randint(1, 3)
     widths, tokens = [rng.randint(1, 500) for _ in range(E)], [rng.randint(0, 100) for _ in range(E)]
     work = [18.0 * m * F for m, F in zip(tokens, widths, strict=True)]
-    best = min(max(sum(w for w, r in zip(work, ranks_E, strict=True) if r == rank) for rank in range(ranks))
-               for ranks_E in itertools.product(range(ranks), repeat=E))
+    best = min(
+        max(sum(w for w, r in zip(work, ranks_E, strict=True) if r == rank) for rank in range(ranks))
+        for ranks_E in itertools.product(range(ranks), repeat=E)
+    )
     plan = plan_layer(tokens, widths, ranks, max_cuts=0)
     assert plan.cuts == 0
     assert plan.predicted.bound <= best * (1 + 1e-9) <= max(plan.predicted.time) * (1 + 2e-9)
@@ -247,31 +259,41 @@ def test_same_plan_from_numpy_and_in_a_fresh_process():
     widths = np.array(expert_widths(MAIN, 32, 32 * 512))
     plan = plan_model([tokens], [widths], 8, cut_multiple=16)
     assert plan == plan_model([tokens.tolist()], [widths.tolist()], 8, cut_multiple=16)
-    code = (f"from hmoe_megatron.placement import plan_model\nimport sys\n"
-            f"sys.stdout.write(plan_model([{tokens.tolist()}], [{widths.tolist()}], 8, cut_multiple=16).to_json())\n"
-            f"assert not {{'torch', 'megatron'}} & set(sys.modules)")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)})
+    code = (
+        f"from hmoe_megatron.placement import plan_model\nimport sys\n"
+        f"sys.stdout.write(plan_model([{tokens.tolist()}], [{widths.tolist()}], 8, cut_multiple=16).to_json())\n"
+        f"assert not {{'torch', 'megatron'}} & set(sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
+    )
     assert out.stdout == plan.to_json()
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"ranks": 0}, "ranks (--expert-model-parallel-size) 0"),
-    ({"ranks": True}, "ranks (--expert-model-parallel-size) True"),
-    ({"ranks": 2.0}, "ranks (--expert-model-parallel-size) 2.0"),
-    ({"ranks": 10**9}, "at most 65536"),
-    ({"widths_E": []}, "0 experts (--num-experts)"),
-    ({"widths_E": [1, 0]}, "widths_E[1] (--hmoe-widths) 0"),
-    ({"widths_E": [1, 2.5]}, "widths_E[1] (--hmoe-widths) 2.5"),
-    ({"tokens_E": [1]}, "tokens_E has 1 loads, widths_E 2 experts"),
-    ({"tokens_E": [1, -1]}, "tokens_E[1] -1"),
-    ({"tokens_E": [1, float("nan")]}, "tokens_E[1] nan"),
-    ({"tokens_E": [float("inf"), 1]}, "tokens_E[0] inf"),
-    ({"tokens_E": ["1", 1]}, "tokens_E[0] '1'"),
-    ({"max_cuts": -1}, "max_cuts (--hmoe-max-cuts) -1"),
-    ({"max_cuts": 1.5}, "max_cuts (--hmoe-max-cuts) 1.5"),
-    ({"cut_multiple": 0}, "cut_multiple (--hmoe-cut-multiple) 0"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"ranks": 0}, "ranks (--expert-model-parallel-size) 0"),
+        ({"ranks": True}, "ranks (--expert-model-parallel-size) True"),
+        ({"ranks": 2.0}, "ranks (--expert-model-parallel-size) 2.0"),
+        ({"ranks": 10**9}, "at most 65536"),
+        ({"widths_E": []}, "0 experts (--num-experts)"),
+        ({"widths_E": [1, 0]}, "widths_E[1] (--hmoe-widths) 0"),
+        ({"widths_E": [1, 2.5]}, "widths_E[1] (--hmoe-widths) 2.5"),
+        ({"tokens_E": [1]}, "tokens_E has 1 loads, widths_E 2 experts"),
+        ({"tokens_E": [1, -1]}, "tokens_E[1] -1"),
+        ({"tokens_E": [1, float("nan")]}, "tokens_E[1] nan"),
+        ({"tokens_E": [float("inf"), 1]}, "tokens_E[0] inf"),
+        ({"tokens_E": ["1", 1]}, "tokens_E[0] '1'"),
+        ({"max_cuts": -1}, "max_cuts (--hmoe-max-cuts) -1"),
+        ({"max_cuts": 1.5}, "max_cuts (--hmoe-max-cuts) 1.5"),
+        ({"cut_multiple": 0}, "cut_multiple (--hmoe-cut-multiple) 0"),
+    ],
+)
 def test_refusals(options, words):
     with pytest.raises(ValueError) as error:
         plan_layer(**{"tokens_E": [1, 1], "widths_E": [4, 4], "ranks": 2} | options)

@@ -16,15 +16,17 @@ def test_rows_shares_and_last_line():
     assert rows[0].split() == ["0", "0", "7[0:672)", "12.50", "12.50", "16.67"] and len(rows) == 8
     for column in (-1, -2, -3):
         assert sum(float(row.split()[column]) for row in rows) == pytest.approx(100, abs=0.05)
-    assert last == ("max over mean of FLOPs 1.0000, 4 cuts; bound on the slowest rank 1.0000 of the mean, "
-                    "gap 0.00%")
+    assert last == ("max over mean of FLOPs 1.0000, 4 cuts; bound on the slowest rank 1.0000 of the mean, gap 0.00%")
 
 
 def test_layers_of_one_plan_fold_and_one_can_be_picked():
     plan = contiguous_plan(layer_widths(f"0-3={MAIN};4=equal;5={MAIN}", 6, 8, 2048), 2)
     table = plan_table(plan)
     assert [line for line in table.splitlines() if line.startswith("layer")] == [
-        "layers 0-3: 8 experts on 2 ranks", "layer 4: 8 experts on 2 ranks", "layer 5: 8 experts on 2 ranks"]
+        "layers 0-3: 8 experts on 2 ranks",
+        "layer 4: 8 experts on 2 ranks",
+        "layer 5: 8 experts on 2 ranks",
+    ]
     assert plan_table(plan, 4) in table and plan_table(plan, 4).count("layer") == 1
     assert plan_table(plan, 2).splitlines()[1:] == plan_table(PlacementPlan(plan.layers[:1])).splitlines()[1:]
     assert "max over mean of FLOPs 1.2500, 0 cuts" in plan_table(plan, 0)
@@ -61,14 +63,16 @@ def test_layers_whose_ranks_are_renamed_fold():
     plan = plan_model([[1.0] * 4] * 3, [[10, 20, 30, 80]] * 3, 4, max_cuts=0)
     assert len({layer.pieces for layer in plan.layers}) > 1
     assert [line for line in plan_table(plan).splitlines() if line.startswith("layer")] == [
-        "layers 0-2, ranks in another order in each: 4 experts on 4 ranks"]
+        "layers 0-2, ranks in another order in each: 4 experts on 4 ranks"
+    ]
 
 
 def test_many_different_layers_are_a_line_each():
     loads = [[1.0 + layer, 1.0, 2.0, 3.0] for layer in range(6)]
     text = plan_table(contiguous_plan([[10, 20, 30, 80]] * 6, 2, loads))
     assert [line.split(":")[0] for line in text.splitlines() if line.startswith("layer")] == [
-        f"layer {layer}" for layer in range(6)]
+        f"layer {layer}" for layer in range(6)
+    ]
     assert text.count("rank  pieces") == 3
     # 6 x 10 + 1 x 20 = 80 on one rank, 2 x 30 + 3 x 80 = 300 on the other: 300 / 190.
     assert "layer 5: max/mean 1.5789, 0 cuts, gap 57.89%" in text.splitlines()[-1]

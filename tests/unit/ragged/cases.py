@@ -16,8 +16,9 @@ INTERPRETED = pytest.mark.skipif(
 def tiles(rows=16, columns=32, depth=16, flat=False) -> Tiles:
     """The same for every product. ``flat``: of the weight gradients."""
     tile, weights = Tile(rows, columns, depth), Tile(rows, columns, depth, flat=flat)
-    return Tiles(up=tile, down=tile, hidden_grad=tile, input_grad=tile, fc1_grad=weights, fc2_grad=weights,
-                 activation=columns)  # fmt: skip
+    return Tiles(
+        up=tile, down=tile, hidden_grad=tile, input_grad=tile, fc1_grad=weights, fc2_grad=weights, activation=columns
+    )
 
 
 def backend(ragged, chosen: Tiles, keep_hidden=False):

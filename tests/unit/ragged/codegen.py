@@ -25,10 +25,13 @@ from hmoe_megatron.moe.compute.ragged.tiles import TILES
 ROWS = 100  # of a piece: kernels do not depend on it
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTIONS = {
-    "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma",
-    "async copies": r"cp\.async\.c[ga]\.shared", "16-byte stores": r"st\.global\S*v4",
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "tcgen05": r"tcgen05\.mma",
+    "async copies": r"cp\.async\.c[ga]\.shared",
+    "16-byte stores": r"st\.global\S*v4",
     "prefetches": r"prefetch\.global",
-}  # fmt: skip
+}
 
 
 class NoDevice:
@@ -103,10 +106,13 @@ def _facts(made, capability) -> dict:
         command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
-        "target": target, "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-        "spilled bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]), "shared bytes": made.metadata.shared,
-        "serialized": "erialized" in said, **{name: len(re.findall(form, ptx)) for name, form in INSTRUCTIONS.items()},
-    }  # fmt: skip
+        "target": target,
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "shared bytes": made.metadata.shared,
+        "serialized": "erialized" in said,
+        **{name: len(re.findall(form, ptx)) for name, form in INSTRUCTIONS.items()},
+    }
 
 
 if __name__ == "__main__":

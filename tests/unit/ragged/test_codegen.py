@@ -24,8 +24,14 @@ def compiled(pytestconfig):
     def run(*words):
         cache = pytestconfig.cache.mkdir("triton")
         environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.unit.ragged.codegen", *map(str, words)],
-                              env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.unit.ragged.codegen", *map(str, words)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -33,10 +33,17 @@ def in_suite(name, flat):
 
 @pytest.mark.parametrize(
     ("name", "flat"),
-    [pytest.param(name, flat, id=f"{name}, {'flat' if flat else 'by tile'}",
-                  marks=[] if in_suite(name, flat) else pytest.mark.campaign)
-     for name in cases.QUICK | cases.MORE for flat in (False, True)],
-)  # fmt: skip
+    [
+        pytest.param(
+            name,
+            flat,
+            id=f"{name}, {'flat' if flat else 'by tile'}",
+            marks=[] if in_suite(name, flat) else pytest.mark.campaign,
+        )
+        for name in cases.QUICK | cases.MORE
+        for flat in (False, True)
+    ],
+)
 def test_against_float64(name, flat):
     case = (cases.QUICK | cases.MORE)[name]
     found = errors(case, FP32, CPU, cases.backend(ragged, cases.tiles(flat=flat)), torch.float64)
@@ -118,8 +125,10 @@ def test_rows_that_do_not_begin_at_16_bytes_are_copied():
     wide = torch.zeros(x.shape[0], x.shape[1] + 1)
     wide[:, 1:] = x.detach()
     compute = cases.backend(ragged, cases.tiles())
-    assert torch.equal(compute(wide[:, 1:], probs, list(case.rows), fc1, fc2, case.widths),
-                       compute(x, probs, list(case.rows), fc1, fc2, case.widths))  # fmt: skip
+    assert torch.equal(
+        compute(wide[:, 1:], probs, list(case.rows), fc1, fc2, case.widths),
+        compute(x, probs, list(case.rows), fc1, fc2, case.widths),
+    )
 
 
 def test_gradients_go_to_main_grad_and_autograd_gets_an_empty_shell():

@@ -29,38 +29,73 @@ class Bug(NamedTuple):
 BUGS = [
     Bug("tiles of a group walked without its remainder", "schedule", "top + place % height", "top + place % GROUP"),
     Bug("equal widths get one place in the list", "schedule", "((F_E == F) & (j < e))", "((F_E == F) & (j <= e))"),
-    Bug("h begins by this piece's width", "schedule", "m_E.to(tl.int64) * F_E.to(tl.int64)",
-        "m_E.to(tl.int64) * F.to(tl.int64)"),
-    Bug("a piece without rows is not written", "schedule", "(m_E > 0) | ((of_weights == 1) & (skip_empty == 0))",
-        "m_E > 0"),
+    Bug(
+        "h begins by this piece's width",
+        "schedule",
+        "m_E.to(tl.int64) * F_E.to(tl.int64)",
+        "m_E.to(tl.int64) * F.to(tl.int64)",
+    ),
+    Bug(
+        "a piece without rows is not written",
+        "schedule",
+        "(m_E > 0) | ((of_weights == 1) & (skip_empty == 0))",
+        "m_E > 0",
+    ),
     Bug("gate and up swapped", "row_products", "((ib // HALF) * F", "((1 - ib // HALF) * F"),
     Bug("no probability", "row_products", "sigmoid(gate) * up * p[:, None]", "sigmoid(gate) * up"),
-    Bug("rows past a piece stored", "row_products", "mask = (im < left)[:, None]\n    if not EVEN_F",
-        "mask = (im < 1 << 20)[:, None]\n    if not EVEN_F"),
+    Bug(
+        "rows past a piece stored",
+        "row_products",
+        "mask = (im < left)[:, None]\n    if not EVEN_F",
+        "mask = (im < 1 << 20)[:, None]\n    if not EVEN_F",
+    ),
     Bug("columns past the width stored", "row_products", "mask = mask & (ih < F - n0)[None, :]", "mask = mask"),
     Bug("columns past H stored", "row_products", "mask = mask & (i < N - n0)[None, :]", "mask = mask"),
     Bug("depth past the width not masked", "launches", "EVEN_K=layer.divides(tile.depth, times)", "EVEN_K=True"),
     Bug("up half of the input gradient lost", "row_products", "K = TIMES * tl.multiple_of", "K = tl.multiple_of"),
     Bug("derivative of SiLU", "activation", "(s + silu * (1.0 - s))", "(s - silu * (1.0 - s))"),
-    Bug("probability's gradient after the probability", "activation",
-        "dp += dh * silu * up\n            dh *= p", "dh *= p\n            dp += dh * silu * up"),
+    Bug(
+        "probability's gradient after the probability",
+        "activation",
+        "dp += dh * silu * up\n            dh *= p",
+        "dh *= p\n            dp += dh * silu * up",
+    ),
     Bug("h not computed again", "activation", "(silu * up * p).to(dtype)", "(silu * up).to(dtype)"),
     Bug("up's gradient without SiLU", "activation", "(dh * silu).to(dtype)", "(dh * gate).to(dtype)"),
-    Bug("last step too early", "row_products", "if step == STEPS - 1:\n            h0",
-        "if step == STEPS - 2:\n            h0"),
+    Bug(
+        "last step too early",
+        "row_products",
+        "if step == STEPS - 1:\n            h0",
+        "if step == STEPS - 2:\n            h0",
+    ),
     Bug("a program's steps by one too few", "weight_products", "// BK, 1), axis=0)", "// BK, 1), axis=0) - 1"),
-    Bug("sum not begun anew", "weight_products",
-        "ACCUMULATE, BM, BN)\n                acc = tl.zeros((BM, BN), dtype=tl.float32)", "ACCUMULATE, BM, BN)"),
+    Bug(
+        "sum not begun anew",
+        "weight_products",
+        "ACCUMULATE, BM, BN)\n                acc = tl.zeros((BM, BN), dtype=tl.float32)",
+        "ACCUMULATE, BM, BN)",
+    ),
     Bug("rows of the next piece added", "weight_products", "(ik < m - k)[None, :]", "(ik < m)[None, :]"),
-    Bug("written where it should be added", "weight_products",
-        "v += tl.load(dw, mask=mask, other=0.0).to(tl.float32)", "v += 0.0"),
-    Bug("added where it should be written", "experts", "by_hidden, grad, accumulate=False)",
-        "by_hidden, grad, accumulate=True)"),
-    Bug("fc2's gradient not transposed", "weight_products", "return i + n * F",
-        "return i * H + n"),
-    Bug("a second backward pass on overwritten memory", "experts", "gate_up, ctx.gate_up = ctx.gate_up, None",
-        "gate_up = ctx.gate_up"),
-]  # fmt: skip
+    Bug(
+        "written where it should be added",
+        "weight_products",
+        "v += tl.load(dw, mask=mask, other=0.0).to(tl.float32)",
+        "v += 0.0",
+    ),
+    Bug(
+        "added where it should be written",
+        "experts",
+        "by_hidden, grad, accumulate=False)",
+        "by_hidden, grad, accumulate=True)",
+    ),
+    Bug("fc2's gradient not transposed", "weight_products", "return i + n * F", "return i * H + n"),
+    Bug(
+        "a second backward pass on overwritten memory",
+        "experts",
+        "gate_up, ctx.gate_up = ctx.gate_up, None",
+        "gate_up = ctx.gate_up",
+    ),
+]
 
 
 def planted(folder, number, bug):
@@ -116,8 +151,9 @@ def second_pass(package) -> str:
     return "" if all(map(torch.equal, first, second)) else "the second backward pass differs from the first"
 
 
-@pytest.mark.parametrize("bugs", [BUGS[::2], pytest.param(BUGS[1::2], marks=pytest.mark.campaign)],
-                         ids=["every other", "the others"])  # fmt: skip
+@pytest.mark.parametrize(
+    "bugs", [BUGS[::2], pytest.param(BUGS[1::2], marks=pytest.mark.campaign)], ids=["every other", "the others"]
+)
 def test_every_planted_bug_is_found(tmp_path, bugs):
     assert found_by(ragged) == ""
     how = {bug.name: in_a_process_of_its_own(tmp_path, number, bug) for number, bug in enumerate(bugs)}

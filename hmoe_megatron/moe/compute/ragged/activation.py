@@ -7,8 +7,21 @@ from hmoe_megatron.moe.compute.ragged.blocks import VECTOR, hidden_start, row_st
 
 
 @triton.jit(do_not_specialize=["E", "tiles_at"])
-def activation_grad(DH, P, GU, DGU, HIDDEN, DP, layer, batch, E, tiles_at, KIND: tl.constexpr,
-                    WRITE_HIDDEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def activation_grad(
+    DH,
+    P,
+    GU,
+    DGU,
+    HIDDEN,
+    DP,
+    layer,
+    batch,
+    E,
+    tiles_at,
+    KIND: tl.constexpr,
+    WRITE_HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Of one row: [dg | du] from dh and [g | u], dp, and with WRITE_HIDDEN h again. The sum over the width is this
     program's alone, so that it is the same in every run.
 

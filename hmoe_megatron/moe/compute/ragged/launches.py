@@ -23,9 +23,15 @@ def _product(layer: Layer, tile, kind: int, dtype) -> tuple:
     # fp32 operands as torch multiplies them.
     exact = dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
     return (programs,), {
-        "KIND": kind, "PROGRAMS": programs, "BM": tile.rows, "BN": tile.columns,
-        "BK": tile.depth, "PRECISION": "ieee" if exact else "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+        "KIND": kind,
+        "PROGRAMS": programs,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.depth,
+        "PRECISION": "ieee" if exact else "tf32",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def run_up(layer: Layer, batch: Batch, x, probs, fc1, gate_up, hidden) -> None:
@@ -33,10 +39,22 @@ def run_up(layer: Layer, batch: Batch, x, probs, fc1, gate_up, hidden) -> None:
     tile = layer.tiles.up
     grid, how = _product(layer, tile, schedule.UP, x.dtype)
     up[grid](
-        x, probs, fc1, hidden if gate_up is None else gate_up, hidden, layer.table, batch.tensor, layer.pieces,
-        batch.places[schedule.UP], layer.hidden, x.stride(0), WRITE_GU=gate_up is not None,
-        EVEN_H=layer.hidden % tile.depth == 0, EVEN_F=layer.divides(tile.columns // 2), **how,
-    )  # fmt: skip
+        x,
+        probs,
+        fc1,
+        hidden if gate_up is None else gate_up,
+        hidden,
+        layer.table,
+        batch.tensor,
+        layer.pieces,
+        batch.places[schedule.UP],
+        layer.hidden,
+        x.stride(0),
+        WRITE_GU=gate_up is not None,
+        EVEN_H=layer.hidden % tile.depth == 0,
+        EVEN_F=layer.divides(tile.columns // 2),
+        **how,
+    )
 
 
 def run_down(layer: Layer, batch: Batch, hidden, fc2, y) -> None:
@@ -52,10 +70,21 @@ def run_input_grad(layer: Layer, batch: Batch, gate_up_grad, fc1, dx) -> None:
 def _from_hidden(layer, batch, tile, kind, times, a, weight, out):
     grid, how = _product(layer, tile, kind, a.dtype)
     from_hidden[grid](
-        a, weight, out, layer.table, batch.tensor, layer.pieces, batch.places[kind], layer.hidden, out.stride(0),
-        TIMES=times, TRANSPOSED=times == 1, EVEN_K=layer.divides(tile.depth, times),
-        EVEN_H=layer.hidden % tile.columns == 0, **how,
-    )  # fmt: skip
+        a,
+        weight,
+        out,
+        layer.table,
+        batch.tensor,
+        layer.pieces,
+        batch.places[kind],
+        layer.hidden,
+        out.stride(0),
+        TIMES=times,
+        TRANSPOSED=times == 1,
+        EVEN_K=layer.divides(tile.depth, times),
+        EVEN_H=layer.hidden % tile.columns == 0,
+        **how,
+    )
 
 
 def run_hidden_grad(layer: Layer, batch: Batch, dy, fc2, dh) -> None:
@@ -63,19 +92,41 @@ def run_hidden_grad(layer: Layer, batch: Batch, dy, fc2, dh) -> None:
     tile = layer.tiles.hidden_grad
     grid, how = _product(layer, tile, schedule.HIDDEN_GRAD, dy.dtype)
     hidden_grad[grid](
-        dy, fc2, dh, layer.table, batch.tensor, layer.pieces, batch.places[schedule.HIDDEN_GRAD], layer.hidden,
-        dy.stride(0), EVEN_H=layer.hidden % tile.depth == 0, EVEN_F=layer.divides(tile.columns), **how,
-    )  # fmt: skip
+        dy,
+        fc2,
+        dh,
+        layer.table,
+        batch.tensor,
+        layer.pieces,
+        batch.places[schedule.HIDDEN_GRAD],
+        layer.hidden,
+        dy.stride(0),
+        EVEN_H=layer.hidden % tile.depth == 0,
+        EVEN_F=layer.divides(tile.columns),
+        **how,
+    )
 
 
 def run_activation_grad(layer: Layer, batch: Batch, dh, probs, gate_up, gate_up_grad, hidden, dprobs) -> None:
     """[dg | du] and dp from dh and [g | u]; h too where ``hidden`` is a tensor. In place where two tensors are one."""
     if batch.rows:
         activation_grad[(batch.rows,)](
-            dh, probs, gate_up, gate_up_grad, dh if hidden is None else hidden, dprobs, layer.table, batch.tensor,
-            layer.pieces, batch.places[schedule.ACTIVATION], KIND=schedule.ACTIVATION, WRITE_HIDDEN=hidden is not None,
-            BLOCK=layer.tiles.activation, num_warps=4, num_stages=1,
-        )  # fmt: skip
+            dh,
+            probs,
+            gate_up,
+            gate_up_grad,
+            dh if hidden is None else hidden,
+            dprobs,
+            layer.table,
+            batch.tensor,
+            layer.pieces,
+            batch.places[schedule.ACTIVATION],
+            KIND=schedule.ACTIVATION,
+            WRITE_HIDDEN=hidden is not None,
+            BLOCK=layer.tiles.activation,
+            num_warps=4,
+            num_stages=1,
+        )
 
 
 def run_fc1_grad(layer: Layer, batch: Batch, gate_up_grad, x, out, accumulate: bool) -> None:
@@ -91,8 +142,21 @@ def run_fc2_grad(layer: Layer, batch: Batch, hidden, dy, out, accumulate: bool) 
 def _weight_grad(layer, batch, tile, kind, times, by_width, by_hidden, out, accumulate):
     grid, how = _product(layer, tile, kind, by_width.dtype)
     weight_grad[grid](
-        by_width, by_hidden, out, layer.table, batch.tensor, layer.pieces, batch.places[kind], layer.hidden,
-        by_hidden.stride(0), TIMES=times, TRANSPOSED=times == 1, ACCUMULATE=accumulate, FLAT=tile.flat,
-        EP2=layer.pieces_power_of_2, EVEN_F=layer.divides(tile.rows, times), EVEN_H=layer.hidden % tile.columns == 0,
+        by_width,
+        by_hidden,
+        out,
+        layer.table,
+        batch.tensor,
+        layer.pieces,
+        batch.places[kind],
+        layer.hidden,
+        by_hidden.stride(0),
+        TIMES=times,
+        TRANSPOSED=times == 1,
+        ACCUMULATE=accumulate,
+        FLAT=tile.flat,
+        EP2=layer.pieces_power_of_2,
+        EVEN_F=layer.divides(tile.rows, times),
+        EVEN_H=layer.hidden % tile.columns == 0,
         **how,
-    )  # fmt: skip
+    )

@@ -23,8 +23,23 @@ from hmoe_megatron.moe.compute.ragged.blocks import (
 
 
 @triton.jit
-def _up_operands(X, W1, start, r0, left, n0, F, k, H, stride_x, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 EVEN_H: tl.constexpr, EVEN_F: tl.constexpr):  # fmt: skip
+def _up_operands(
+    X,
+    W1,
+    start,
+    r0,
+    left,
+    n0,
+    F,
+    k,
+    H,
+    stride_x,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_F: tl.constexpr,
+):
     """[BM, BK] of x and [BK, BN] of W1 transposed: BN / 2 gate rows of it, and the same up rows beside them."""
     HALF: tl.constexpr = BN // 2
     im = tl.arange(0, BM)
@@ -43,8 +58,22 @@ def _up_operands(X, W1, start, r0, left, n0, F, k, H, stride_x, BM: tl.constexpr
 
 
 @triton.jit
-def _up_store(acc, P, GU, HIDDEN, h0, row, r0, left, n0, F, WRITE_GU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-              EVEN_F: tl.constexpr):  # fmt: skip
+def _up_store(
+    acc,
+    P,
+    GU,
+    HIDDEN,
+    h0,
+    row,
+    r0,
+    left,
+    n0,
+    F,
+    WRITE_GU: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    EVEN_F: tl.constexpr,
+):
     HALF: tl.constexpr = BN // 2
     dtype: tl.constexpr = HIDDEN.dtype.element_ty
     gate, up = halves(acc, BM, BN)
@@ -64,9 +93,28 @@ def _up_store(acc, P, GU, HIDDEN, h0, row, r0, left, n0, F, WRITE_GU: tl.constex
 
 
 @triton.jit(do_not_specialize=["E", "tiles_at"])
-def up(X, P, W1, GU, HIDDEN, layer, batch, E, tiles_at, H, stride_x, KIND: tl.constexpr, WRITE_GU: tl.constexpr,
-       PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-       EVEN_H: tl.constexpr, EVEN_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def up(
+    X,
+    P,
+    W1,
+    GU,
+    HIDDEN,
+    layer,
+    batch,
+    E,
+    tiles_at,
+    H,
+    stride_x,
+    KIND: tl.constexpr,
+    WRITE_GU: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """h and, with WRITE_GU, [g | u]. One loop over the steps of all tiles of this program (see tiles.Tile.flat): only
     scalars live from step to step, what is made of them is made anew."""
     pid = tl.program_id(0)
@@ -93,8 +141,9 @@ def up(X, P, W1, GU, HIDDEN, layer, batch, E, tiles_at, H, stride_x, KIND: tl.co
             start = tl.load(layer + E + e) // VECTOR
         F = width * VECTOR
         n0 = column * (BN // 2)
-        a, b = _up_operands(X, W1, (start * VECTOR).to(tl.int64), row, left, n0, F, step * BK, H, stride_x, BM, BN, BK,
-                            EVEN_H, EVEN_F)  # fmt: skip
+        a, b = _up_operands(
+            X, W1, (start * VECTOR).to(tl.int64), row, left, n0, F, step * BK, H, stride_x, BM, BN, BK, EVEN_H, EVEN_F
+        )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if step == STEPS - 1:
             h0 = hidden_start(batch, e, E)
@@ -114,9 +163,27 @@ def _store_rows(acc, out, first, stride, left, n0, N, BM: tl.constexpr, BN: tl.c
 
 
 @triton.jit(do_not_specialize=["E", "tiles_at"])
-def from_hidden(A, W, Y, layer, batch, E, tiles_at, H, stride_y, KIND: tl.constexpr, TIMES: tl.constexpr,
-                TRANSPOSED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                EVEN_K: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def from_hidden(
+    A,
+    W,
+    Y,
+    layer,
+    batch,
+    E,
+    tiles_at,
+    H,
+    stride_y,
+    KIND: tl.constexpr,
+    TIMES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Y [m, H] = A [m, K] W, K = TIMES F. Down: fc2, stored [H, K] (TRANSPOSED). Input grad: fc1, stored [K, H]."""
     im = tl.arange(0, BM)
     ik = tl.arange(0, BK)
@@ -143,15 +210,35 @@ def from_hidden(A, W, Y, layer, batch, E, tiles_at, H, stride_y, KIND: tl.conste
             if EVEN_K:
                 acc = tl.dot(tl.load(a + k), tl.load(b), acc, input_precision=PRECISION)
             else:
-                acc = tl.dot(tl.load(a + k, mask=(ik < K - k)[None, :], other=0.0),
-                             tl.load(b, mask=(ik < K - k)[:, None], other=0.0), acc, input_precision=PRECISION)
+                acc = tl.dot(
+                    tl.load(a + k, mask=(ik < K - k)[None, :], other=0.0),
+                    tl.load(b, mask=(ik < K - k)[:, None], other=0.0),
+                    acc,
+                    input_precision=PRECISION,
+                )
         _store_rows(acc, Y, row.to(tl.int64) * stride_y, stride_y, left, n0, H, BM, BN, EVEN_H)
 
 
 @triton.jit(do_not_specialize=["E", "tiles_at"])
-def hidden_grad(DY, W2, DH, layer, batch, E, tiles_at, H, stride_dy, KIND: tl.constexpr, PROGRAMS: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_H: tl.constexpr,
-                EVEN_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def hidden_grad(
+    DY,
+    W2,
+    DH,
+    layer,
+    batch,
+    E,
+    tiles_at,
+    H,
+    stride_dy,
+    KIND: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """DH [m, F] = DY [m, H] W2, before the probability and the activation."""
     im = tl.arange(0, BM)
     ik = tl.arange(0, BK)
@@ -174,7 +261,11 @@ def hidden_grad(DY, W2, DH, layer, batch, E, tiles_at, H, stride_dy, KIND: tl.co
             if EVEN_H:
                 acc = tl.dot(tl.load(a + k), tl.load(b), acc, input_precision=PRECISION)
             else:
-                acc = tl.dot(tl.load(a + k, mask=(ik < H - k)[None, :], other=0.0),
-                             tl.load(b, mask=(ik < H - k)[:, None], other=0.0), acc, input_precision=PRECISION)
+                acc = tl.dot(
+                    tl.load(a + k, mask=(ik < H - k)[None, :], other=0.0),
+                    tl.load(b, mask=(ik < H - k)[:, None], other=0.0),
+                    acc,
+                    input_precision=PRECISION,
+                )
         h0 = hidden_start(batch, e, E)
         _store_rows(acc, DH, h0 + r0.to(tl.int64) * F, F, left, n0, F, BM, BN, EVEN_F)

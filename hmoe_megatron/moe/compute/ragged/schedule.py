@@ -110,8 +110,17 @@ class Kind:
 
     def fields(self, widths) -> list[int]:
         """What the kernel reads of it."""
-        return [self.per_row, self.rows_F, self.BM, self.columns_F, self.columns, self.BN, int(self.most_rows_first),
-                int(self.of_weights), *self.most_tiles(widths)]  # fmt: skip
+        return [
+            self.per_row,
+            self.rows_F,
+            self.BM,
+            self.columns_F,
+            self.columns,
+            self.BN,
+            int(self.most_rows_first),
+            int(self.of_weights),
+            *self.most_tiles(widths),
+        ]
 
 
 def kinds_of(hidden: int, tiles: Tiles) -> list[Kind]:
@@ -156,9 +165,17 @@ class Layer:
             first += rows // kind.BM * most + more
         batch = torch.empty(first, dtype=torch.int64, device=self.device)
         _schedule[(len(self.kinds), self.pieces)](
-            rows_E, self.table, batch, rows, self.pieces, int(skip_empty), GROUP=GROUP, EP2=self.pieces_power_of_2,
-            BLOCK=256, num_warps=4,
-        )  # fmt: skip
+            rows_E,
+            self.table,
+            batch,
+            rows,
+            self.pieces,
+            int(skip_empty),
+            GROUP=GROUP,
+            EP2=self.pieces_power_of_2,
+            BLOCK=256,
+            num_warps=4,
+        )
         return Batch(batch, rows, places)
 
 

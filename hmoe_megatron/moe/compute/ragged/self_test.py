@@ -108,9 +108,11 @@ def errors(case: Case, dtype, device, compute: ExpertCompute, exact=torch.float3
     named = zip(("y", "dx", "dp", "dW1", "dW2"), found, expected, strict=True)
     apart = {name: _apart(value.to(exact), wanted) for name, value, wanted in named}
     empty = [
-        part.any() for take, grad in ((fc1_pieces, found[3]), (fc2_pieces, found[4]))
-        for part, rows in zip(take(grad, case.widths), case.rows, strict=True) if not rows
-    ]  # fmt: skip
+        part.any()
+        for take, grad in ((fc1_pieces, found[3]), (fc2_pieces, found[4]))
+        for part, rows in zip(take(grad, case.widths), case.rows, strict=True)
+        if not rows
+    ]
     return apart | {"empty": (float("inf"),) * 2 if any(empty) else (0.0, 0.0)}
 
 
@@ -118,8 +120,10 @@ def _apart(value, wanted) -> tuple[float, float]:
     if not wanted.numel():
         return 0.0, 0.0
     error, least = value - wanted, torch.finfo(wanted.dtype).tiny
-    return (float(error.norm() / wanted.norm().clamp_min(least)),
-            float(error.abs().max() / wanted.abs().max().clamp_min(least)))  # fmt: skip
+    return (
+        float(error.norm() / wanted.norm().clamp_min(least)),
+        float(error.abs().max() / wanted.abs().max().clamp_min(least)),
+    )
 
 
 def drawn(case: Case, device, seed=0):

@@ -56,14 +56,21 @@ TILES = {
     # Measured on an H100, bf16 (docs/gpu.md): best or within 3 % of it in all shapes of at least 768 mean rows.
     "large": Tiles(up=_UP4, down=_WIDE4, hidden_grad=_WIDE4, input_grad=_WIDE4, fc1_grad=_WIDE, fc2_grad=_WIDE),
     # Measured likewise at 128 mean rows: weight gradients have two steps in depth there.
-    "large, few rows": Tiles(up=_UP4, down=_WIDE4, hidden_grad=_WIDE4, input_grad=_WIDE4, fc1_grad=_SQUARE,
-                             fc2_grad=_SQUARE),
+    "large, few rows": Tiles(
+        up=_UP4, down=_WIDE4, hidden_grad=_WIDE4, input_grad=_WIDE4, fc1_grad=_SQUARE, fc2_grad=_SQUARE
+    ),
     # Compiled for sm_80 without spills, not measured: what fits the shared memory of an A100 and of consumer GPUs.
-    "small": Tiles(up=Tile(128, 128, flat=True), down=_SMALL, hidden_grad=_SMALL, input_grad=_SMALL, fc1_grad=_SMALL,
-                   fc2_grad=_SMALL),
+    "small": Tiles(
+        up=Tile(128, 128, flat=True),
+        down=_SMALL,
+        hidden_grad=_SMALL,
+        input_grad=_SMALL,
+        fc1_grad=_SMALL,
+        fc2_grad=_SMALL,
+    ),
     # fp32 has no tensor cores here; for parity, not for speed. Compiled, not measured.
     "fp32": Tiles(up=_FP32, down=_FP32, hidden_grad=_FP32, input_grad=_FP32, fc1_grad=_FP32, fc2_grad=_FP32),
-}  # fmt: skip
+}
 
 
 def tile_class(dtype: torch.dtype, shared_memory_bytes: int, mean_rows: float) -> str:

@@ -21,8 +21,24 @@ LINE = tl.constexpr(32)  # fp32 numbers in a line of the cache
 
 
 @triton.jit
-def _operands(A, D, h0, row, i0, n0, width, m, k, H, stride_d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-              EVEN_F: tl.constexpr, EVEN_H: tl.constexpr):  # fmt: skip
+def _operands(
+    A,
+    D,
+    h0,
+    row,
+    i0,
+    n0,
+    width,
+    m,
+    k,
+    H,
+    stride_d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_F: tl.constexpr,
+    EVEN_H: tl.constexpr,
+):
     """[BM, BK] of A [m, width] transposed and [BK, BN] of D [m, H], from row k of the piece on."""
     i = i0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
@@ -46,8 +62,9 @@ def _places(i, n, F, H, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _store_part(v, DW, i0, n0, width, F, H, TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr):  # fmt: skip
+def _store_part(
+    v, DW, i0, n0, width, F, H, TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     i = i0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     mask = (i < width)[:, None] & (n < H)[None, :]
@@ -58,8 +75,9 @@ def _store_part(v, DW, i0, n0, width, F, H, TRANSPOSED: tl.constexpr, ACCUMULATE
 
 
 @triton.jit
-def _store(acc, DW, i0, n0, width, F, H, TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr):  # fmt: skip
+def _store(
+    acc, DW, i0, n0, width, F, H, TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     """In parts of at most 64 columns where they are added to: what is there needs registers too."""
     if ACCUMULATE and BN > 64:
         left, right = halves(acc, BM, BN)
@@ -84,10 +102,30 @@ def _prefetch(DW, i0, n0, width, F, H, TRANSPOSED: tl.constexpr, BM: tl.constexp
 
 
 @triton.jit(do_not_specialize=["E", "tiles_at"])
-def weight_grad(A, D, DW, layer, batch, E, tiles_at, H, stride_d, KIND: tl.constexpr, TIMES: tl.constexpr,
-                TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, FLAT: tl.constexpr, EP2: tl.constexpr,
-                PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                EVEN_F: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def weight_grad(
+    A,
+    D,
+    DW,
+    layer,
+    batch,
+    E,
+    tiles_at,
+    H,
+    stride_d,
+    KIND: tl.constexpr,
+    TIMES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    FLAT: tl.constexpr,
+    EP2: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_F: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dW1 [2 F, H] = [dg | du]^T x (TIMES 2), or dW2 [H, F] = (h^T dy)^T (TIMES 1, TRANSPOSED): A by width, D by H.
 
     A piece without rows gets zeros, by one step that reads nothing. With ACCUMULATE it has no tile.
@@ -129,8 +167,24 @@ def weight_grad(A, D, DW, layer, batch, E, tiles_at, H, stride_d, KIND: tl.const
                     dw = DW + (start * (VECTOR * TIMES)).to(tl.int64) * H
                     _prefetch(dw, row_tile * BM, column_tile * BN, TIMES * F, F, H, TRANSPOSED, BM, BN)
             F = width * VECTOR
-            a, d = _operands(A, D, h * (VECTOR * TIMES), row, row_tile * BM, column_tile * BN, TIMES * F, m, step * BK,
-                             H, stride_d, BM, BN, BK, EVEN_F, EVEN_H)  # fmt: skip
+            a, d = _operands(
+                A,
+                D,
+                h * (VECTOR * TIMES),
+                row,
+                row_tile * BM,
+                column_tile * BN,
+                TIMES * F,
+                m,
+                step * BK,
+                H,
+                stride_d,
+                BM,
+                BN,
+                BK,
+                EVEN_F,
+                EVEN_H,
+            )
             acc = tl.dot(a, d, acc, input_precision=PRECISION)
             if step == STEPS - 1:
                 dw = DW + (start * (VECTOR * TIMES)).to(tl.int64) * H
@@ -148,7 +202,23 @@ def weight_grad(A, D, DW, layer, batch, E, tiles_at, H, stride_d, KIND: tl.const
                 _prefetch(dw, row_tile * BM, column_tile * BN, TIMES * F, F, H, TRANSPOSED, BM, BN)
             acc = tl.zeros((BM, BN), dtype=tl.float32)
             for k in range(0, m, BK):
-                a, d = _operands(A, D, h0, row, row_tile * BM, column_tile * BN, TIMES * F, m, k, H, stride_d, BM, BN,
-                                 BK, EVEN_F, EVEN_H)  # fmt: skip
+                a, d = _operands(
+                    A,
+                    D,
+                    h0,
+                    row,
+                    row_tile * BM,
+                    column_tile * BN,
+                    TIMES * F,
+                    m,
+                    k,
+                    H,
+                    stride_d,
+                    BM,
+                    BN,
+                    BK,
+                    EVEN_F,
+                    EVEN_H,
+                )
                 acc = tl.dot(a, d, acc, input_precision=PRECISION)
             _store(acc, dw, row_tile * BM, column_tile * BN, TIMES * F, F, H, TRANSPOSED, ACCUMULATE, BM, BN)
