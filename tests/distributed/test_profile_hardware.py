@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hmoe_megatron.tools.calibration.layers import layers_kept_apart, layers_to_fit
 
 from hmoe_megatron.placement.profiles import profile_named
-from hmoe_megatron.profiling.layers import layers_kept_apart, layers_to_fit
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ INSIDE, ACROSS = "intra_node_bytes_per_s", "inter_node_bytes_per_s"
 
 
 def measured(ranks_per_node):
-    from hmoe_megatron.profiling.machine import measure
+    from hmoe_megatron.tools.calibration.machine import measure
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)  # nodes exist by torchrun's word only
     found = measure(layers_to_fit(*GRID), layers_kept_apart(*GRID), 0.2)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hmoe_megatron.tools.report.scalars import read_scalars
 
 from benchmarks.duel import Side
 from benchmarks.gpu.correctness import CASES, DTYPES, KINDS, in_a_graph, random_case, worst_of
 from benchmarks.gpu.runs import MODEL, RUNS, lacking, verdict
 from hmoe_megatron.host.optional import kernels
-from hmoe_megatron.report.scalars import read_scalars
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

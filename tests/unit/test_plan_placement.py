@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hmoe_megatron.tools.plan_tool import picture as plan_picture
+from hmoe_megatron.tools.plan_tool.model import model_of
 from matplotlib.image import imread
 
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, TELEMETRY_FILE
 from hmoe_megatron.placement import PROFILES, CostModel, PlacementPlan, contiguous_plan, nodes_of, plan_model
 from hmoe_megatron.placement.moves import diff
-from hmoe_megatron.planning.model import model_of
-from hmoe_megatron.report import plan_picture
+from hmoe_megatron.tools import plan_placement
 from hmoe_megatron.widths import layer_widths
-from tools import plan_placement
 
 LAYERS, EXPERTS, RANKS, TOTAL = 3, 8, 4, 2048
 MODEL = ["--num-layers", "3", "--num-experts", "8", "--hmoe-total-width", "2048", "--expert-model-parallel-size", "4",

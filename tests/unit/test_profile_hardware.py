@@ -2,26 +2,22 @@
 
 import os
 import re
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hmoe_megatron.tools.calibration import machine
+from hmoe_megatron.tools.calibration.fit import FITTED, errors, fit_profile, predicted_s
+from hmoe_megatron.tools.calibration.layers import Layer, experts_run, layers_kept_apart, layers_to_fit
+from hmoe_megatron.tools.calibration.links import _rows_sent
+from hmoe_megatron.tools.calibration.timing import LEAST_ROUNDS, TURN_S, least_times
 
 from hmoe_megatron.gemm.choice import ExpertShapes, choose_compute
 from hmoe_megatron.placement import CostModel, Profile, nodes_of, plan_layer
 from hmoe_megatron.placement.profiles import PROFILES, profile_named
-from hmoe_megatron.profiling import machine
-from hmoe_megatron.profiling.fit import FITTED, errors, fit_profile, predicted_s
-from hmoe_megatron.profiling.layers import Layer, experts_run, layers_kept_apart, layers_to_fit
-from hmoe_megatron.profiling.links import _rows_sent
-from hmoe_megatron.profiling.timing import LEAST_ROUNDS, TURN_S, least_times
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import profile_hardware  # noqa: E402
+from hmoe_megatron.tools import profile_hardware
 
 CPU_GRID, GPU_GRID = (tuple(grid.values()) for grid in (profile_hardware.CPU_GRID, profile_hardware.GPU_GRID))
 SMALL_GRID = ((64, 128), (4, 16, 64), (16, 64, 128))
