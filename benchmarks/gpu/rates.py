@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     measured.profile.save(given.output)
     emit(profile=measured.profile.name, rates={
         name: value for name, value in measured.profile.to_dict().items() if isinstance(value, float)
-    }, file=given.output.name)  # fmt: skip
+    }, file=given.output.name)
     for name, off in (("measured here", measured.errors["layers kept apart"]),
-                      (f"published {PUBLISHED}", errors(apart, measured.times_s, PROFILES[PUBLISHED]))):  # fmt: skip
+                      (f"published {PUBLISHED}", errors(apart, measured.times_s, PROFILES[PUBLISHED]))):
         sizes = np.abs(off)
         emit(profile=name, layers=len(off), median_error=float(np.median(sizes)), worst_error=float(sizes.max()),
-             over_measured=float(np.median(off) + 1))  # fmt: skip
+             over_measured=float(np.median(off) + 1))
 
 
 if __name__ == "__main__":

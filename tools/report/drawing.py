@@ -31,14 +31,14 @@ STYLE = {
 }
 FEW = 16  # lines that a colour bar names one by one, cells that an axis does
 X_LABEL = "iteration"
-Pictures = dict[str, tuple[Callable[..., Figure], str]]  # file name -> (what draws it, caption)
+Pictures = dict[str, Callable[..., Figure]]  # file name -> what draws it, its caption as the docstring
 Drawn = dict[str, tuple[bytes, str]]  # file name -> (PNG, caption)
 
 
 def draw(pictures: Pictures, *data) -> Drawn:
     """Every picture of the same data."""
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
-        return {name: (png(picture(*data)), caption) for name, (picture, caption) in pictures.items()}
+        return {name: (png(of(*data)), " ".join(of.__doc__.split())) for name, of in pictures.items()}
 
 
 def png(figure: Figure) -> bytes:

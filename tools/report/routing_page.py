@@ -29,50 +29,17 @@ MAX_TOKEN_CHARS = 32  # of a token that is shown
 LEAST, MOST = 5, 12  # occurrences of a token among an expert's top tokens; how many are shown
 SPACE = "\u2423"
 OVER_TRAINING = {
-    "activated_ratio_over_training.png": (
-        training_pictures.activated_ratio,
-        "Share of the training tokens that activate each expert, mean over layers. With Top-P or several experts a "
-        "token they add up to more than 100 %.",
-    ),
-    "activated_parameters_over_training.png": (
-        training_pictures.activated_parameters,
-        "Parameters that a token activates, mean over the tokens since the logged step before.",
-    ),
+    "activated_ratio_over_training.png": training_pictures.activated_ratio,
+    "activated_parameters_over_training.png": training_pictures.activated_parameters,
 }
 ON_TEXT = {
-    "activated_ratio_by_layer.png": (
-        routing_pictures.ratio_by_layer,
-        "Share of the text's tokens (%) that activate each expert, by layer.",
-    ),
-    "activated_parameters_by_layer.png": (
-        routing_pictures.parameters_by_layer,
-        "Parameters of each layer's experts that a token of the text activates, and all there are; the percentage is "
-        "their ratio.",
-    ),
-    "similarity.png": (
-        routing_pictures.similarity,
-        "Similarity: how far the tokens of two experts are from each other. 1-Wasserstein distance of their token "
-        "distributions, the text's tokens in a line from frequent to rare, each as long as its share of the text. "
-        "Grey: an expert without a token.",
-    ),
-    "synergy.png": (
-        routing_pictures.synergy,
-        "Synergy: KL divergence, in nats, of the routers' probability of the row's expert, as a distribution over the "
-        "tokens of the text, from that of the column's expert. Small: the same tokens call for both.",
-    ),
-    "difficulty.png": (
-        routing_pictures.difficulty,
-        "Share of each expert in the routed tokens, by difficulty: tenths of the tokens by the model's own loss on "
-        "the token that the experts are given.",
-    ),
+    "activated_ratio_by_layer.png": routing_pictures.ratio_by_layer,
+    "activated_parameters_by_layer.png": routing_pictures.parameters_by_layer,
+    "similarity.png": routing_pictures.similarity,
+    "synergy.png": routing_pictures.synergy,
+    "difficulty.png": routing_pictures.difficulty,
 }
-ON_QUESTIONS = {
-    "easy_and_hard.png": (
-        routing_pictures.easy_and_hard,
-        "Routing of easy and of hard questions, each with its right answer; the mean over questions of each "
-        "question's own share. Bars: 95 % interval of the mean over questions.",
-    )
-}
+ON_QUESTIONS = {"easy_and_hard.png": routing_pictures.easy_and_hard}
 PICTURES = OVER_TRAINING | ON_TEXT | ON_QUESTIONS
 
 

@@ -1,20 +1,10 @@
-"""The pictures of a model's routing of text and questions.
+"""The pictures of a model's routing of text and questions; the docstring of each is its caption.
 
 Legend: L MoE layers, E logical experts, D parts of the tokens by difficulty, Q questions.
 """
 
 import numpy as np
-from hmoe_megatron.tools.report import statistics
-from hmoe_megatron.tools.report.drawing import (
-    BLUE,
-    FEW,
-    GREY,
-    NARROW_TO_WIDE,
-    VERMILLION,
-    lines_of_experts,
-    new_figure,
-    parameter_unit,
-)
+from hmoe_megatron.tools.report import drawing, statistics
 from hmoe_megatron.tools.report.statistics import Model, Routing
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -36,7 +26,7 @@ def expert_names(model: Model) -> tuple[list[str], str]:
 
 def _name_places(axis, names, first: float = 0.0, rotation: float = 0) -> None:
     """At places one apart; of many every second, third, ... name."""
-    step = -(-len(names) // FEW)
+    step = -(-len(names) // drawing.FEW)
     axis.set_ticks(np.arange(len(names))[::step] + first, names[::step], rotation=rotation)
 
 
@@ -45,21 +35,24 @@ def _heat_maps(figure: Figure, axes_N: list[Axes], maps: list[np.ndarray], label
     norm = Normalize(0, max(np.nanmax(values, initial=0) for values in maps) or 1)
     for axes, values in zip(axes_N, maps, strict=True):
         axes.set_facecolor("#cccccc")
-        axes.pcolormesh(np.ma.masked_invalid(values), norm=norm, cmap=NARROW_TO_WIDE, edgecolor="white", linewidth=0.5)
+        axes.pcolormesh(
+            np.ma.masked_invalid(values), norm=norm, cmap=drawing.NARROW_TO_WIDE, edgecolor="white", linewidth=0.5
+        )
         axes.invert_yaxis()
         axes.grid(False)
-        if values.size > MAX_WRITTEN or values.shape[1] > FEW:
+        if values.size > MAX_WRITTEN or values.shape[1] > drawing.FEW:
             continue
         for (row, column), value in np.ndenumerate(values):
-            is_light = np.isnan(value) or sum(NARROW_TO_WIDE(norm(value))[:3]) > 1.6
+            is_light = np.isnan(value) or sum(drawing.NARROW_TO_WIDE(norm(value))[:3]) > 1.6
             look = {"ha": "center", "va": "center", "fontsize": 8, "color": "black" if is_light else "white"}
             axes.text(column + 0.5, row + 0.5, "-" if np.isnan(value) else pattern.format(value), **look)
-    figure.colorbar(ScalarMappable(norm, NARROW_TO_WIDE), ax=axes_N, label=label).ax.grid(False)
+    figure.colorbar(ScalarMappable(norm, drawing.NARROW_TO_WIDE), ax=axes_N, label=label).ax.grid(False)
 
 
 def ratio_by_layer(model: Model, routing: Routing) -> Figure:
+    """Share of the text's tokens (%) that activate each expert, by layer."""
     ratio_LE = 100 * routing.chosen_TLE.mean(0)[:, model.expert_E]
-    figure, (axes,) = new_figure(max(2.8, 1.6 + 0.42 * min(len(ratio_LE), 24)))
+    figure, (axes,) = drawing.new_figure(max(2.8, 1.6 + 0.42 * min(len(ratio_LE), 24)))
     _heat_maps(figure, [axes], [ratio_LE], "share of tokens (%)", "{:.1f}")
     names, what = expert_names(model)
     _name_places(axes.xaxis, names, 0.5)
@@ -69,16 +62,18 @@ def ratio_by_layer(model: Model, routing: Routing) -> Figure:
 
 
 def parameters_by_layer(model: Model, routing: Routing) -> Figure:
-    figure, (axes,) = new_figure(4.6)
+    """Parameters of each layer's experts that a token of the text activates, and all there are; the percentage is
+    their ratio."""
+    figure, (axes,) = drawing.new_figure(4.6)
     active_L = statistics.activated_parameters(routing.chosen_TLE.mean(0), model)
     all_L = statistics.activated_parameters(np.ones(model.width_LE.shape), model)
-    unit, label = parameter_unit(all_L.max())
+    unit, label = drawing.parameter_unit(all_L.max())
     x_L = np.arange(len(model.layer_L))
-    axes.bar(x_L, all_L / unit, 0.7, color="white", edgecolor=GREY, label="all experts of the layer")
-    bars = axes.bar(x_L, active_L / unit, 0.7, color=BLUE, label="activated by a token, mean")
-    if len(x_L) <= FEW:
+    axes.bar(x_L, all_L / unit, 0.7, color="white", edgecolor=drawing.GREY, label="all experts of the layer")
+    bars = axes.bar(x_L, active_L / unit, 0.7, color=drawing.BLUE, label="activated by a token, mean")
+    if len(x_L) <= drawing.FEW:
         shares = [f"{share:.1%}" for share in active_L / all_L]
-        axes.bar_label(bars, shares, padding=3, color=BLUE, fontweight="bold", fontsize=9)
+        axes.bar_label(bars, shares, padding=3, color=drawing.BLUE, fontweight="bold", fontsize=9)
     _name_places(axes.xaxis, model.layer_L)
     axes.grid(axis="x", visible=False)
     axes.set(title="Parameters of the experts", xlabel="layer", ylabel=label)
@@ -93,7 +88,7 @@ def _between_experts(model: Model, matrix_of_row, title: str, label: str, x_name
     matrices = [matrix_of_row(row)[np.ix_(model.expert_E, model.expert_E)] for row in shown]
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes_N = new_figure(4.6 * rows + 0.3, 10, nrows=rows, ncols=columns)
+    figure, axes_N = drawing.new_figure(4.6 * rows + 0.3, 10, nrows=rows, ncols=columns)
     for axes in axes_N[len(shown) :]:
         axes.remove()
     axes_N, (names, what) = list(axes_N[: len(shown)]), expert_names(model)
@@ -107,6 +102,10 @@ def _between_experts(model: Model, matrix_of_row, title: str, label: str, x_name
 
 
 def similarity(model: Model, routing: Routing) -> Figure:
+    """Similarity: how far the tokens of two experts are from each other. 1-Wasserstein distance of their token
+    distributions, the text's tokens in a line from frequent to rare, each as long as its share of the text. Grey:
+    an expert without a token."""
+
     def distance(row):
         _, total_U, counts_EU = statistics.token_counts(routing.token_T, routing.chosen_TLE[:, row])
         return statistics.similarity(counts_EU, total_U)
@@ -116,6 +115,9 @@ def similarity(model: Model, routing: Routing) -> Figure:
 
 
 def synergy(model: Model, routing: Routing) -> Figure:
+    """Synergy: KL divergence, in nats, of the routers' probability of the row's expert, as a distribution over the
+    tokens of the text, from that of the column's expert. Small: the same tokens call for both."""
+
     def divergence(row):
         return statistics.synergy(routing.log_probs_TLE[:, row])
 
@@ -124,11 +126,13 @@ def synergy(model: Model, routing: Routing) -> Figure:
 
 
 def difficulty(model: Model, routing: Routing) -> Figure:
+    """Share of each expert in the routed tokens, by difficulty: tenths of the tokens by the model's own loss on the
+    token that the experts are given."""
     share_DE, loss_D = statistics.shares_by_difficulty(routing.chosen_TLE, routing.loss_T)
-    figure, (axes,) = new_figure(5)
+    figure, (axes,) = drawing.new_figure(5)
     x_D = np.arange(1, len(loss_D) + 1)
     width_E = model.width_LE.mean(0)[model.expert_E]
-    lines_of_experts(figure, axes, x_D, share_DE[:, model.expert_E], width_E)
+    drawing.lines_of_experts(figure, axes, x_D, share_DE[:, model.expert_E], width_E)
     axes.set_xticks(x_D, [f"{part}\n{loss:.2f}" for part, loss in zip(x_D, loss_D, strict=True)])
     axes.set(
         title="Share of each expert, mean over layers",
@@ -139,9 +143,11 @@ def difficulty(model: Model, routing: Routing) -> Figure:
 
 
 def easy_and_hard(model: Model, easy: Routing, hard: Routing) -> Figure:
-    figure, (experts, parameters) = new_figure(5, 10, ncols=2, width_ratios=[3.2, 1])
+    """Routing of easy and of hard questions, each with its right answer; the mean over questions of each question's
+    own share. Bars: 95 % interval of the mean over questions."""
+    figure, (experts, parameters) = drawing.new_figure(5, 10, ncols=2, width_ratios=[3.2, 1])
     names, what = expert_names(model)
-    for name, routing, colour, offset in (("easy", easy, BLUE, -0.2), ("hard", hard, VERMILLION, 0.2)):
+    for name, routing, colour, offset in (("easy", easy, drawing.BLUE, -0.2), ("hard", hard, drawing.VERMILLION, 0.2)):
         ratio_QE, share_Q = statistics.by_question(routing, model)
         ratio_E, error_E = (100 * part_E[model.expert_E] for part_E in statistics.mean_and_error(ratio_QE))
         share, error = (100 * part for part in statistics.mean_and_error(share_Q))

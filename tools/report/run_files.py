@@ -48,13 +48,9 @@ def read_run(directory: Path, notes: list[str]) -> Run:
     path, rows = directory / TELEMETRY_FILE, []
     for number, last in read_records(path, notes):
         layers = last["layers"]
-        share_LE, (chosen_L, active_L) = (
-            np.array([layer["token_share"] for layer in layers]),
-            (
-                np.array([layer[name] for layer in layers])
-                for name in ("experts_per_token", "activated_expert_parameters")
-            ),
-        )
+        share_LE = np.array([layer["token_share"] for layer in layers])
+        chosen_L = np.array([layer["experts_per_token"] for layer in layers])
+        active_L = [layer["activated_expert_parameters"] for layer in layers]
         ratio_LE = chosen_L[:, None] * share_LE
         first = [last["iteration"], last["activated_parameters"], *(last[name] for name in BALANCES)]
         rows.append(np.concatenate([first, share_LE.mean(0), ratio_LE.mean(0), active_L]))

@@ -14,21 +14,10 @@ from hmoe_megatron.tools.report.scalars import VALIDATION, read_scalars
 from hmoe_megatron.placement.table import plan_table
 
 PICTURES = {
-    "loss.png": (training_pictures.loss, "Loss on the training batches (line) and on held-out text (points)."),
-    "expert_share.png": (
-        training_pictures.expert_share,
-        "Share of the routed tokens that went to each expert, mean over layers; the colour bar says which line is "
-        "which.",
-    ),
-    "activated_parameters.png": (
-        training_pictures.activated_parameters,
-        "Parameters that a token activates, mean over the tokens since the logged step before.",
-    ),
-    "rank_balance.png": (
-        training_pictures.rank_balance,
-        "Work of the busiest rank over the mean of the ranks; 1 is perfect. Time is measured on the logged step, "
-        "forward and backward of the experts.",
-    ),
+    "loss.png": training_pictures.loss,
+    "expert_share.png": training_pictures.expert_share,
+    "activated_parameters.png": training_pictures.activated_parameters,
+    "rank_balance.png": training_pictures.rank_balance,
 }
 HEADS = ("expert", "width", "share of tokens", "share of FLOPs", "")
 

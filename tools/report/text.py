@@ -38,16 +38,16 @@ def read_questions(path: Path) -> list[str]:
     Lines are those of ARC ("question", "choices" of "text" and "label", "answerKey") or have a "text". Raises
     ValueError for anything else and for fewer than MIN_QUESTIONS.
     """
-    texts = [_question(f"{path}:{number}", record) for number, record in _lines(path, _object)]
+    texts = [_question(f"{path}:{number}", record) for number, record in _lines(path, json.loads)]
     if len(texts) < MIN_QUESTIONS:
         raise ValueError(f"{path}: {len(texts)} questions; a mean over questions needs {MIN_QUESTIONS} at least")
     return texts
 
 
-def _question(where: str, record: dict) -> str:
-    if isinstance(record.get("text"), str):
-        return record["text"]
+def _question(where: str, record) -> str:
     try:
+        if isinstance(record.get("text"), str):
+            return record["text"]
         choices = record["choices"]
         answer = choices["text"][choices["label"].index(record["answerKey"])]
         if not isinstance(record["question"], str) or not isinstance(answer, str):
@@ -70,13 +70,6 @@ def _lines(path: Path, parse: Callable[[bytes], object]) -> Iterator[tuple[int, 
                 yield number, parse(line)
             except (BadRecord, ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error!s:.200}; {REMEDY}") from None
-
-
-def _object(line: bytes) -> dict:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__}, not a JSON object")
-    return record
 
 
 def text_windows(

@@ -9,6 +9,7 @@ from hmoe_megatron.tools.report import page
 from hmoe_megatron.tools.report import routing_page as report
 from hmoe_megatron.tools.report.drawing import draw
 from hmoe_megatron.tools.report.statistics import Routing
+from hmoe_megatron.tools.report.text import DEFAULT_TOKENS
 
 from hmoe_megatron.tools import routing_report
 from tests.distributed.pretrain_run import pretrain
@@ -91,6 +92,12 @@ def test_visible_characters_stay_and_others_are_escaped():
     assert report.visible("x" * 99) == "x" * report.MAX_TOKEN_CHARS + "\u2026"
 
 
+def test_the_help_says_how_many_tokens_are_read(capsys):
+    with pytest.raises(SystemExit):
+        tool("--help")
+    assert f"at most {DEFAULT_TOKENS:,}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_top_tokens_name_the_tokens_of_each_expert():
     """Expert 0 takes token 5 always, expert 1 token 6 half of the times."""
     model = make_model(layers=1, widths=(20, 10))
@@ -103,9 +110,7 @@ def test_top_tokens_name_the_tokens_of_each_expert():
     assert cells == [["1", "10", "25.00%", "t6", "50%"], ["0", "20", "50.00%", "t5", "100%"]]
 
 
-@pytest.mark.parametrize(
-    ("layers", "widths"), [(1, (64,) * 4), (2, tuple(range(8, 8 * 41, 8))), (40, (8, 16))]
-)
+@pytest.mark.parametrize(("layers", "widths"), [(1, (64,) * 4), (2, tuple(range(8, 8 * 41, 8))), (40, (8, 16))])
 def test_pictures_of_any_shape(layers, widths):
     model = make_model(layers, widths)
     routing = make_routing(model, tokens=1000)

@@ -152,8 +152,12 @@ def test_write_report_writes_page_and_pictures(run_dir):
         assert shown in text, shown
     # layer 1, last step: experts 0 and 1 with five tokens each
     rows = re.findall(r"<tr><td>(\d)</td><td>(\d+)</td><td>([\d.%]+)</td><td>([\d.%]+)</td>", text)
-    assert rows[:4] == [("0", "30", "50.00%", "75.00%"), ("1", "10", "50.00%", "25.00%"),
-                        ("2", "40", "0.00%", "0.00%"), ("3", "20", "0.00%", "0.00%")]  # fmt: skip
+    assert rows[:4] == [
+        ("0", "30", "50.00%", "75.00%"),
+        ("1", "10", "50.00%", "25.00%"),
+        ("2", "40", "0.00%", "0.00%"),
+        ("3", "20", "0.00%", "0.00%"),
+    ]
     assert text.count('<td class="idle">no token</td>') == 4 and text.count("experts without a token: 2") == 2
     assert "layers 0-1: 4 experts on 2 ranks" in text
     assert not list(run_dir.glob(".*")), "temporary files stay behind"

@@ -86,8 +86,9 @@ def test_similarity_is_scipys_wasserstein_distance(routing):
     order_U = np.argsort(-total_U, kind="stable")
     share_U = total_U[order_U] / TOKENS
     position_U, counts_EU_sorted = np.cumsum(share_U) - share_U / 2, counts_EU[:, order_U]
-    expected = [[wasserstein_distance(position_U, position_U, a_U, b_U) for b_U in counts_EU_sorted]
-                for a_U in counts_EU_sorted]  # fmt: skip
+    expected = [
+        [wasserstein_distance(position_U, position_U, a_U, b_U) for b_U in counts_EU_sorted] for a_U in counts_EU_sorted
+    ]
     np.testing.assert_allclose(statistics.similarity(counts_EU, total_U), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -165,15 +166,14 @@ def test_by_question_by_hand():
 
 
 def test_questions_of_one_length_have_the_ratio_of_all_their_tokens(routing):
-    even = Routing(routing.token_T, np.repeat(np.arange(40), 10), routing.loss_T, routing.chosen_TLE,
-                   routing.log_probs_TLE)  # fmt: skip
+    even = Routing(
+        routing.token_T, np.repeat(np.arange(40), 10), routing.loss_T, routing.chosen_TLE, routing.log_probs_TLE
+    )
     ratio_QE, share_Q = statistics.by_question(even, MODEL)
     ratio_LE = routing.chosen_TLE.mean(0)
     np.testing.assert_allclose(ratio_QE.mean(0), ratio_LE.mean(0))
     of_all_L = statistics.activated_parameters(np.ones_like(ratio_LE), MODEL)
-    np.testing.assert_allclose(
-        share_Q.mean(), statistics.activated_parameters(ratio_LE, MODEL).sum() / of_all_L.sum()
-    )
+    np.testing.assert_allclose(share_Q.mean(), statistics.activated_parameters(ratio_LE, MODEL).sum() / of_all_L.sum())
 
 
 def test_mean_and_error():

@@ -61,9 +61,17 @@ def test_questions_have_their_right_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"answerKey": "3"}, {"answerKey": None}, {"choices": None}, {"choices": {"text": [], "label": ["2"]}},
-               {"question": 3}, {"choices": {"text": "ab", "label": 2}}, {"choices": {"text": [1, 2], "label": "12"}}],
-)  # fmt: skip
+    "change",
+    [
+        {"answerKey": "3"},
+        {"answerKey": None},
+        {"choices": None},
+        {"choices": {"text": [], "label": ["2"]}},
+        {"question": 3},
+        {"choices": {"text": "ab", "label": 2}},
+        {"choices": {"text": [1, 2], "label": "12"}},
+    ],
+)
 def test_other_questions_are_refused(tmp_path, change):
     path = write(tmp_path / "q.jsonl", ARC, ARC | change)
     with pytest.raises(ValueError, match='q.jsonl:2: no "text", and no "question"'):
@@ -73,7 +81,7 @@ def test_other_questions_are_refused(tmp_path, change):
 def test_a_single_question_and_a_line_that_is_no_object_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 questions; a mean over questions needs 2"):
         text.read_questions(write(tmp_path / "q.jsonl", ARC))
-    with pytest.raises(ValueError, match="q.jsonl:1: a int, not a JSON object"):
+    with pytest.raises(ValueError, match='q.jsonl:1: no "text"'):
         text.read_questions(write(tmp_path / "q.jsonl", "3"))
 
 
