@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "--profile",
         metavar="NAME|FILE",
         default="flops",
-        help="flops, a100, h100, h200, b200, or a file of "
+        help="flops, h100, h200, a100, b200, or a file of "
         "tools/profile_hardware.py; default: flops, where a cut costs nothing",
     )
     machine.add_argument("--nodes", metavar="N", type=int, default=1, help="of the ranks, in order; default: 1")
