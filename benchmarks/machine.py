@@ -7,7 +7,7 @@ import subprocess
 from datetime import date
 from pathlib import Path
 
-from hmoe_megatron.profiling.cpu import cpu_name
+from hmoe_megatron.tools.calibration.cpu import cpu_name
 
 ROOT = Path(__file__).parents[1]
 

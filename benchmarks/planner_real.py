@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from hmoe_megatron.tools.plan_tool.model import Model, model_of
 
 from benchmarks.machine import ROOT, stamp
 from examples.demo import DATA, DEMO, EXAMPLE, prepare_data, tool
@@ -23,7 +24,6 @@ from hmoe_megatron.flag_files import read_args
 from hmoe_megatron.placement.cost import CostModel, predict
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.profiles import Profile
-from hmoe_megatron.planning.model import Model, model_of
 from hmoe_megatron.telemetry.reader import read_records
 
 OUTPUT = ROOT / "benchmarks" / "planner_real.md"

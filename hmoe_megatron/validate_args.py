@@ -148,8 +148,8 @@ REQUIRED = (
         "verify_integrity",
         {False},
         "--verify-integrity",
-        "its list names temporary files that are gone after saving, so that no run could load the checkpoint: remove it "
-        "(every checkpoint has hashes, which a load checks)",
+        "its list names temporary files that are gone after saving, so that no run could load the checkpoint: remove "
+        "it (every checkpoint has hashes, which a load checks)",
     ),
     (
         "non_persistent_ckpt_type",

@@ -15,10 +15,8 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron import machine
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 MAX_SIZE = 65_536
 MAX_SECONDS = 3600
@@ -63,18 +61,22 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> None:
         check_output(args.output)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron misses when it is imported is the doctor's affair
-        from hmoe_megatron.profiling.layers import layers_kept_apart, layers_to_fit
-        from hmoe_megatron.profiling.machine import measure
+        from hmoe_megatron import machine
+        from hmoe_megatron.tools.calibration.layers import layers_kept_apart, layers_to_fit
+        from hmoe_megatron.tools.calibration.machine import measure
     default = GPU_GRID if machine.has_gpu() else CPU_GRID
     grid = [getattr(args, name) or default[name] for name in default]
     fit, apart = layers_to_fit(*grid), layers_kept_apart(*grid)
     elements = sum(3 * layer.hidden_size * (sum(layer.widths) + sum(layer.rows)) for layer in fit + apart)
     if elements > MAX_ELEMENTS:
-        raise ValueError(f"--hidden-size, --rows, --widths: weights and rows of {len(fit + apart)} layers are "
-                         f"{elements:.1e} numbers, over {MAX_ELEMENTS:.1e}; give fewer or smaller ones")
+        raise ValueError(
+            f"--hidden-size, --rows, --widths: weights and rows of {len(fit + apart)} layers are "
+            f"{elements:.1e} numbers, over {MAX_ELEMENTS:.1e}; give fewer or smaller ones"
+        )
     if rank == 0:
-        print(f"{len(fit)} layers to fit, {len(apart)} kept apart, {ranks} rank(s): about {args.seconds:g} s",
-              flush=True)
+        print(
+            f"{len(fit)} layers to fit, {len(apart)} kept apart, {ranks} rank(s): about {args.seconds:g} s", flush=True
+        )
     with job(ranks):
         measured = measure(fit, apart, args.seconds)
     if rank == 0:
@@ -86,6 +88,9 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> None:
 def job(ranks: int):
     """torch.distributed, where there is more than one rank."""
     import torch
+
+    from hmoe_megatron import machine
+
     if machine.has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if ranks > 1:
@@ -99,6 +104,8 @@ def job(ranks: int):
 
 def table(measured, apart) -> list[str]:
     """Lines of at most 100 columns: rates, errors, and examples from the most under- to the most over-predicted."""
+    import numpy as np
+
     lines = ["", measured.profile.name[:100]]
     for rate, (what, unit, scale) in RATES.items():
         value = getattr(measured.profile, rate)
@@ -113,25 +120,33 @@ def table(measured, apart) -> list[str]:
     for i in order.tolist():
         rows, widths = (" ".join(map(str, values)) for values in (apart[i].rows, apart[i].widths))
         ms = measured.times_s[i] * 1e3
-        lines.append(f"  {apart[i].hidden_size:5}  {rows:27}{widths:27}{ms:10,.2f} ms"
-                     f"{ms * (1 + errors[i]):11,.2f} ms{errors[i]:+9.1%}")
+        lines.append(
+            f"  {apart[i].hidden_size:5}  {rows:27}{widths:27}{ms:10,.2f} ms"
+            f"{ms * (1 + errors[i]):11,.2f} ms{errors[i]:+9.1%}"
+        )
     return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the profile, JSON; replaced if it "
-                        "is there")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, required=True, help="the profile, JSON; replaced if it is there"
+    )
     sizes = {"metavar": "N", "type": int, "nargs": "+"}
-    default = {name: " on a CPU, ".join(" ".join(map(str, grid[name])) for grid in (CPU_GRID, GPU_GRID)) + " on a GPU"
-               for name in CPU_GRID}
-    parser.add_argument("--hidden-size", **sizes, help="one or more, best around that of the model; default: "
-                        + default["hidden_size"])
+    default = {
+        name: " on a CPU, ".join(" ".join(map(str, grid[name])) for grid in (CPU_GRID, GPU_GRID)) + " on a GPU"
+        for name in CPU_GRID
+    }
+    parser.add_argument(
+        "--hidden-size", **sizes, help="one or more, best around that of the model; default: " + default["hidden_size"]
+    )
     parser.add_argument("--rows", **sizes, help="of an expert, two or more; default: " + default["rows"])
     parser.add_argument("--widths", **sizes, help="of an expert, two or more; default: " + default["widths"])
     parser.add_argument("--seconds", metavar="S", type=float, default=20.0, help="to time the compute; default: 20")
     args = parser.parse_args(argv)
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    from hmoe_megatron import machine
+
     machine.prepare_environment()
     try:
         run(args, rank, ranks)

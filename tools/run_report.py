@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.report import write_report
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--png", metavar="DIR", help="the pictures; default: figures/ beside the page")
     parser.add_argument("--tensorboard-dir", metavar="DIR", help="as in training; default: RUN/tensorboard")
     args = parser.parse_args(argv)
+    from hmoe_megatron.tools.report.run_page import write_report  # matplotlib and scipy take seconds to import
+
     try:
         for path in write_report(args.run, args.output, args.png, args.tensorboard_dir):
             print(path)

@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     machine.prepare_environment()
     from hmoe_megatron.placement.profiles import PROFILES
-    from hmoe_megatron.profiling.fit import errors
-    from hmoe_megatron.profiling.layers import layers_kept_apart, layers_to_fit
-    from hmoe_megatron.profiling.machine import measure
-    from tools.profile_hardware import GPU_GRID
+    from hmoe_megatron.tools.calibration.fit import errors
+    from hmoe_megatron.tools.calibration.layers import layers_kept_apart, layers_to_fit
+    from hmoe_megatron.tools.calibration.machine import measure
+    from hmoe_megatron.tools.profile_hardware import GPU_GRID
 
     grid = ((32,), (2, 8), (8, 32)) if given.tiny else tuple(GPU_GRID.values())
     apart = layers_kept_apart(*grid)

@@ -88,8 +88,8 @@ def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan], numbe
         first = differ[0]
         raise ValueError(
             f"plans to compare: other widths (--hmoe-widths) in layers "
-            f"{ranges_text([numbers[n] for n in differ])}: in layer {numbers[first]} the old plan has {old[first].widths!s:.120}, the new {new[first].widths!s:.120}; "
-            f"{remedy}"
+            f"{ranges_text([numbers[n] for n in differ])}: in layer {numbers[first]} the old plan has "
+            f"{old[first].widths!s:.120}, the new {new[first].widths!s:.120}; {remedy}"
         )
 
 

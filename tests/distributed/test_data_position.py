@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe_megatron.report.scalars import read_scalars
+from hmoe_megatron.tools.report.scalars import read_scalars
 from tests.distributed.plans import save_plan, whole
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks

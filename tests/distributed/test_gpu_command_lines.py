@@ -81,7 +81,8 @@ def test_every_model_of_the_step_times_is_taken(kind):
         ("--bf16 --fp8-format hybrid --fp8-param-gather", "--fp8-param-gather"),
         ("--expert-model-parallel-size 2 --moe-token-dispatcher-type flex", "add --bf16"),
         (
-            "--expert-model-parallel-size 2 --bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+            "--expert-model-parallel-size 2 --bf16 --moe-token-dispatcher-type flex "
+            "--moe-flex-dispatcher-backend ncclep",
             "--moe-flex-dispatcher-backend",
         ),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hmoe_megatron.placement.profiles import profile_named
-from hmoe_megatron.profiling.layers import layers_kept_apart, layers_to_fit
+from hmoe_megatron.tools.calibration.layers import layers_kept_apart, layers_to_fit
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ INSIDE, ACROSS = "intra_node_bytes_per_s", "inter_node_bytes_per_s"
 
 
 def measured(ranks_per_node):
-    from hmoe_megatron.profiling.machine import measure
+    from hmoe_megatron.tools.calibration.machine import measure
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)  # nodes exist by torchrun's word only
     found = measure(layers_to_fit(*GRID), layers_kept_apart(*GRID), 0.2)
@@ -45,14 +45,32 @@ def test_nodes_of_unequal_size_are_refused():
 def test_the_tool_under_torchrun(tmp_path):
     flags = "--hidden-size 64 --rows 8 64 --widths 16 64 --seconds 0.5".split()
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "tools/profile_hardware.py", "--output", tmp_path / "profile.json", *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "tools/profile_hardware.py",
+            "--output",
+            tmp_path / "profile.json",
+            *flags,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert os.listdir(tmp_path) == ["profile.json"]
     profile = profile_named(tmp_path / "profile.json")
     assert profile.intra_node_bytes_per_s > 0 and profile.inter_node_bytes_per_s is None and profile.element_bytes == 4
-    for part in ("4 layers to fit, 1 kept apart, 2 rank(s)", "received inside a node", "link inside a node, kept apart",
-                 "profile.json: written"):
+    for part in (
+        "4 layers to fit, 1 kept apart, 2 rank(s)",
+        "received inside a node",
+        "link inside a node, kept apart",
+        "profile.json: written",
+    ):
         assert run.stdout.count(part) == 1, f"once, by rank 0: {part}\n{run.stdout}"

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from hmoe_megatron.placement.plan import PlacementPlan
-from hmoe_megatron.report.scalars import read_scalars
+from hmoe_megatron.tools.report.scalars import read_scalars
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, DOCUMENTS, RANKS = 600, 40, 2

@@ -11,7 +11,7 @@ from benchmarks.duel import Side
 from benchmarks.gpu.correctness import CASES, DTYPES, KINDS, in_a_graph, random_case, worst_of
 from benchmarks.gpu.runs import MODEL, RUNS, lacking, verdict
 from hmoe_megatron.machine.optional import kernels
-from hmoe_megatron.report.scalars import read_scalars
+from hmoe_megatron.tools.report.scalars import read_scalars
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

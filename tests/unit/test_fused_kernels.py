@@ -94,6 +94,7 @@ def test_the_summary_says_what_and_why():
 
 # --- packages that are there, as files
 
+METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
 WHOLE = {
     "transformer_engine/__init__.py": """
         import importlib.abc, importlib.machinery, sys, types
@@ -118,11 +119,11 @@ WHOLE = {
         from transformer_engine import common, pytorch
         """,
     "transformer_engine/wheel_lib/transformer_engine_torch.so": "",
-    "transformer_engine-2.20.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n",
+    "transformer_engine-2.20.2.dist-info/METADATA": METADATA.format("transformer-engine", "2.20.2"),
 }
 HALF = {
     "transformer_engine/__init__.py": "raise FileNotFoundError('no transformer_engine_torch library')",
-    "transformer_engine_cu13-2.9.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: transformer-engine-cu13\nVersion: 2.9.0\n",
+    "transformer_engine_cu13-2.9.0.dist-info/METADATA": METADATA.format("transformer-engine-cu13", "2.9.0"),
 }
 BROKEN = WHOLE | {"transformer_engine/__init__.py": "raise ImportError('undefined symbol: _ZN2at')"}
 NVIDIAS = {

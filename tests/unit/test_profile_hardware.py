@@ -2,10 +2,8 @@
 
 import os
 import re
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +12,24 @@ import torch
 from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.placement import CostModel, Profile, nodes_of, plan_layer
 from hmoe_megatron.placement.profiles import PROFILES, profile_named
-from hmoe_megatron.profiling import machine
-from hmoe_megatron.profiling.fit import FITTED, errors, fit_profile, predicted_s
-from hmoe_megatron.profiling.layers import Layer, experts_run, layers_kept_apart, layers_to_fit
-from hmoe_megatron.profiling.links import _rows_sent
-from hmoe_megatron.profiling.timing import LEAST_ROUNDS, TURN_S, least_times
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import profile_hardware  # noqa: E402
+from hmoe_megatron.tools import profile_hardware
+from hmoe_megatron.tools.calibration import machine
+from hmoe_megatron.tools.calibration.fit import FITTED, errors, fit_profile, predicted_s
+from hmoe_megatron.tools.calibration.layers import Layer, experts_run, layers_kept_apart, layers_to_fit
+from hmoe_megatron.tools.calibration.links import _rows_sent
+from hmoe_megatron.tools.calibration.timing import LEAST_ROUNDS, TURN_S, least_times
 
 CPU_GRID, GPU_GRID = (tuple(grid.values()) for grid in (profile_hardware.CPU_GRID, profile_hardware.GPU_GRID))
 SMALL_GRID = ((64, 128), (4, 16, 64), (16, 64, 128))
-CPU = Profile("cpu", 1.2e11, launch_s=1.3e-4, memory_bytes_per_s=1.9e10, row_tile=31.0, element_bytes=4,
-              activation_bytes_per_s=8.5e9)  # fmt: skip
+CPU = Profile(
+    "cpu",
+    1.2e11,
+    launch_s=1.3e-4,
+    memory_bytes_per_s=1.9e10,
+    row_tile=31.0,
+    element_bytes=4,
+    activation_bytes_per_s=8.5e9,
+)
 NO_TILE = {gpu: replace(PROFILES[gpu], width_tile=1) for gpu in ("a100", "h200", "b200")}  # it is not fitted
 WORST_MEDIAN = 0.15  # the project's own limit for predictions of a layer's expert time
 
@@ -42,10 +45,16 @@ def test_no_layer_is_both_fit_and_kept_apart(grid):
         assert min(grid[0]) <= layer.hidden_size <= max(grid[0])
 
 
-@pytest.mark.parametrize("profile, grid", [
-    *((profile, GPU_GRID) for profile in NO_TILE.values()), (CPU, CPU_GRID), (CPU, SMALL_GRID),
-    (replace(CPU, launch_s=1e-6, row_tile=2.0), CPU_GRID),
-], ids=lambda value: getattr(value, "name", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "profile, grid",
+    [
+        *((profile, GPU_GRID) for profile in NO_TILE.values()),
+        (CPU, CPU_GRID),
+        (CPU, SMALL_GRID),
+        (replace(CPU, launch_s=1e-6, row_tile=2.0), CPU_GRID),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
 def test_exact_times_give_their_profile_back(profile, grid):
     layers = layers_to_fit(*grid)
     found = fit_profile(layers, predicted_s(layers, profile), "found", profile.element_bytes)
@@ -70,8 +79,10 @@ def test_rates_that_cost_nothing_are_fitted_so():
     """Without activations or weights to read, the fit says so by rates at which these take no time."""
     profile, layers = replace(CPU, memory_bytes_per_s=None, activation_bytes_per_s=None), layers_to_fit(*CPU_GRID)
     found = fit_profile(layers, predicted_s(layers, profile), "found", 4)
-    assert np.abs(errors(layers_kept_apart(*CPU_GRID), predicted_s(layers_kept_apart(*CPU_GRID), profile), found)
-                  ).max() < 0.01
+    assert (
+        np.abs(errors(layers_kept_apart(*CPU_GRID), predicted_s(layers_kept_apart(*CPU_GRID), profile), found)).max()
+        < 0.01
+    )
     assert found.flops_per_s == pytest.approx(CPU.flops_per_s, rel=0.01)
 
 
@@ -117,8 +128,10 @@ def test_what_is_timed_is_forward_and_backward_of_every_expert(backend):
     assert all(leaf.grad is None for leaf in seen[0]), "the next call starts as this one did"
 
 
-@pytest.mark.parametrize("linked_RR", [np.ones((4, 4), bool), np.kron(np.eye(2), np.ones((2, 2))) > 0,
-                                       np.kron(np.eye(2), np.ones((2, 2))) == 0])  # fmt: skip
+@pytest.mark.parametrize(
+    "linked_RR",
+    [np.ones((4, 4), bool), np.kron(np.eye(2), np.ones((2, 2))) > 0, np.kron(np.eye(2), np.ones((2, 2))) == 0],
+)
 def test_rows_go_over_their_links_only(linked_RR):
     even, skewed = (_rows_sent(linked_RR, 1000, skew) for skew in (0.0, 1.0))
     for rows_RR in (even, skewed):
@@ -132,13 +145,23 @@ def no_measuring(*args):
     raise AssertionError("it began to measure")
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--rows 64", "--rows 64: give two or more"), ("--widths 64 64", "--widths 64: give two or more"),
-    ("--rows 0 64", "--rows 0: .* 1 to 65536"), ("--widths 64 70000", "--widths 70000"),
-    ("--hidden-size -1", "--hidden-size -1"), ("--seconds nan", "--seconds nan: "), ("--seconds 0", "--seconds 0"),
-    ("--seconds inf", "--seconds inf"), ("--output .", "--output .: "), ("--output no/such/folder.json", "exists"),
-    ("--output=", "--output .: "), ("--hidden-size 60000 --rows 1 2 --widths 1 60000", "fewer or smaller"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--rows 64", "--rows 64: give two or more"),
+        ("--widths 64 64", "--widths 64: give two or more"),
+        ("--rows 0 64", "--rows 0: .* 1 to 65536"),
+        ("--widths 64 70000", "--widths 70000"),
+        ("--hidden-size -1", "--hidden-size -1"),
+        ("--seconds nan", "--seconds nan: "),
+        ("--seconds 0", "--seconds 0"),
+        ("--seconds inf", "--seconds inf"),
+        ("--output .", "--output .: "),
+        ("--output no/such/folder.json", "exists"),
+        ("--output=", "--output .: "),
+        ("--hidden-size 60000 --rows 1 2 --widths 1 60000", "fewer or smaller"),
+    ],
+)
 def test_what_cannot_be_measured_is_said_at_once(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "measure", no_measuring)
     monkeypatch.chdir(tmp_path)
@@ -153,8 +176,11 @@ def made(grid) -> machine.Measured:
     apart = layers_kept_apart(*grid)
     off = np.linspace(-0.9, 9.99, len(apart))
     profile = replace(NO_TILE["b200"], name="measured on " + "x" * 100, inter_node_bytes_per_s=None)
-    return machine.Measured(profile, np.full(len(apart), 12.3456), {
-        "layers fit": np.array([0.5]), "layers kept apart": off, "link inside a node, kept apart": np.array([-0.25])})
+    return machine.Measured(
+        profile,
+        np.full(len(apart), 12.3456),
+        {"layers fit": np.array([0.5]), "layers kept apart": off, "link inside a node, kept apart": np.array([-0.25])},
+    )
 
 
 @pytest.mark.parametrize("grid", [CPU_GRID, GPU_GRID, ((65536,), (60000, 65536), (60000, 65536))])
@@ -162,8 +188,14 @@ def test_the_table(grid):
     lines = profile_hardware.table(made(grid), layers_kept_apart(*grid))
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    for part in ("1,746,000.0 GFLOP/s", "42.6 us", "128.0 rows", "across nodes       not measured", "25.0%",
-                 "12,345.60 ms   1,234.56 ms   -90.0%"):
+    for part in (
+        "1,746,000.0 GFLOP/s",
+        "42.6 us",
+        "128.0 rows",
+        "across nodes       not measured",
+        "25.0%",
+        "12,345.60 ms   1,234.56 ms   -90.0%",
+    ):
         assert part in text, part
 
 

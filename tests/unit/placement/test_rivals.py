@@ -1,20 +1,23 @@
 """What planning is compared with: EPLB's packing by hand, and the table of outcomes."""
 
 import pytest
+from hmoe_megatron.tools.plan_tool.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 from hmoe_megatron.placement import CostModel, Rank, contiguous_plan, plan_model
 from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE, equal_counts, rivals
-from hmoe_megatron.placement.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 
-@pytest.mark.parametrize("weights, ranks, owners", [
-    ([5, 4, 3, 1], 2, [0, 1, 1, 0]),
-    ([9, 1, 1, 1], 2, [0, 1, 1, 0]),  # the heaviest rank must take the last: the other is full
-    ([1, 2, 3, 4, 5], 2, [0, 0, 1, 1, 0]),  # 5 | 4, 3 | 2, 1: the last of two equal ones to the first
-    ([9, 8, 1, 1, 1], 2, [0, 1, 1, 0, 1]),  # three places on each
-    ([2, 2, 2], 3, [0, 1, 2]),
-    ([1, 1], 4, [0, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights, ranks, owners",
+    [
+        ([5, 4, 3, 1], 2, [0, 1, 1, 0]),
+        ([9, 1, 1, 1], 2, [0, 1, 1, 0]),  # the heaviest rank must take the last: the other is full
+        ([1, 2, 3, 4, 5], 2, [0, 0, 1, 1, 0]),  # 5 | 4, 3 | 2, 1: the last of two equal ones to the first
+        ([9, 8, 1, 1, 1], 2, [0, 1, 1, 0, 1]),  # three places on each
+        ([2, 2, 2], 3, [0, 1, 2]),
+        ([1, 1], 4, [0, 1]),
+    ],
+)
 def test_equal_counts(weights, ranks, owners):
     assert equal_counts(weights, ranks) == owners
 
@@ -23,8 +26,9 @@ def test_each_rival_is_fed_with_its_own():
     """Four experts on two ranks, of work 8, 100, 60 and 100."""
     tokens, widths = [8.0, 1.0, 6.0, 5.0], [1, 100, 10, 20]
     plan = plan_model([tokens], [widths], 2)
-    experts = {name: [[p.expert for p in rank] for rank in other.layers[0].pieces]
-               for name, other in rivals(plan).items()}
+    experts = {
+        name: [[p.expert for p in rank] for rank in other.layers[0].pieces] for name, other in rivals(plan).items()
+    }
     assert experts[CONTIGUOUS] == [[0, 1], [2, 3]]
     assert experts[EPLB_TOKENS] == [[0, 1], [2, 3]]  # 8 | 6, 5 | 1 where there is a place
     assert experts[EPLB_WORK] == [[1, 2], [0, 3]]  # 100 | 100 | 60 | 8
@@ -37,8 +41,10 @@ def test_outcomes():
     widths_LE, tokens_LE = [[10, 30], [20, 20]], [[1.0, 1.0], [1.0, 1.0]]
     cost, cap = CostModel(hidden_size=4), 3 * 50 * 4 * 18 + 1
     ranks = [Rank(bytes=cap)] * 2
-    plans = {"contiguous": contiguous_plan(widths_LE, ranks, tokens_LE, cost), "planned": plan_model(
-        tokens_LE, widths_LE, 2, cost)}
+    plans = {
+        "contiguous": contiguous_plan(widths_LE, ranks, tokens_LE, cost),
+        "planned": plan_model(tokens_LE, widths_LE, 2, cost),
+    }
     found = outcomes(plans)
     assert found["contiguous"].time == 18 * 4 * 50 and found["planned"].time == 18 * 4 * 40
     assert found["contiguous"].over_mean == pytest.approx(50 / 40) and found["planned"].over_mean == 1
