@@ -19,7 +19,7 @@ if not __package__:  # run as a file
 from hmoe_megatron.tools.evaluation.inputs import Source, go_offline
 
 
-def parse_flags(argv) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -50,7 +50,7 @@ def parse_flags(argv) -> argparse.Namespace:
     return given
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     given = parse_flags(argv)
     go_offline()
     kind, path = ("load", given.load) if given.load else ("hf", given.hf)

@@ -21,6 +21,11 @@ AGAIN = "make or fetch it again"
 SCHEMA = 2  # of the sidecar
 
 
+def smallest_dtype(vocab_size: int) -> type:
+    """What Megatron holds ids of such a vocabulary in."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -48,13 +53,18 @@ def _holds(found, path: list[str], holds: Callable) -> bool:
 
 # What is read of a sidecar -> what it must be.
 SIDECAR = {
-    "outputs": _maps(lambda value: isinstance(value, dict)), "vocab_size": _is_count,
-    "request.inputs": lambda value: isinstance(value, list), "request.tokenizer.type": _is_text,
+    "outputs": _maps(lambda value: isinstance(value, dict)),
+    "vocab_size": _is_count,
+    "request.inputs": lambda value: isinstance(value, list),
+    "request.tokenizer.type": _is_text,
     "request.tokenizer.model": lambda value: value is None or _is_text(value),
-    "request.tokenizer.other_flags": _is_texts, "request.tokenizer.sha256": _maps(_is_text),
-    "counts.records": _is_count, "counts.documents": _is_count, "counts.tokens": _is_count,
+    "request.tokenizer.other_flags": _is_texts,
+    "request.tokenizer.sha256": _maps(_is_text),
+    "counts.records": _is_count,
+    "counts.documents": _is_count,
+    "counts.tokens": _is_count,
     "counts.bad_records": _maps(_is_count),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -137,16 +147,19 @@ class DataSet:
         """Reads all of both files. Raises ValueError also without a sidecar to compare with."""
         sidecar = self.check_lengths()
         if sidecar is None:
-            raise ValueError(f"{self.prefix}.json: missing or not of tools/preprocess_data.py: there is no hash to "
-                             "compare with; make the data again or leave --hmoe-verify-data out")  # fmt: skip
+            raise ValueError(
+                f"{self.prefix}.json: missing or not of tools/preprocess_data.py: there is no hash to "
+                "compare with; make the data again or leave --hmoe-verify-data out"
+            )
         for path in (self.bin, self.idx):
             if sha256_file(path) != self._output(sidecar, path, "sha256", _is_text):
                 raise ValueError(f"{path}: is altered (SHA-256 does not match its sidecar); {AGAIN}")
 
     def _output(self, sidecar: dict, path: Path, fact: str, holds: Callable) -> int | str:
         if not _holds(sidecar["outputs"], [path.name, fact], holds):
-            raise ValueError(f"{self.prefix}.json: says nothing of {path.name}: is of another data set or damaged; "
-                             f"{AGAIN}")  # fmt: skip
+            raise ValueError(
+                f"{self.prefix}.json: says nothing of {path.name}: is of another data set or damaged; {AGAIN}"
+            )
         return sidecar["outputs"][path.name][fact]
 
     def check_structure(self) -> None:
@@ -165,9 +178,11 @@ class DataSet:
         made_by, made_with = tokenizer["type"], sorted(tokenizer["sha256"].values())
         if (made_by, made_with) != (kind, sorted(hashes)):
             named = f"--tokenizer-type {made_by} --tokenizer-model {tokenizer['model']}"
-            raise ValueError(f"{self.prefix}: was made with {named}, SHA-256 {_short(made_with)}, and this run has "
-                             f"{flags}, SHA-256 {_short(hashes)}: give the data's tokenizer, or prepare the data with "
-                             "the run's")  # fmt: skip
+            raise ValueError(
+                f"{self.prefix}: was made with {named}, SHA-256 {_short(made_with)}, and this run has "
+                f"{flags}, SHA-256 {_short(hashes)}: give the data's tokenizer, or prepare the data with "
+                "the run's"
+            )
 
 
 def _short(hashes: list[str]) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hmoe_megatron.data_prep.data_set import smallest_dtype
 from hmoe_megatron.data_prep.fast_encoding import find_way, megatron_way
 from hmoe_megatron.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
 from hmoe_megatron.data_prep.sources import Block
@@ -36,8 +37,14 @@ class Encoded(NamedTuple):
 class Encoder:
     """Block to Encoded. way: how texts become ids, equal to Megatron's own way: see fast_encoding.py."""
 
-    def __init__(self, tokenizer_args: argparse.Namespace, keys: list[str], append_eod: bool, max_record_bytes: int,
-                 sample: list[str] | None):  # fmt: skip
+    def __init__(
+        self,
+        tokenizer_args: argparse.Namespace,
+        keys: list[str],
+        append_eod: bool,
+        max_record_bytes: int,
+        sample: list[str] | None,
+    ):
         """sample: texts of the input on which a faster way must be equal; None: Megatron's own way.
 
         Raises ValueError if Megatron cannot build the tokenizer or it lacks what is asked of it.
@@ -45,7 +52,6 @@ class Encoder:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Hugging Face's threads do not survive a fork
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron.core.datasets.indexed_dataset import DType
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
         try:
             self.tokenizer = build_tokenizer(tokenizer_args)
@@ -63,21 +69,26 @@ class Encoder:
                 f"--append-eod: the tokenizer's end-of-document id {self.eod_id} is not in its vocabulary of "
                 f"{self.vocab_size}; train it with an eos id or leave --append-eod out"
             )
-        self.keys, self.max_record_bytes, self.dtype = keys, max_record_bytes, DType.optimal_dtype(self.vocab_size)
+        self.keys, self.max_record_bytes, self.dtype = keys, max_record_bytes, smallest_dtype(self.vocab_size)
         self.stock = megatron_way(self.tokenizer)
         self.way_name, self.way = "Megatron's tokenizer, text by text", self.stock
         if sample is not None:
             self.way_name, self.way = find_way(self.tokenizer, sample, self.stock)
-        self.about = {"tokenizer_way": self.way_name, "vocab_size": self.vocab_size, "eod_id": self.eod_id,
-                      "dtype": self.dtype.__name__}  # fmt: skip
+        self.about = {
+            "tokenizer_way": self.way_name,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "dtype": self.dtype.__name__,
+        }
 
     def encode(self, block: Block, kind: str) -> Encoded:
         """kind: of the block's source. Raises ValueError if the faster way fails its spot check."""
         good, bad = [], []
         for record in parse_block(block, kind, self.keys, self.max_record_bytes):
             (bad if isinstance(record, Bad) else good).append(record)
-        ids_of_documents = zip(*(self._encode_texts([record.texts[key] for record in good])
-                                 for key in range(len(self.keys))), strict=True)  # fmt: skip
+        ids_of_documents = zip(
+            *(self._encode_texts([record.texts[key] for record in good]) for key in range(len(self.keys))), strict=True
+        )
         kept = []
         for record, ids_of_keys in zip(good, ids_of_documents, strict=True):
             try:

@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 from hmoe_megatron.data_prep.encoding import Encoder
@@ -22,12 +23,17 @@ def request_of(args: argparse.Namespace, megatron_flags: list[str], sources: lis
     return {
         "inputs": [[source.path, source.bytes, os.stat(source.path).st_mtime_ns] for source in sources],
         "tokenizer": {
-            "type": args.tokenizer_type, "model": args.tokenizer_model, "other_flags": megatron_flags,
+            "type": args.tokenizer_type,
+            "model": args.tokenizer_model,
+            "other_flags": megatron_flags,
             "sha256": file_hashes(args.tokenizer_model, args.vocab_file, args.merge_file),
         },
-        "json_keys": args.json_keys, "append_eod": args.append_eod, "max_doc_bytes": args.max_doc_bytes,
-        "sample_by": args.sample_by, "stock_tokenizer": args.stock_tokenizer,
-    }  # fmt: skip
+        "json_keys": args.json_keys,
+        "append_eod": args.append_eod,
+        "max_doc_bytes": args.max_doc_bytes,
+        "sample_by": args.sample_by,
+        "stock_tokenizer": args.stock_tokenizer,
+    }
 
 
 def published_request(request: dict, args: argparse.Namespace) -> dict:
@@ -40,8 +46,12 @@ def published_request(request: dict, args: argparse.Namespace) -> dict:
 
 def megatron_tokenizer_args(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
     """What Megatron's build_tokenizer reads, from its own parser and defaults."""
-    own = {"--tokenizer-type": args.tokenizer_type, "--tokenizer-model": args.tokenizer_model,
-           "--vocab-file": args.vocab_file, "--merge-file": args.merge_file}  # fmt: skip
+    own = {
+        "--tokenizer-type": args.tokenizer_type,
+        "--tokenizer-model": args.tokenizer_model,
+        "--vocab-file": args.vocab_file,
+        "--merge-file": args.merge_file,
+    }
     given = [word for flag, value in own.items() if value is not None for word in (flag, value)]
     return tokenizer_parser("preprocess_data.py").parse_args(given + flags)
 
@@ -52,8 +62,13 @@ class Run:
     def __init__(self, args: argparse.Namespace, megatron_flags: list[str], sources: list[Source]):
         """Raises ValueError for a wrong flag or file."""
         self.args, self.sources, self.start_s = args, sources, time.monotonic()
-        self.tokenizer_args = megatron_tokenizer_args(args, megatron_flags)
+        self.megatron_flags = megatron_flags
         self.request = request_of(args, megatron_flags, self.sources)
+
+    @cached_property
+    def tokenizer_args(self) -> argparse.Namespace:
+        """Imports Megatron: not asked for where all is done, or only to be merged."""
+        return megatron_tokenizer_args(self.args, self.megatron_flags)
 
     def is_done(self, shards: int = 1) -> bool:
         """Whether this very command has made the data sets, whole; removes what it left of the shards."""
@@ -85,17 +100,29 @@ class Run:
         encoder = Encoder(*encoder_args)
         if not is_quiet:
             print(f"tokenizer: {encoder.way_name}")
-        fill(shard, spans(self.sources, number, shards), encoder, encoder_args, workers=args.workers,
-             on_bad_record=args.on_bad_record, max_bad_records=args.max_bad_records, is_quiet=is_quiet)  # fmt: skip
+        fill(
+            shard,
+            spans(self.sources, number, shards),
+            encoder,
+            encoder_args,
+            workers=args.workers,
+            on_bad_record=args.on_bad_record,
+            max_bad_records=args.max_bad_records,
+            is_quiet=is_quiet,
+        )
         if request_of(args, self.request["tokenizer"]["other_flags"], self.sources) != self.request:
-            raise ValueError(f"--input {' '.join(args.input)}: changed while it was read; remove {shard.folder} and "
-                             "run again")  # fmt: skip
+            raise ValueError(
+                f"--input {' '.join(args.input)}: changed while it was read; remove {shard.folder} and run again"
+            )
 
     def publish(self, shards: int) -> None:
         """Joins `shards` finished ones. Raises ValueError if one is not, or no document is there."""
         args = self.args
-        missing = [f"{number}/{shards}" for number in range(shards)
-                   if not folder_of(args.output_prefix, number, shards).is_dir()]  # fmt: skip
+        missing = [
+            f"{number}/{shards}"
+            for number in range(shards)
+            if not folder_of(args.output_prefix, number, shards).is_dir()
+        ]
         if missing:
             raise ValueError(f"--merge {shards}: nothing is there of --shard {', '.join(missing[:8])}: run it first")
         with ExitStack() as stack:
@@ -109,9 +136,11 @@ class Run:
             if args.max_bad_records is not None and bad.total() > args.max_bad_records:
                 raise ValueError(f"more than --max-bad-records {args.max_bad_records} in all shards ({listing(bad)})")
             if not sum(shard.progress.documents for shard in opened):
-                raise ValueError(f"--input {' '.join(args.input)}: no document in "
-                                 f"{sum(shard.progress.records for shard in opened)} records ({listing(bad)}); "
-                                 f"remove {opened[0].folder} to start again")  # fmt: skip
+                raise ValueError(
+                    f"--input {' '.join(args.input)}: no document in "
+                    f"{sum(shard.progress.records for shard in opened)} records ({listing(bad)}); "
+                    f"remove {opened[0].folder} to start again"
+                )
             counts = publish(args.output_prefix, args.json_keys, opened, published_request(self.request, args))
         for key, tokens in zip(args.json_keys, counts["tokens"], strict=True):
             print(f"{data_set_name(args.output_prefix, key)}: {counts['documents']:,} documents, {tokens:,} tokens")
@@ -130,6 +159,7 @@ def run_alone(args: argparse.Namespace, megatron_flags: list[str], sources: list
     number, shards = args.shard or (0, 1)
     if not args.shard and work.is_done():
         return
+    _ = work.tokenizer_args  # a wrong flag ends it before a folder is made
     shard = work.open_shard(number, shards)
     try:
         work.fill(shard, number, shards)
@@ -137,8 +167,10 @@ def run_alone(args: argparse.Namespace, megatron_flags: list[str], sources: list
     finally:
         shard.close()
     if args.shard:
-        print(f"--shard {number}/{shards}: {documents:,} documents of {records:,} records are in {shard.folder}; "
-              f"when all shards are done: --merge {shards}")  # fmt: skip
+        print(
+            f"--shard {number}/{shards}: {documents:,} documents of {records:,} records are in {shard.folder}; "
+            f"when all shards are done: --merge {shards}"
+        )
     else:
         work.publish(1)
 
@@ -156,6 +188,7 @@ def run_under_mpi(args: argparse.Namespace, megatron_flags: list[str], sources: 
     errors = world.allgather(str(error or ""))
     if not any(errors):
         try:
+            _ = work.tokenizer_args
             shard = work.open_shard(world.rank, world.size)
             try:
                 work.fill(shard, world.rank, world.size)

@@ -60,8 +60,14 @@ def test_a_model_without_a_cache_is_given_all_tokens():
             return SimpleNamespace(logits=logits, past_key_values=None)
 
     model = HuggingFaceModel.__new__(HuggingFaceModel)
-    model.__dict__ |= {"module": NoCache(), "device": "cpu", "context": 9, "vocabulary": 20, "_cache": None,
-                       "_seen": []}  # fmt: skip
+    model.__dict__ |= {
+        "module": NoCache(),
+        "device": "cpu",
+        "context": 9,
+        "vocabulary": 20,
+        "_cache": None,
+        "_seen": [],
+    }
     assert [int(model.next_logits(tokens).argmax()) for tokens in ([1, 2, 3], [1, 2, 3, 4])] == [6, 10]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hmoe_megatron import data_checks
-from hmoe_megatron.data_prep.data_set import DTYPES, HEADER, DataSet
+from hmoe_megatron.data_prep.data_set import DTYPES, HEADER, DataSet, smallest_dtype
 from hmoe_megatron.data_prep.inspection import bin_edges, read_document
 from tests.unit.data_prep.calls import ROOT, make_texts, preprocess, read_data_set, write_jsonl
 
@@ -26,8 +26,14 @@ def data(sp_model, tmp_path) -> DataSet:
 def run_args(data, model, **changed):
     unset = """train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path vocab_file
                merge_file""".split()
-    fields = {"data_path": [data.prefix], "split": "1,0,0", "mock_data": False, "multiple_validation_sets": False,
-              "tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model)}  # fmt: skip
+    fields = {
+        "data_path": [data.prefix],
+        "split": "1,0,0",
+        "mock_data": False,
+        "multiple_validation_sets": False,
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": str(model),
+    }
     return argparse.Namespace(**dict.fromkeys(unset) | fields | changed)
 
 
@@ -35,6 +41,8 @@ def test_dtypes_are_megatrons():
     from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 
     assert {code: DType.dtype_from_code(code) for code in DTYPES} == DTYPES
+    for vocab_size in (100, 65499, 65500, 1 << 20):
+        assert smallest_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
     assert len(DType) == len(DTYPES) and len(_INDEX_HEADER) == 9 and HEADER.size == 34
 
 
