@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hmoe_megatron.doctor import run_settings
+from hmoe_megatron.tools.machine_checks import run_settings
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"

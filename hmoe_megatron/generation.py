@@ -80,8 +80,8 @@ def generate(
 ) -> Iterator[int]:
     """Up to ``count`` tokens after ``prompt_T``, which must not be empty, one by one; see `draw`.
 
-    model: of `hmoe_megatron.evaluation.models`; sees the last tokens that its context holds. stop_at: the token after
-    which nothing more is drawn; it is not given.
+    model: of tools/evaluation/models.py; sees the last tokens that its context holds. stop_at: the token after which
+    nothing more is drawn; it is not given.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt_T)

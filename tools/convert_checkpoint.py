@@ -26,7 +26,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -39,8 +40,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
     to_hf.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory that does not exist yet")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights (default: the checkpoint's)")
-    to_hf.add_argument("--padded", choices=["mixtral"], help="a stock model of transformers, without our code: "
-                       "each expert padded with zeros to the widest; Top-K only")  # fmt: skip
+    to_hf.add_argument(
+        "--padded",
+        choices=["mixtral"],
+        help="a stock model of transformers, without our code: each expert padded with zeros to the widest; Top-K only",
+    )
     to_hf.add_argument("--tokenizer-model", help="where the run's tokenizer is now (default: where it was)")
     to_hf.add_argument("--skip-integrity", action="store_true", help="do not hash the checkpoint's files first")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face directory to a checkpoint", allow_abbrev=False)
@@ -51,8 +55,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--tokenizer-type", help="Megatron's (default: the directory's tokenizer)")
         command.add_argument("--tokenizer-model", help="file or folder of the tokenizer")
     upcycle.add_argument("--num-experts", type=int, required=True, metavar="E")
-    upcycle.add_argument("--hmoe-widths", required=True, metavar="SCHEDULE", help="as of pretrain_hmoe.py; ratios are "
-                         "scaled to the dense width")  # fmt: skip
+    upcycle.add_argument(
+        "--hmoe-widths",
+        required=True,
+        metavar="SCHEDULE",
+        help="as of pretrain_hmoe.py; ratios are scaled to the dense width",
+    )
     upcycle.add_argument("--hmoe-width-multiple", type=int, metavar="N", help="of every width")
     upcycle.add_argument("--moe-router-topk", type=int, metavar="K", help="Top-K; this or --hmoe-top-p")
     upcycle.add_argument("--moe-router-pre-softmax", action="store_true", help="weights of the softmax over all")
@@ -94,14 +102,24 @@ def export(args: argparse.Namespace) -> None:
         sides = Side("megatron", args.load, tuple(chosen)), Side("exported", folder)
         return check_logits(*sides, first_tokens(flags, text, model), is_lossless=args.dtype is None)
 
-    done = to_hf(args.load, args.output, form=args.padded or "hmoe", iteration=args.ckpt_step, dtype=args.dtype,
-                 tokenizer_model=args.tokenizer_model, skip_integrity=args.skip_integrity, check=check)  # fmt: skip
+    done = to_hf(
+        args.load,
+        args.output,
+        form=args.padded or "hmoe",
+        iteration=args.ckpt_step,
+        dtype=args.dtype,
+        tokenizer_model=args.tokenizer_model,
+        skip_integrity=args.skip_integrity,
+        check=check,
+    )
     if done.doubt:
         print(f"convert_checkpoint: note: {done.doubt}", file=sys.stderr)
     if args.padded:
         print(f"padded: {done.cost:.2f} times the parameters of the experts")
-    print(f"{args.output}: iteration {done.iteration}, {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB, each equal "
-          f"to the checkpoint's; SHA-256 of all: {done.digest}")  # fmt: skip
+    print(
+        f"{args.output}: iteration {done.iteration}, {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB, each equal "
+        f"to the checkpoint's; SHA-256 of all: {done.digest}"
+    )
 
 
 def bring_back(args: argparse.Namespace) -> None:
@@ -124,13 +142,19 @@ def bring_back(args: argparse.Namespace) -> None:
     tokenizer = []
     if args.tokenizer_type:  # a path from anywhere: it stands in the flags of the checkpoint
         model = Path(args.tokenizer_model)
-        tokenizer = ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model",
-                     str(model.absolute()) if model.exists() else args.tokenizer_model]  # fmt: skip
+        tokenizer = [
+            "--tokenizer-type",
+            args.tokenizer_type,
+            "--tokenizer-model",
+            str(model.absolute()) if model.exists() else args.tokenizer_model,
+        ]
     tensors = from_hf(source, args.save, tokenizer, check)
     if is_upcycled:
         print(f"experts of width {', '.join(map(str, source.form.model.widths[0]))}; down_proj times {source.scale:g}")
-    print(f"{args.save}: checkpoint {ITERATION} of {tensors} tensors; go on with examples/run.py "
-          f"{args.save / ARGS_FILE} --finetune --load {args.save}")  # fmt: skip
+    print(
+        f"{args.save}: checkpoint {ITERATION} of {tensors} tensors; go on with examples/run.py "
+        f"{args.save / ARGS_FILE} --finetune --load {args.save}"
+    )
 
 
 def upcycled(args: argparse.Namespace):
@@ -141,8 +165,12 @@ def upcycled(args: argparse.Namespace):
 
     dense_width = HFDirectory(args.load).form.model.dense_width
     widths_E = expert_widths(args.hmoe_widths, args.num_experts, dense_width, args.hmoe_width_multiple)
-    router = {"router": "topk" if args.hmoe_top_p is None else "topp", "experts_per_token": args.moe_router_topk,
-              "top_p": args.hmoe_top_p, "pre_softmax": args.moe_router_pre_softmax}  # fmt: skip
+    router = {
+        "router": "topk" if args.hmoe_top_p is None else "topp",
+        "experts_per_token": args.moe_router_topk,
+        "top_p": args.hmoe_top_p,
+        "pre_softmax": args.moe_router_pre_softmax,
+    }
     return Upcycled(args.load, widths_E, router, args.seed)
 
 

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Says what this machine has, what a run will use and how to mend what is broken; exit status 1 on a fail."""
+"""Says what this machine has, what a run will use and how to repair what is broken; exit status 1 on a fail."""
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
-# Also where the package is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.tools import machine_checks
 
-from hmoe_megatron import doctor  # noqa: E402
 
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    return doctor.report(as_json=parser.parse_args().json)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with torch's report, not lines")
+    return machine_checks.report(as_json=parser.parse_args(argv).json)
 
 
 if __name__ == "__main__":

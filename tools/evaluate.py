@@ -1,42 +1,44 @@
 """Evaluate models beside each other: the paper's six benchmarks with lm-eval, and held-out text; without a network.
 
-    python tools/evaluate.py --load runs/a runs/b --benchmarks corpora/benchmarks-eval --input heldout.jsonl
-    python tools/evaluate.py --hf exported/a --trust-remote-code --tasks none --input heldout.jsonl --output a.json
+python tools/evaluate.py --load runs/a runs/b --benchmarks corpora/benchmarks-eval --input heldout.jsonl
+python tools/evaluate.py --hf exported/a --trust-remote-code --tasks none --input heldout.jsonl --output a.json
 """
 
 import argparse
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.evaluation import benchmarks, inputs
-from hmoe_megatron.evaluation.report import difference, table
-from hmoe_megatron.evaluation.work import Work, evaluate_apart
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.files import atomic_write
+from hmoe_megatron.tools.evaluation import benchmarks, inputs
+from hmoe_megatron.tools.evaluation.report import difference, table
+from hmoe_megatron.tools.evaluation.work import Work, evaluate_apart
 
 SCHEMA = 1
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", nargs="+", default=[], metavar="RUN", help="--save directories of pretrain_hmoe.py")
-    parser.add_argument("--hf", nargs="+", default=[], metavar="DIR", help="Hugging Face directories")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that --hf directories hold")
-    parser.add_argument("--tasks", default=",".join(benchmarks.BENCHMARKS), metavar="NAMES",
-                        help="with commas between them, or none (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--benchmarks", metavar="DIR", help="output of `tools/get_corpus.py benchmarks-eval`")
-    parser.add_argument("--input", nargs="+", default=[], metavar="FILE", help="held-out text: .jsonl, .json, .ndjson, "
-                        ".parquet, else plain text; also .gz, .zst")  # fmt: skip
-    parser.add_argument("--json-key", default="text", help="key of the text in a record (default: text)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions and documents of each")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="most a model sees (default: each its own)")
-    parser.add_argument("--stride", type=int, metavar="TOKENS", help="of text that a further window scores; less gives "
-                        "more context and takes longer (default: the context)")  # fmt: skip
-    parser.add_argument("--batch-tokens", type=int, default=4096, metavar="TOKENS", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results there as JSON")
-    parser.add_argument("--per-question", action="store_true", help="and every choice's log-likelihood with them")
-    parser.add_argument("flags", nargs="*", help="after --: flags of pretrain_hmoe.py that override those of --load")
+    add, names = parser.add_argument, ",".join(benchmarks.BENCHMARKS)
+    add("--load", nargs="+", default=[], metavar="RUN", help="--save directories of pretrain_hmoe.py")
+    add("--hf", nargs="+", default=[], metavar="DIR", help="Hugging Face directories")
+    add("--trust-remote-code", action="store_true", help="run the code that --hf directories hold")
+    add("--tasks", default=names, metavar="NAMES", help="with commas between them, or none (default: %(default)s)")
+    add("--benchmarks", metavar="DIR", help="output of `tools/get_corpus.py benchmarks-eval`")
+    kinds = "held-out text: .jsonl, .json, .ndjson, .parquet, else plain text; also .gz, .zst"
+    add("--input", nargs="+", default=[], metavar="FILE", help=kinds)
+    add("--json-key", default="text", help="key of the text in a record (default: text)")
+    add("--limit", type=int, metavar="N", help="only the first N questions and documents of each")
+    add("--context", type=int, metavar="TOKENS", help="most a model sees (default: each its own)")
+    stride = "of text that a further window scores; less gives more context and takes longer (default: the context)"
+    add("--stride", type=int, metavar="TOKENS", help=stride)
+    add("--batch-tokens", type=int, default=4096, metavar="TOKENS", help="default: %(default)s")
+    add("--output", type=Path, metavar="FILE", help="write the results there as JSON")
+    add("--per-question", action="store_true", help="and every choice's log-likelihood with them")
+    add("flags", nargs="*", help="after --: flags of pretrain_hmoe.py that override those of --load")
     return parser.parse_args(argv)
 
 
@@ -60,26 +62,24 @@ def work_of(args: argparse.Namespace) -> Work:
     names = [] if args.tasks == "none" else args.tasks.split(",")
     benchmarks.check_names(names)
     if names and not args.benchmarks:
-        raise ValueError("--benchmarks DIR is missing: `python tools/get_corpus.py benchmarks-eval --output DIR` "
-                         "makes it; or give --tasks none")  # fmt: skip
+        command = "python tools/get_corpus.py benchmarks-eval --output DIR"
+        raise ValueError(f"--benchmarks DIR is missing: `{command}` makes it; or give --tasks none")
     if names:
         benchmarks.require_lm_eval()
     elif not args.input:
         raise ValueError("--tasks none: nothing is left to evaluate: give text with --input")
-    return Work(
-        rows={name: benchmarks.read_rows(args.benchmarks, name) for name in names},
-        texts={pattern: inputs.read_documents(pattern, args.json_key, args.limit) for pattern in args.input},
-        limit=args.limit, context=args.context, stride=args.stride, batch_tokens=args.batch_tokens,
-    )  # fmt: skip
+    rows = {name: benchmarks.read_rows(args.benchmarks, name) for name in names}
+    texts = {pattern: inputs.read_documents(pattern, args.json_key, args.limit) for pattern in args.input}
+    return Work(rows, texts, args.limit, args.context, args.stride, args.batch_tokens)
 
 
-def write_results(path: Path, args: argparse.Namespace, results: list[dict]) -> None:
+def write_results(args: argparse.Namespace, results: list[dict]) -> None:
     if not args.per_question:
-        results = [result | {"tasks": {name: {key: value for key, value in task.items() if key != "log_likelihoods"}
-                                       for name, task in result["tasks"].items()}} for result in results]  # fmt: skip
-    content = {"schema": SCHEMA, "lm_eval": benchmarks.lm_eval_version() if results[0]["tasks"] else None,
-               "limit": args.limit, "stride": args.stride, "models": results}  # fmt: skip
-    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+        for task in (task for result in results for task in result["tasks"].values()):
+            del task["log_likelihoods"]
+    lm_eval = version("lm_eval") if results[0]["tasks"] else None
+    content = {"schema": SCHEMA, "lm_eval": lm_eval, "limit": args.limit, "stride": args.stride, "models": results}
+    atomic_write(args.output, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             result = evaluate_apart(source, work)
             results.append(result | {"against_first": difference(results[0], result) if results else None})
         if args.output:
-            write_results(args.output, args, results)
+            write_results(args, results)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -14,11 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.evaluation.inputs import Source, go_offline
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.tools.evaluation.inputs import Source, go_offline
 
 
-def parse_flags(argv) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -30,8 +31,9 @@ def parse_flags(argv) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to draw (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="draw from the likeliest that add up to P")  # fmt: skip
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that add up to P"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-eod", action="store_true", help="go on after the end of a document")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the text there too")
@@ -48,7 +50,7 @@ def parse_flags(argv) -> argparse.Namespace:
     return given
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     given = parse_flags(argv)
     go_offline()
     kind, path = ("load", given.load) if given.load else ("hf", given.hf)
@@ -56,7 +58,7 @@ def main(argv=None) -> int:
         source = Source(kind, path, tuple(given.flags), given.trust_remote_code)
         source.check()
         from hmoe_megatron import generation
-        from hmoe_megatron.evaluation.models import open_model
+        from hmoe_megatron.tools.evaluation.models import open_model
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks; standard output is for the text
             model = open_model(source)
@@ -68,9 +70,15 @@ def main(argv=None) -> int:
         return 2
     drawn, started_s = [], time.monotonic()
     tokens = generation.generate(
-        model, prompt, given.tokens, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
-        seed=given.seed, stop_at=None if given.ignore_eod else model.end_of_document,
-    )  # fmt: skip
+        model,
+        prompt,
+        given.tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        seed=given.seed,
+        stop_at=None if given.ignore_eod else model.end_of_document,
+    )
     text = ""
     for piece in generation.pieces(model.decode, prompt, (drawn.append(token) or token for token in tokens)):
         print(piece, end="", flush=True)

@@ -14,7 +14,8 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.data_prep.data_set import DataSet
 from hmoe_megatron.data_prep.inspection import Summary, draw_lengths, read_document, summarise
 

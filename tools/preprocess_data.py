@@ -25,7 +25,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.data_prep.publish import is_output
 from hmoe_megatron.data_prep.runs import run_alone, run_under_mpi
 from hmoe_megatron.data_prep.sources import SAMPLE_BY, Source, find_sources
@@ -79,11 +80,20 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files or patterns: .jsonl, .json, "
-                        ".parquet, else plain text; .gz and .zst too")  # fmt: skip
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or patterns: .jsonl, .json, .parquet, else plain text; .gz and .zst too",
+    )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
-    parser.add_argument("--sample-by", choices=SAMPLE_BY, default="document", help="what of plain text is a document: "
-                        "a file, what stands between empty lines, a line (default: document)")  # fmt: skip
+    parser.add_argument(
+        "--sample-by",
+        choices=SAMPLE_BY,
+        default="document",
+        help="what of plain text is a document: a file, what stands between empty lines, a line (default: document)",
+    )
     parser.add_argument("--tokenizer-type", required=True, help="any of Megatron's, such as SentencePieceTokenizer")
     parser.add_argument("--tokenizer-model", help="file or folder of the tokenizer")
     parser.add_argument("--vocab-file")
@@ -96,11 +106,17 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--on-bad-record", choices=["stop", "skip", "quarantine"], default="stop")
     parser.add_argument("--max-bad-records", type=int, metavar="N", help="with skip or quarantine: stop at one more")
     parser.add_argument(
-        "--max-doc-bytes", type=int, default=DEFAULT_MAX_DOC_BYTES, metavar="N",
-        help=f"a longer record is a bad one (default: {DEFAULT_MAX_DOC_BYTES})"
-    )  # fmt: skip
-    parser.add_argument("--stock-tokenizer", action="store_true", help="Megatron's own call for each text, slower: no "
-                        "faster way that is equal on a sample of the input")  # fmt: skip
+        "--max-doc-bytes",
+        type=int,
+        default=DEFAULT_MAX_DOC_BYTES,
+        metavar="N",
+        help=f"a longer record is a bad one (default: {DEFAULT_MAX_DOC_BYTES})",
+    )
+    parser.add_argument(
+        "--stock-tokenizer",
+        action="store_true",
+        help="Megatron's own call for each text, slower: no faster way that is equal on a sample of the input",
+    )
     parser.add_argument("--shard", type=shard_of, metavar="I/N", help="do part I, from 0, of N, to be merged later")
     parser.add_argument("--merge", type=int, metavar="N", help="join the N shards that are done")
     return parser.parse_known_args(argv)

@@ -24,7 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.data_prep.sources import SAMPLE_BY, find_sources
 from hmoe_megatron.data_prep.tokenizer_training import KINDS, measure, sample, texts_of
 from hmoe_megatron.files import atomic_write
@@ -59,9 +60,15 @@ def run(args: argparse.Namespace) -> None:
             f"give a smaller vocabulary or more text than {sum(map(len, texts)):,} characters"
         ) from error
     found = measure(tokenizer, held_out or texts)
-    report = {"type": args.type, "vocab_size": args.vocab_size, "special_tokens": args.special_tokens,
-              "seed": args.seed, "documents": {"seen": seen, "trained_on": len(texts), "held_out": len(held_out)},
-              "measured_on": "held-out text" if held_out else "the training text", **found._asdict()}  # fmt: skip
+    report = {
+        "type": args.type,
+        "vocab_size": args.vocab_size,
+        "special_tokens": args.special_tokens,
+        "seed": args.seed,
+        "documents": {"seen": seen, "trained_on": len(texts), "held_out": len(held_out)},
+        "measured_on": "held-out text" if held_out else "the training text",
+        **found._asdict(),
+    }
     files = tokenizer.files() | {".report.json": (json.dumps(report, indent=1) + "\n").encode()}
     for name, data in files.items():
         path = Path(f"{args.output}{name}")
@@ -77,14 +84,23 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files or patterns: .jsonl, .json, "
-                        ".parquet, else plain text; .gz and .zst too")  # fmt: skip
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or patterns: .jsonl, .json, .parquet, else plain text; .gz and .zst too",
+    )
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, the special and byte ones included")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="what the files' names begin with")
     parser.add_argument("--type", choices=KINDS, default="sentencepiece", help="default: sentencepiece")
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="besides those of the type")
-    parser.add_argument("--sample-by", choices=SAMPLE_BY, default="paragraph", help="what of plain text is a document "
-                        "(default: paragraph)")  # fmt: skip
+    parser.add_argument(
+        "--sample-by",
+        choices=SAMPLE_BY,
+        default="paragraph",
+        help="what of plain text is a document (default: paragraph)",
+    )
     parser.add_argument("--json-key", default="text", help="key of the text in a record (default: text)")
     parser.add_argument("--max-train-bytes", type=int, default=100_000_000, help="sample the documents down to this")
     parser.add_argument("--seed", type=int, default=1234, help="of the sample")

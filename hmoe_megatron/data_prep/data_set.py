@@ -21,6 +21,11 @@ AGAIN = "make or fetch it again"
 SCHEMA = 2  # of the sidecar
 
 
+def smallest_dtype(vocab_size: int) -> type:
+    """What Megatron holds ids of such a vocabulary in."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hmoe_megatron.child_process import end_with_parent
+from hmoe_megatron.data_prep.data_set import smallest_dtype
 from hmoe_megatron.data_prep.fast_encoding import find_way, megatron_way
 from hmoe_megatron.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
 from hmoe_megatron.data_prep.sources import Block
@@ -51,7 +52,6 @@ class Encoder:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Hugging Face's threads do not survive a fork
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron.core.datasets.indexed_dataset import DType
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
         try:
             self.tokenizer = build_tokenizer(tokenizer_args)
@@ -69,7 +69,7 @@ class Encoder:
                 f"--append-eod: the tokenizer's end-of-document id {self.eod_id} is not in its vocabulary of "
                 f"{self.vocab_size}; train it with an eos id or leave --append-eod out"
             )
-        self.keys, self.max_record_bytes, self.dtype = keys, max_record_bytes, DType.optimal_dtype(self.vocab_size)
+        self.keys, self.max_record_bytes, self.dtype = keys, max_record_bytes, smallest_dtype(self.vocab_size)
         self.stock = megatron_way(self.tokenizer)
         self.way_name, self.way = "Megatron's tokenizer, text by text", self.stock
         if sample is not None:

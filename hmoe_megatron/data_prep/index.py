@@ -1,7 +1,7 @@
 """Megatron's .idx, written from a file of lengths in bounded memory.
 
 Megatron's IndexedDatasetBuilder keeps a Python list entry a document until it is finalized; 100 million documents are
-gigabytes. The format is megatron.core.datasets.indexed_dataset's: header, version, dtype, number of sequences and of
+gigabytes. The format is megatron.core.datasets.indexed_dataset's: magic, version, dtype, number of sequences and of
 document borders; then sequence lengths (int32), their offsets in bytes (int64), document borders (int64). Here each
 sequence is a document.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.data_prep.data_set import HEADER, MAGIC, VERSION
+from hmoe_megatron.data_prep.data_set import DTYPES, HEADER, MAGIC, VERSION
 
 PIECE = 1 << 18  # documents at a time
 
@@ -21,12 +21,11 @@ def write_index(path: str | Path, length_files: Sequence[Path], dtype: type) -> 
 
     Returns (documents, tokens).
     """
-    from megatron.core.datasets.indexed_dataset import DType
-
     item_bytes = np.dtype(dtype).itemsize
+    code = next(code for code, known in DTYPES.items() if known is dtype)
     documents = sum(file.stat().st_size for file in length_files) // 4
     with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, VERSION, DType.code_from_dtype(dtype), documents, documents + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, code, documents, documents + 1))
         for lengths in _pieces(length_files):
             file.write(lengths.tobytes())
         tokens = 0

@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 from hmoe_megatron.data_prep.encoding import Encoder
@@ -61,8 +62,13 @@ class Run:
     def __init__(self, args: argparse.Namespace, megatron_flags: list[str], sources: list[Source]):
         """Raises ValueError for a wrong flag or file."""
         self.args, self.sources, self.start_s = args, sources, time.monotonic()
-        self.tokenizer_args = megatron_tokenizer_args(args, megatron_flags)
+        self.megatron_flags = megatron_flags
         self.request = request_of(args, megatron_flags, self.sources)
+
+    @cached_property
+    def tokenizer_args(self) -> argparse.Namespace:
+        """Imports Megatron: not asked for where all is done, or only to be merged."""
+        return megatron_tokenizer_args(self.args, self.megatron_flags)
 
     def is_done(self, shards: int = 1) -> bool:
         """Whether this very command has made the data sets, whole; removes what it left of the shards."""
@@ -153,6 +159,7 @@ def run_alone(args: argparse.Namespace, megatron_flags: list[str], sources: list
     number, shards = args.shard or (0, 1)
     if not args.shard and work.is_done():
         return
+    _ = work.tokenizer_args  # a wrong flag ends it before a folder is made
     shard = work.open_shard(number, shards)
     try:
         work.fill(shard, number, shards)
@@ -181,6 +188,7 @@ def run_under_mpi(args: argparse.Namespace, megatron_flags: list[str], sources: 
     errors = world.allgather(str(error or ""))
     if not any(errors):
         try:
+            _ = work.tokenizer_args
             shard = work.open_shard(world.rank, world.size)
             try:
                 work.fill(shard, world.rank, world.size)

@@ -11,7 +11,7 @@ from hmoe_megatron.config import add_hmoe_arguments, flags_document
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
                     *ROOT.glob("benchmarks/*.md")])
-TOOL_FLAGS = re.compile(r"add_argument\(\s*\"(--[a-z-]+)\"")
+TOOL_FLAGS = re.compile(r"add(?:_argument)?\(\s*\"(--[a-z-]+)\"")
 
 
 def known_flags():

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hmoe_megatron import doctor
-from hmoe_megatron.doctor import finding, machine
-from hmoe_megatron.doctor.finding import Finding
+from hmoe_megatron import machine, patches
+from hmoe_megatron.tools import machine_checks
+from hmoe_megatron.tools.machine_checks import finding, machine, software
+from hmoe_megatron.tools.machine_checks.finding import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
+READ_OF_IT = "torch_version cuda_compiled_version nvidia_gpu_models nvidia_driver_version"
 TORCH = {
     "torch/__init__.py": """
         __version__ = "2.13.0"
@@ -23,6 +25,15 @@ TORCH = {
             class nccl: version = staticmethod(lambda: (2, 29, 7))
         """,
     "torch/distributed.py": "is_available = is_gloo_available = is_nccl_available = lambda: True",
+    "torch/utils/__init__.py": "",
+    "torch/utils/collect_env.py": """
+        import collections
+        import torch
+
+        Env = collections.namedtuple("Env", "READ_OF_IT")
+        models = None
+        get_env_info = lambda: Env(torch.__version__, torch.version.cuda, models, "580.1")
+        """.replace("READ_OF_IT", READ_OF_IT),
 }
 MEGATRON = {"megatron/core/__init__.py": '__version__ = "0.19.2"', "megatron/training/__init__.py": ""}
 SOUND = TORCH | MEGATRON
@@ -60,10 +71,10 @@ def findings(diagnose):
     def run(packages, **environment):
         done = diagnose(packages, "--json", **environment)
         answer = json.loads(done.stdout)
-        by_name = {row["what"]: Finding(**row) for row in answer["findings"]}
+        by_name = {row.pop("what"): Finding(**row) for row in answer["findings"]}
         failed = [what for what, row in by_name.items() if row.level == "fail"]
         assert done.returncode == int(bool(failed)) and answer["ok"] is not bool(failed), done.stderr
-        assert list(by_name) == list(doctor.PROBES)
+        assert list(by_name) == list(machine_checks.PROBES)
         return by_name, failed, answer["run"]
 
     return run
@@ -73,7 +84,7 @@ def test_sound_machine_has_no_fail_and_runs_on_gloo(findings):
     rows, failed, run = findings(SOUND)
     assert failed == []
     assert rows["torch"].found == "2.13.0, built for CUDA 13.0"
-    assert rows["nccl"].found == "2.29.7, idle without a GPU"
+    assert rows["gpu"].found == "none"
     assert (run["backend"], run["implementation"]) == ("gloo", "local")
     assert run["off"] == ["all"] and 1 <= run["ranks"] <= machine.cores()
 
@@ -81,7 +92,7 @@ def test_sound_machine_has_no_fail_and_runs_on_gloo(findings):
 def test_nothing_installed_is_explained(findings):
     rows, failed, run = findings({})
     assert failed == ["torch", "megatron-core", "run"] and run is None
-    assert rows["torch"] == Finding("fail", "torch", "not installed", "make venv")
+    assert rows["torch"] == Finding("fail", "not installed", "make venv")
     assert rows["packages"].remedy == "make venv"
     assert rows["apex"].level == rows["transformer-engine"].level == "ok"
 
@@ -178,15 +189,47 @@ def test_mpi_without_its_library(findings):
     assert failed == [] and rows["mpi"].level == "warn" and "no libmpi" in rows["mpi"].found
 
 
-def test_gpu_that_the_driver_lists_and_torch_cannot_use(findings, tmp_path):
-    smi = tmp_path / "bin/nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'\n")
-    smi.chmod(0o755)
-    path = f"{smi.parent}:{os.environ['PATH']}"
-    rows, failed, run = findings(SOUND, PATH=path, CUDA_VISIBLE_DEVICES="")
+LISTED = SOUND["torch/utils/collect_env.py"].replace("None", r"'GPU 0: NVIDIA H200\nGPU 1: NVIDIA H200\n'")
+
+
+def test_gpu_that_the_driver_lists_and_torch_cannot_use(findings):
+    rows, failed, run = findings(SOUND | {"torch/utils/collect_env.py": LISTED}, CUDA_VISIBLE_DEVICES="")
     assert failed == [] and rows["gpu"].level == "warn" and run["backend"] == "gloo"
     assert "CUDA_VISIBLE_DEVICES=''" in rows["gpu"].remedy
+
+
+@pytest.mark.parametrize(
+    ("ones", "level", "said"),
+    [
+        ("ones = lambda *_, **__: __import__('fractions').Fraction(1)", "fail", "object has no attribute 'sum'"),
+        (
+            "class ones:\n    __init__ = lambda *_, **__: None\n    sum = item = lambda self: self",
+            "ok",
+            "H200, driver 580.1",
+        ),
+    ],
+)
+def test_gpus_are_tried(findings, ones, level, said):
+    torch = SOUND["torch/__init__.py"].replace("lambda: 0", "lambda: 2")
+    fakes = {"torch/__init__.py": textwrap.dedent(torch) + ones, "torch/utils/collect_env.py": LISTED}
+    rows, failed, run = findings(SOUND | fakes)
+    assert rows["gpu"].level == level and said in rows["gpu"].found and failed == ["gpu"] * (level == "fail")
+    assert level == "fail" or (run["backend"], run["ranks"]) == ("nccl", 2)
+
+
+def test_torchs_report_has_what_is_read_of_it():
+    collect_env = pytest.importorskip("torch.utils.collect_env", reason="torch is not installed")
+    assert set(READ_OF_IT.split()) <= set(collect_env.SystemEnv._fields)
+
+
+def test_patches_of_megatron_are_listed_with_their_reasons(monkeypatch, capsys):
+    monkeypatch.setattr(machine_checks, "examine", lambda: {"patches": software.probe_patches()})
+    monkeypatch.setattr(software, "torch_facts", lambda: ({}, "not asked"))
+    assert machine_checks.report() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    used = {} if machine.has_gpu() else patches.listed()
+    assert f"{len(used)} of Megatron are in use here" in printed
+    assert all(f"{name}: {reason}" in printed for name, reason in used.items())
 
 
 def test_console_is_one_row_a_finding_and_at_most_100_columns_wide(diagnose):
@@ -195,12 +238,12 @@ def test_console_is_one_row_a_finding_and_at_most_100_columns_wide(diagnose):
     rows = done.stdout.splitlines()
     assert max(map(len, rows)) <= 100
     heads = [row.split()[:2] for row in rows if not row.startswith(" ")]
-    assert [what for _, what in heads] == list(doctor.PROBES)
+    assert [what for _, what in heads] == list(machine_checks.PROBES)
     assert {level for level, _ in heads} <= {"ok", "warn", "fail"}
 
 
 def test_long_word_is_folded_too():
-    rows = doctor.lines(Finding("warn", "disk", "1 GiB free at /" + "z" * 300))
+    rows = machine_checks.lines("warn  disk ", "1 GiB free at /" + "z" * 300)
     assert max(map(len, rows)) <= 100 and "".join(rows).count("z") == 300
 
 
@@ -208,10 +251,9 @@ def test_probe_that_raises_hides_no_other():
     def broken():
         raise OSError("unreadable")
 
-    good = Finding("ok", "cores", "2")
-    first, second = doctor.examine({"memory": broken, "cores": lambda: good})
-    assert (first.level, first.what) == ("warn", "memory") and "unreadable" in first.found
-    assert second == good
+    good = finding.ok("2 cores")
+    found = machine_checks.examine({"memory": broken, "disk": lambda: good})
+    assert found["memory"].level == "warn" and "unreadable" in found["memory"].found and found["disk"] == good
 
 
 def test_question_that_hangs_is_given_up():
@@ -233,9 +275,7 @@ def test_container_limits_count(tmp_path, monkeypatch):
     assert machine.cores() == 1 and machine.cpu_ranks() <= 1
 
 
-@pytest.mark.parametrize(
-    "free_bytes, level", [(machine.MIN_SHM_BYTES - 1, "warn"), (machine.MIN_SHM_BYTES, "ok")]
-)
+@pytest.mark.parametrize("free_bytes, level", [(machine.MIN_SHM_BYTES - 1, "warn"), (machine.MIN_SHM_BYTES, "ok")])
 def test_shared_memory_of_a_container_is_too_small(monkeypatch, free_bytes, level):
     usage = type("Usage", (), {"total": 2**40, "free": free_bytes})
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hmoe_megatron.data.batches import checks as data_checks
-from hmoe_megatron.data_prep.data_set import DTYPES, HEADER, DataSet
+from hmoe_megatron.data_prep.data_set import DTYPES, HEADER, DataSet, smallest_dtype
 from hmoe_megatron.data_prep.inspection import bin_edges, read_document
 from tests.unit.data_prep.calls import ROOT, make_texts, preprocess, read_data_set, write_jsonl
 
@@ -41,6 +41,8 @@ def test_dtypes_are_megatrons():
     from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 
     assert {code: DType.dtype_from_code(code) for code in DTYPES} == DTYPES
+    for vocab_size in (100, 65499, 65500, 1 << 20):
+        assert smallest_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
     assert len(DType) == len(DTYPES) and len(_INDEX_HEADER) == 9 and HEADER.size == 34
 
 

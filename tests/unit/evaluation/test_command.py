@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 
-from hmoe_megatron.evaluation import work
-from hmoe_megatron.evaluation.inputs import Source
+from hmoe_megatron.tools import evaluate
+from hmoe_megatron.tools.evaluation import work
+from hmoe_megatron.tools.evaluation.inputs import Source
+from tests.unit.evaluation.apart import in_another_process
 from tests.unit.evaluation.stand_in import Uniform
 from tests.unit.evaluation.tiny import write_benchmarks
-from tools import evaluate
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_lm_eval_is_asked_for_only_where_it_is_needed(refused, folder, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "lm_eval" else find(name))
     assert "the benchmarks need lm-eval: pip install 'hmoe-megatron[eval]'" in refused(ALL)
     monkeypatch.setattr(evaluate, "evaluate_apart", lambda source, asked: work.evaluate(source, asked))
-    monkeypatch.setattr("hmoe_megatron.evaluation.models.open_model", lambda _: Uniform())
+    monkeypatch.setattr("hmoe_megatron.tools.evaluation.models.open_model", lambda _: Uniform())
     assert evaluate.main(["--load", str(folder / "run"), "--tasks", "none", "--input", str(folder / "held.txt")]) == 0
     assert f"held.txt perplexity{Uniform.vocabulary:23.2f}" in capsys.readouterr().out
 
@@ -98,13 +100,23 @@ def test_code_that_the_user_trusts_is_not_refused(folder):
 
 @pytest.mark.parametrize("flag", ["context", "stride"])
 def test_more_than_a_model_sees_is_refused(monkeypatch, flag):
-    monkeypatch.setattr("hmoe_megatron.evaluation.models.open_model", lambda _: Uniform())
+    monkeypatch.setattr("hmoe_megatron.tools.evaluation.models.open_model", lambda _: Uniform())
     asked = work.Work({}, {"a": ["text"]}, **{flag: 513})
     with pytest.raises(ValueError, match=f"--load runs/a: --{flag} 513: it sees 512 tokens: give at most that"):
         work.evaluate(Source("load", "runs/a"), asked)
     assert work.evaluate(Source("load", "runs/a"), work.Work({}, {"a": ["text"]}, **{flag: 512}))["texts"]
     with pytest.raises(ValueError, match="--stride 9: it sees 8 tokens"):
         work.evaluate(Source("load", "runs/a"), work.Work({}, {"a": ["text"]}, context=8, stride=9))
+
+
+def test_a_model_has_a_process_of_its_own_without_a_network(monkeypatch):
+    monkeypatch.setattr(work, "evaluate", in_another_process)
+    found = work.evaluate_apart(Source("hf", "works"), None)
+    assert found["offline"] == "1" and found["process"] != os.getpid()
+    with pytest.raises(ValueError, match="this model is refused"):
+        work.evaluate_apart(Source("hf", "refused"), None)
+    with pytest.raises(ValueError, match="--hf dies: its process died, .*: give fewer --batch-tokens"):
+        work.evaluate_apart(Source("hf", "dies"), None)
 
 
 @pytest.mark.campaign  # 10 s for the imports of transformers
@@ -117,9 +129,11 @@ def test_a_model_that_does_not_load_is_an_error_of_its_own_process(folder, capsy
 
 @pytest.mark.campaign  # 10 s for Megatron's imports
 def test_a_run_without_a_checkpoint(folder, capsys):
-    (folder / "run/run_arguments.json").write_text(json.dumps("--num-layers 1 --hidden-size 8 --num-attention-heads 1 "
-        "--seq-length 8 --max-position-embeddings 8 --position-embedding-type rope --swiglu --disable-bias-linear "
-        "--normalization RMSNorm --num-experts 2 --tokenizer-type NullTokenizer --vocab-size 9 --lr 1 --hmoe-widths "
-        "equal --hmoe-total-width 32 --mock-data".split()))  # fmt: skip
+    flags = (
+        "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 8 --max-position-embeddings 8 --swiglu "
+        "--position-embedding-type rope --disable-bias-linear --normalization RMSNorm --num-experts 2 --lr 1 "
+        "--tokenizer-type NullTokenizer --vocab-size 9 --hmoe-widths equal --hmoe-total-width 32 --mock-data"
+    )
+    (folder / "run/run_arguments.json").write_text(json.dumps(flags.split()))
     assert evaluate.main(["--load", str(folder / "run"), "--tasks", "none", "--input", str(folder / "held.txt")]) == 2
     assert f"evaluate.py: error: --load {folder}/run: " in capsys.readouterr().err.splitlines()[-1]

@@ -4,26 +4,52 @@ import math
 
 import pytest
 
-from hmoe_megatron.evaluation.report import WIDTH, difference, mean_accuracy, table
+from hmoe_megatron.tools.evaluation.report import WIDTH, difference, mean_accuracy, table
 
 
 def result(path="runs/a", shift=0.0, swap=False, **more):
     choices = [[-1.0, -2.0 + shift], [-5.0, -3.0]]
-    task = {"questions": 2, "acc": 0.5, "acc_stderr": 0.03, "acc_norm": 0.25, "acc_norm_stderr": 0.02,
-            "log_likelihoods": [choices[0][::-1], choices[1]] if swap else choices}  # fmt: skip
+    task = {
+        "questions": 2,
+        "acc": 0.5,
+        "acc_stderr": 0.03,
+        "acc_norm": 0.25,
+        "acc_norm_stderr": 0.02,
+        "log_likelihoods": [choices[0][::-1], choices[1]] if swap else choices,
+    }
     other = task | {"acc": 0.7, "acc_stderr": 0.04}
     del other["acc_norm"], other["acc_norm_stderr"]
-    text = {"documents": 3, "tokens": 10, "bytes": 40, "perplexity": 12.5, "perplexity_stderr": 0.5,
-            "bits_per_byte": 1.23456, "bits_per_byte_stderr": None}  # fmt: skip
-    return {"kind": "load", "path": path, "context": 64, "vocabulary": 100, "iteration": 3, "parameters": 9_400_000,
-            "dtype": "float32", "tasks": {"piqa": task, "boolq": other}, "texts": {"corpora/held.jsonl": text},
-            "against_first": None} | more  # fmt: skip
+    text = {
+        "documents": 3,
+        "tokens": 10,
+        "bytes": 40,
+        "perplexity": 12.5,
+        "perplexity_stderr": 0.5,
+        "bits_per_byte": 1.23456,
+        "bits_per_byte_stderr": None,
+    }
+    return {
+        "kind": "load",
+        "path": path,
+        "context": 64,
+        "vocabulary": 100,
+        "iteration": 3,
+        "parameters": 9_400_000,
+        "dtype": "float32",
+        "tasks": {"piqa": task, "boolq": other},
+        "texts": {"corpora/held.jsonl": text},
+        "against_first": None,
+    } | more
 
 
 def test_differences_count_answers_and_measure_log_likelihoods():
     assert difference(result(), result()) == {
-        "questions": 4, "answered_differently": 0, "choices": 8, "choices_apart": 0, "largest_difference": 0.0
-    }  # fmt: skip
+        "questions": 4,
+        "answered_differently": 0,
+        "choices": 8,
+        "choices_apart": 0,
+        "largest_difference": 0.0,
+    }
     moved = difference(result(), result(shift=0.5))
     assert (moved["largest_difference"], moved["choices_apart"], moved["answered_differently"]) == (0.5, 2, 0)
     assert difference(result(), result(swap=True))["answered_differently"] == 2
@@ -41,9 +67,13 @@ def test_mean_accuracy_and_its_standard_error():
 def test_rows_of_the_table():
     lines = table([result()]).splitlines()
     assert {line[:24].strip(): line[24:].strip() for line in lines[1:7]} == {
-        "piqa acc": "50.00 ± 3.00", "piqa acc_norm": "25.00 ± 2.00", "boolq acc": "70.00 ± 4.00",
-        "mean acc": "60.00 ± 2.50", "held.jsonl perplexity": "12.50 ± 0.50", "held.jsonl bits per byte": "1.2346",
-    }  # fmt: skip
+        "piqa acc": "50.00 ± 3.00",
+        "piqa acc_norm": "25.00 ± 2.00",
+        "boolq acc": "70.00 ± 4.00",
+        "mean acc": "60.00 ± 2.50",
+        "held.jsonl perplexity": "12.50 ± 0.50",
+        "held.jsonl bits per byte": "1.2346",
+    }
     assert lines[-1] == "A  runs/a, iteration 3: 9.4 M parameters, float32, context 64"
 
 

@@ -6,27 +6,30 @@ from pathlib import Path
 
 import pytest
 
-from hmoe_megatron.evaluation.benchmarks import BENCHMARKS, read_rows
-from hmoe_megatron.evaluation.inputs import go_offline
-from hmoe_megatron.evaluation.scoring import Limits
-from tests.unit.evaluation.stand_in import END, Bigram
+from hmoe_megatron.tools.evaluation.benchmarks import BENCHMARKS, read_rows
+from hmoe_megatron.tools.evaluation.inputs import go_offline
+from hmoe_megatron.tools.evaluation.scoring import Limits
+from tests.unit.evaluation.stand_in import Bigram
 from tests.unit.evaluation.tiny import ROWS, WORDS, write_benchmarks
 
 go_offline()
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'hmoe-megatron[eval]'")
-from hmoe_megatron.evaluation.harness import evaluate_tasks, live_model, load_tasks  # noqa: E402
+from hmoe_megatron.tools.evaluation.harness import evaluate_tasks, load_tasks  # noqa: E402
 
 LIMITS = Limits(512)
 FLOAT32 = 1e-5
 # (context, [choices], index of the right one) of the first question of each, as lm-eval 0.4.13 words them.
 QUESTIONS = {
     "piqa": ("Question: dry a wet coat\nAnswer:", [" hang it in the sun", " put it in a bucket"], 0),
-    "hellaswag": ("Cooking: A coat is on the stove. The cook",
-                  [" swims.", " falls. asleep.", " takes it off.", " reads."], 2),
+    "hellaswag": (
+        "Cooking: A coat is on the stove. The cook",
+        [" swims.", " falls. asleep.", " takes it off.", " reads."],
+        2,
+    ),
     "boolq": ("Water boils at a hundred degrees.\nQuestion: does coat boil?\nAnswer:", [" no", " yes"], 1),
     "siqa": ("Q: Ann gave the coat away. How does she feel?\nA:", [" kind", " red", " wet"], 0),
     "arc_easy": ("Question: Which coat is warm?\nAnswer:", [" ice", " fire", " snow"], 1),
-}  # fmt: skip
+}
 WINOGRANDE = ["The coat did not fit the box because the trophy", "The coat did not fit the box because the box"]
 
 
@@ -42,7 +45,7 @@ def tasks(rows):
 
 
 def requests(tasks, name):
-    task = tasks[BENCHMARKS[name].task]
+    task = tasks[BENCHMARKS[name][0]]
     task.build_all_requests(limit=1)
     return task, [instance.args for instance in task.instances]
 
@@ -94,8 +97,9 @@ def test_accuracies_and_log_likelihoods_by_hand(rows, seed):
 def test_all_questions_in_their_order_and_the_standard_error(tmp_path):
     folder = write_benchmarks(tmp_path, ["arc_easy"])
     file = folder / "arc_easy.jsonl"
-    changed = [json.loads(line) | {"answerKey": key} for line, key in zip(file.read_text().splitlines(), "ABCABC",
-                                                                         strict=True)]  # fmt: skip
+    changed = [
+        json.loads(line) | {"answerKey": key} for line, key in zip(file.read_text().splitlines(), "ABCABC", strict=True)
+    ]
     model = Bigram()
     found = evaluate_tasks(model, {"arc_easy": changed}, LIMITS)["arc_easy"]
     contexts = [QUESTIONS["arc_easy"][0].replace("coat", word) for word in WORDS]
@@ -113,20 +117,6 @@ def test_no_network_is_asked(rows, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert evaluate_tasks(Bigram(), rows, LIMITS, 2)["boolq"]["questions"] == 2
-
-
-def test_rolling_log_likelihoods_and_generation(rows):
-    from lm_eval.api.instance import Instance
-
-    model = Bigram()
-    live = live_model(model, LIMITS)
-    text = "to be, or not to be"
-    (found,) = live.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    assert found == pytest.approx(model.expected(text, END)[0], rel=FLOAT32)
-    (alone,) = live.loglikelihood([Instance("loglikelihood", {}, ("", text), 0)])
-    assert alone[0] == pytest.approx(found, rel=FLOAT32)
-    with pytest.raises(NotImplementedError, match=r"tools/generate\.py writes text"):
-        live.generate_until([])
 
 
 def test_a_choice_without_a_token_of_its_own_is_refused(rows):

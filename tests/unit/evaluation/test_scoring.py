@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.evaluation.scoring import Limits, Tokens, scores, windows
+from hmoe_megatron.tools.evaluation.scoring import Limits, scores, windows
 from tests.unit.evaluation.stand_in import END, Bigram, Cumulative, Uniform
 
 TEXTS = ["a", "The cat sat.", "to be, or not to be", "Yes: it is (always) so!", "b"]
@@ -20,12 +20,10 @@ def limits(context=512, stride=None, batch_tokens=4096):
 def test_every_token_is_scored_once_with_all_the_context_there_is(length, first, context, data):
     stride = data.draw(st.none() | st.integers(1, context))
     found = list(windows(length, first, limits(context, stride)))
-    assert [token for window in found for token in range(window.begin, window.end)] == list(range(first, length))
-    for window in found:
-        assert 0 <= window.start < window.begin and window.end - window.start <= context + 1
-        assert window.end - window.start == min(window.end, context + 1)
-    for window in found[1:]:
-        assert window.end - window.begin <= (stride or context)
+    assert [token for _, begin, end in found for token in range(begin, end)] == list(range(first, length))
+    for start, begin, end in found:
+        assert 0 <= start < begin and end - start == min(end, context + 1)
+    assert all(end - begin <= (stride or context) for _, begin, end in found[1:])
 
 
 @settings(max_examples=100, deadline=None)
@@ -35,18 +33,19 @@ def test_windows_are_those_of_lm_eval(length, context):
     tokens = list(range(length))
     theirs = list(utils.get_rolling_token_windows(tokens, -1, context, 1))
     whole = [-1, *tokens]
-    ours = [(whole[w.start : w.end - 1], whole[w.begin : w.end]) for w in windows(length + 1, 1, limits(context))]
+    found = windows(length + 1, 1, limits(context))
+    ours = [(whole[start : end - 1], whole[begin:end]) for start, begin, end in found]
     assert ours == theirs
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 4096])
 def test_log_likelihoods_and_greedy_flags_by_hand(batch_tokens):
     model = Bigram()
-    sequences = [Tokens([END, *model.encode(text)], 1) for text in TEXTS]
+    sequences = [([END, *model.encode(text)], 1) for text in TEXTS]
     found = scores(model, sequences, limits(batch_tokens=batch_tokens))
     for text, score in zip(TEXTS, found, strict=True):
-        assert score.log_likelihood == pytest.approx(model.expected(text, END)[0], rel=FLOAT32)
-        assert score.is_greedy == model.expected(text, END)[1]
+        assert score[0] == pytest.approx(model.expected(text, END)[0], rel=FLOAT32)
+        assert score[1] == model.expected(text, END)[1]
     assert all(rows * tokens <= batch_tokens or rows == 1 for rows, tokens in model.shapes)
     assert sum(rows for rows, _ in model.shapes) == len(TEXTS)
 
@@ -57,47 +56,47 @@ def test_the_likeliest_continuation_is_greedy_and_another_is_not():
     for _ in range(5):
         likeliest.append(int(model.table_VV[likeliest[-1]].argmax()))
     other = [*likeliest[:-1], (likeliest[-1] + 1) % model.vocabulary]
-    found = scores(model, [Tokens(likeliest, 1), Tokens(other, 1), Tokens(other, 4)], limits())
-    assert [score.is_greedy for score in found] == [True, False, False]
-    assert found[2].log_likelihood < 0
+    found = scores(model, [(likeliest, 1), (other, 1), (other, 4)], limits())
+    assert [score[1] for score in found] == [True, False, False]
+    assert found[2][0] < 0
 
 
 def test_only_the_continuation_is_scored():
     model = Bigram()
     tokens = model.encode("cat sat")
-    (score,) = scores(model, [Tokens(tokens, 4)], limits())
-    assert score.log_likelihood == pytest.approx(model.expected("sat", tokens[3])[0], rel=FLOAT32)
+    (score,) = scores(model, [(tokens, 4)], limits())
+    assert score[0] == pytest.approx(model.expected("sat", tokens[3])[0], rel=FLOAT32)
 
 
 def test_no_row_sees_another_or_the_padding():
     model = Cumulative()
-    sequences = [Tokens([END, *model.encode(text)], 1) for text in TEXTS]
+    sequences = [([END, *model.encode(text)], 1) for text in TEXTS]
     together = scores(model, sequences, limits())
     assert len(model.shapes) == 1
     for sequence, score in zip(sequences, together, strict=True):
         (alone,) = scores(model, [sequence], limits())
-        assert alone.log_likelihood == pytest.approx(score.log_likelihood, rel=FLOAT32)
+        assert alone[0] == pytest.approx(score[0], rel=FLOAT32)
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
     model, tokens = Cumulative(context=8), list(range(1, 31))
-    (score,) = scores(model, [Tokens(tokens, 27)], limits(8))
-    (kept,) = scores(model, [Tokens(tokens[-9:], 6)], limits(8))
+    (score,) = scores(model, [(tokens, 27)], limits(8))
+    (kept,) = scores(model, [(tokens[-9:], 6)], limits(8))
     assert score == kept and model.shapes[0] == (1, 8)
-    (whole,) = scores(Cumulative(), [Tokens(tokens, 27)], limits())
+    (whole,) = scores(Cumulative(), [(tokens, 27)], limits())
     assert whole != score
 
 
 def test_a_continuation_longer_than_the_context_is_the_sum_of_its_windows():
     model, tokens = Bigram(context=4), list(range(1, 31))
-    (score,) = scores(model, [Tokens(tokens, 2)], limits(4))
-    (whole,) = scores(model, [Tokens(tokens, 2)], limits())
-    assert score.log_likelihood == pytest.approx(whole.log_likelihood, rel=FLOAT32)
+    (score,) = scores(model, [(tokens, 2)], limits(4))
+    (whole,) = scores(model, [(tokens, 2)], limits())
+    assert score[0] == pytest.approx(whole[0], rel=FLOAT32)
 
 
 def test_nothing_to_score_asks_nothing():
     model = Uniform()
-    assert scores(model, [], limits()) == [] and scores(model, [Tokens([END], 1)], limits()) == [(0.0, True)]
+    assert scores(model, [], limits()) == [] and scores(model, [([END], 1)], limits()) == [(0.0, True)]
     assert model.shapes == []
 
 
@@ -106,4 +105,4 @@ def test_logits_that_are_not_finite_are_refused(broken):
     model = Bigram()
     model.table_VV[:, 5] = broken
     with pytest.raises(ValueError, match="logits are not all finite"):
-        scores(model, [Tokens([END, 5, 6], 1)], limits())
+        scores(model, [([END, 5, 6], 1)], limits())

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from hmoe_megatron.evaluation.inputs import read_documents
-from hmoe_megatron.evaluation.scoring import Limits
-from hmoe_megatron.evaluation.texts import evaluate_text, ratio
+from hmoe_megatron.tools.evaluation.inputs import read_documents
+from hmoe_megatron.tools.evaluation.scoring import Limits
+from hmoe_megatron.tools.evaluation.texts import evaluate_text, ratio
 from tests.unit.evaluation.stand_in import END, VOCABULARY, Bigram, Uniform
 
 TEXTS = ["The cat sat.", "to be, or not to be", "b"]
@@ -17,17 +17,17 @@ LIMITS = Limits(512)
 
 def test_a_uniform_models_perplexity_is_its_vocabulary():
     found = evaluate_text(Uniform(), TEXTS, LIMITS)
-    assert found.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
-    assert found.perplexity_stderr == pytest.approx(0, abs=1e-4)
-    assert found.bits_per_byte == pytest.approx(math.log2(VOCABULARY), rel=1e-6)
-    assert (found.documents, found.tokens, found.bytes) == (3, sum(map(len, TEXTS)), sum(map(len, TEXTS)))
+    assert found["perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
+    assert found["perplexity_stderr"] == pytest.approx(0, abs=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY), rel=1e-6)
+    assert (found["documents"], found["tokens"], found["bytes"]) == (3, sum(map(len, TEXTS)), sum(map(len, TEXTS)))
 
 
 def test_bytes_are_those_of_utf8():
     found = evaluate_text(Uniform(), ["aé", "😀b"], LIMITS)  # four tokens, 3 and 5 bytes
-    assert (found.tokens, found.bytes) == (4, 8)
-    assert found.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(4 * math.log2(VOCABULARY) / 8, rel=1e-6)
+    assert (found["tokens"], found["bytes"]) == (4, 8)
+    assert found["perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(4 * math.log2(VOCABULARY) / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(512, None), (4, None), (4, 1), (5, 3)])
@@ -35,10 +35,10 @@ def test_documents_are_read_apart_after_the_end_of_a_document(context, stride):
     model = Bigram()
     loss = -sum(model.expected(text, END)[0] for text in TEXTS)
     found = evaluate_text(model, TEXTS, Limits(context, stride))
-    assert math.log(found.perplexity) == pytest.approx(loss / found.tokens, rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(loss / math.log(2) / found.bytes, rel=1e-6)
-    errors = (found.perplexity_stderr, found.bits_per_byte_stderr)
-    assert errors[0] / found.perplexity == pytest.approx(errors[1] * math.log(2), rel=1e-6) and errors[1] > 0
+    assert math.log(found["perplexity"]) == pytest.approx(loss / found["tokens"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) / found["bytes"], rel=1e-6)
+    errors = (found["perplexity_stderr"], found["bits_per_byte_stderr"])
+    assert errors[0] / found["perplexity"] == pytest.approx(errors[1] * math.log(2), rel=1e-6) and errors[1] > 0
 
 
 def test_a_token_that_the_tokenizer_begins_with_is_not_scored_and_not_doubled():
@@ -53,8 +53,8 @@ def test_a_token_that_the_tokenizer_begins_with_is_not_scored_and_not_doubled():
     model = Begins()
     loss = -sum(Bigram().expected(text, 7)[0] for text in TEXTS)
     found = evaluate_text(model, TEXTS, LIMITS)
-    assert found.tokens == sum(map(len, TEXTS))
-    assert math.log(found.perplexity) == pytest.approx(loss / found.tokens, rel=1e-6)
+    assert found["tokens"] == sum(map(len, TEXTS))
+    assert math.log(found["perplexity"]) == pytest.approx(loss / found["tokens"], rel=1e-6)
 
 
 def test_tokenizers_that_can_not_be_scored_are_refused():
@@ -89,7 +89,7 @@ def test_standard_error_of_documents_of_different_length_is_what_samples_scatter
 
 def test_one_document_has_no_standard_error():
     found = evaluate_text(Bigram(), TEXTS[:1], LIMITS)
-    assert found.perplexity_stderr is None and found.bits_per_byte_stderr is None and found.perplexity > 1
+    assert found["perplexity_stderr"] is None and found["bits_per_byte_stderr"] is None and found["perplexity"] > 1
 
 
 def test_documents_of_a_file(tmp_path):

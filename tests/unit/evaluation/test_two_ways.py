@@ -1,50 +1,66 @@
-"""A real checkpoint, and its exports, stock Mixtral and our own, through the tools as a user runs them."""
+"""A real checkpoint, and its exports, stock Mixtral and our own, through both tools in one process."""
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from hmoe_megatron.evaluation.benchmarks import BENCHMARKS, read_rows
-from tests.unit.evaluation.tiny import SENTENCES, train, write_benchmarks, write_tokenizer
+from hmoe_megatron.tools.evaluation.benchmarks import BENCHMARKS, read_rows
+from tests.distributed.ranks import run_ranks
+from tests.unit.evaluation.tiny import SENTENCES, train, use_tools, write_benchmarks, write_tokenizer
 from tests.unit.hf.conversions import to_hf
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'hmoe-megatron[hf]'")
-ROOT = Path(__file__).parents[3]
 QUESTIONS = 5
 # Of sums of up to 60 log-probabilities in float32, computed in another order; 2.4e-6 was seen.
 SAME = 1e-5
-WITH_LM_EVAL = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"),
-                                  reason="lm-eval is not installed: pip install 'hmoe-megatron[eval]'")  # fmt: skip
+HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
+WITH_LM_EVAL = pytest.mark.skipif(not HAS_LM_EVAL, reason="lm-eval is not installed: pip install 'hmoe-megatron[eval]'")
+DRAWS = (("--temperature", "0"), ("--top-k", "40", "--top-p", "0.9", "--seed", "3"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     write_benchmarks(folder)
-    lines = [json.dumps({"text": text}) for text in SENTENCES]
-    (folder / "held.jsonl").write_text("\n".join(lines))
+    (folder / "held.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES))
     run = train(folder / "run", write_tokenizer(folder / "tokenizer"), 1)
     assert to_hf(run, folder / "padded", "--padded", "mixtral", "--no-logits") == 0
-    assert to_hf(run, folder / "own", "--text", str(folder / "held.jsonl")) == 0
+    assert to_hf(run, folder / "own", "--no-logits") == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def evaluated(folder):
+def printed(folder):
+    """What tools/evaluate.py printed, and then tools/generate.py of each of DRAWS and both models."""
+    tasks = ("--benchmarks", folder) if HAS_LM_EVAL else ("--tasks", "none")
+    run, own = ("--load", folder / "run"), ("--hf", folder / "own", "--trust-remote-code")
+    evaluate = (
+        *run,
+        "--hf",
+        folder / "padded",
+        folder / "own",
+        "--trust-remote-code",
+        *tasks,
+        "--limit",
+        QUESTIONS,
+        "--input",
+        folder / "held.jsonl",
+        "--per-question",
+        "--output",
+        folder / "out.json",
+    )
+    words = ("--prompt", SENTENCES[0], "--tokens", 80, "--ignore-eod")
+    draws = [(*model, *words, *flags) for flags in DRAWS for model in (run, own)]
+    (found,) = run_ranks(1, use_tools, evaluate, draws, timeout_s=240)
+    return found
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, printed):
     """(what the tool printed, its JSON)."""
-    tasks = ["--benchmarks", folder] if importlib.util.find_spec("lm_eval") else ["--tasks", "none"]
-    words = ["--load", folder / "run", "--hf", folder / "padded", folder / "own",
-             "--trust-remote-code", *tasks, "--input", folder / "held.jsonl",
-             "--limit", QUESTIONS, "--per-question", "--output", folder / "out.json"]  # fmt: skip
-    done = subprocess.run([sys.executable, "tools/evaluate.py", *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads((folder / "out.json").read_text())
+    return printed[0], json.loads((folder / "out.json").read_text())
 
 
 def test_text_is_equally_likely_in_both(evaluated):
@@ -89,7 +105,7 @@ def test_every_question_is_answered_alike(evaluated):
 def test_lm_evals_own_model_of_the_directory_agrees(folder, evaluated):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hmoe_megatron.evaluation.harness import load_tasks
+    from hmoe_megatron.tools.evaluation.harness import load_tasks
 
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval's hf extra is not installed")
     import lm_eval
@@ -101,23 +117,16 @@ def test_lm_evals_own_model_of_the_directory_agrees(folder, evaluated):
     tasks = load_tasks({name: read_rows(folder, name) for name in BENCHMARKS})
     stock = huggingface.HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=4)
     found = lm_eval.evaluate(stock, tasks, limit=QUESTIONS)
-    for name, benchmark in BENCHMARKS.items():
+    for name, (its_name, _) in BENCHMARKS.items():
         ours = results["models"][1]["tasks"][name]
-        assert found["results"][benchmark.task]["acc,none"] == ours["acc"]
-        for sample in found["samples"][benchmark.task]:
+        assert found["results"][its_name]["acc,none"] == ours["acc"]
+        for sample in found["samples"][its_name]:
             values = [choice[0] for choice in sample["filtered_resps"]]
             assert values == pytest.approx(ours["log_likelihoods"][sample["doc_id"]], abs=SAME, rel=SAME)
 
 
-@pytest.mark.parametrize("flags", [("--temperature", "0"), ("--top-k", "40", "--top-p", "0.9", "--seed", "3")])
-def test_both_write_the_same_text(folder, flags):
+@pytest.mark.parametrize("at", range(len(DRAWS)))
+def test_both_write_the_same_text(printed, at):
     """With keys and values kept and without, until the context of 64 tokens is passed."""
-    texts = []
-    for model in (("--load", folder / "run"), ("--hf", folder / "own", "--trust-remote-code")):
-        words = [*model, "--prompt", SENTENCES[0], "--tokens", 80, "--ignore-eod", *flags]
-        done = subprocess.run([sys.executable, "tools/generate.py", *map(str, words)], cwd=ROOT, capture_output=True,
-                              text=True, timeout=300)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.startswith(SENTENCES[0]) and "80 tokens in" in done.stderr
-        texts.append(done.stdout)
-    assert texts[0] == texts[1]
+    ours, theirs = printed[1 + 2 * at : 3 + 2 * at]
+    assert ours == theirs and ours.startswith(SENTENCES[0]) and len(ours) > len(SENTENCES[0]) + 40

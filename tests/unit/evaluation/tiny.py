@@ -1,9 +1,12 @@
 """A tokenizer, a checkpoint of a few training steps, and questions: what a user of tools/evaluate.py has."""
 
+import contextlib
+import functools
 import hashlib
+import io
 import json
 
-from hmoe_megatron.evaluation.benchmarks import BENCHMARKS
+from hmoe_megatron.tools.evaluation.benchmarks import BENCHMARKS
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
 
@@ -19,16 +22,34 @@ SENTENCES = [
 ]
 ROWS = {
     "piqa": {"goal": "dry a wet {}", "sol1": "hang it in the sun", "sol2": "put it in a bucket", "label": 0},
-    "hellaswag": {"activity_label": "Cooking", "ctx_a": "A {} is on the stove.", "ctx_b": "the cook", "label": "2",
-                  "endings": ["swims.", "falls [title] asleep.", "takes it off.", "reads."]},
+    "hellaswag": {
+        "activity_label": "Cooking",
+        "ctx_a": "A {} is on the stove.",
+        "ctx_b": "the cook",
+        "label": "2",
+        "endings": ["swims.", "falls [title] asleep.", "takes it off.", "reads."],
+    },
     "boolq": {"passage": "Water boils at a hundred degrees.", "question": "does {} boil", "answer": True},
-    "winogrande": {"sentence": "The {} did not fit the box because the _ was too big.", "option1": "trophy",
-                   "option2": "box", "answer": "1"},
-    "siqa": {"context": "Ann gave the {} away.", "question": "How does she feel?", "answerA": "kind", "answerB": "red",
-             "answerC": "wet", "label": "1"},
-    "arc_easy": {"question": "Which {} is warm?", "answerKey": "B",
-                 "choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]}},
-}  # fmt: skip
+    "winogrande": {
+        "sentence": "The {} did not fit the box because the _ was too big.",
+        "option1": "trophy",
+        "option2": "box",
+        "answer": "1",
+    },
+    "siqa": {
+        "context": "Ann gave the {} away.",
+        "question": "How does she feel?",
+        "answerA": "kind",
+        "answerB": "red",
+        "answerC": "wet",
+        "label": "1",
+    },
+    "arc_easy": {
+        "question": "Which {} is warm?",
+        "answerKey": "B",
+        "choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]},
+    },
+}
 WORDS = ("coat", "pan", "sea", "hat", "cup", "stone")
 
 
@@ -52,8 +73,12 @@ def write_tokenizer(folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
@@ -64,3 +89,19 @@ def train(run, tokenizer, seed):
     (end,) = run_ranks(1, pretrain, f"{FLAGS} --tokenizer-model {tokenizer} --save {run} --seed {seed}")
     assert end.code == 0, end.output
     return run
+
+
+def use_tools(evaluate_words, draws):
+    """What tools/evaluate.py prints, then tools/generate.py of each of `draws`, in this process: each model is opened
+    once. Megatron is set up once a process, so at most one model is a run's."""
+    from hmoe_megatron.tools import evaluate, generate
+    from hmoe_megatron.tools.evaluation import models, work
+
+    def output_of(tool, words):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert tool.main([*map(str, words)]) == 0
+        return output.getvalue()
+
+    models.open_model = functools.cache(models.open_model)
+    evaluate.evaluate_apart = work.evaluate
+    return [output_of(evaluate, evaluate_words), *(output_of(generate, words) for words in draws)]

@@ -11,11 +11,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from hmoe_megatron import telemetry, training
+from hmoe_megatron import files, training
 from hmoe_megatron.placement import CostModel, LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.cost import predict
 from hmoe_megatron.placement.ranks import as_ranks
 from hmoe_megatron.telemetry import reader as telemetry_file
+from hmoe_megatron.telemetry import record as of_a_step
 from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.tools import run_report
 from hmoe_megatron.tools.report import run_files
@@ -43,10 +44,10 @@ def records():
     parameters = ParameterCounts(1000, 2 * 3 * HIDDEN * sum(WIDTHS))
     steps = []
     for number, counts_LE in enumerate(COUNTS_NLE, start=1):
-        record = telemetry.routing_record(counts_LE, [TOKENS] * 2, layout, HIDDEN, parameters)
+        record = of_a_step.routing_record(counts_LE, [TOKENS] * 2, layout, HIDDEN, parameters)
         record |= {"iteration": 10 * number, "expert_time_ms": [1.0, 3.0]}
-        record["time_balance"] = telemetry.max_over_mean(record["expert_time_ms"])
-        steps.append(record | {"over_layers": telemetry.over_layers(record)})
+        record["time_balance"] = of_a_step.max_over_mean(record["expert_time_ms"])
+        steps.append(record | {"over_layers": of_a_step.over_layers(record)})
     return steps, plan
 
 
@@ -83,7 +84,7 @@ def run_dir(tmp_path):
 
 
 def test_the_names_are_those_that_training_writes():
-    assert (run_files.TELEMETRY_FILE, run_files.PLAN_FILE) == (telemetry.TELEMETRY_FILE, training.PLAN_FILE)
+    assert (run_files.TELEMETRY_FILE, run_files.PLAN_FILE) == (files.TELEMETRY_FILE, training.PLAN_FILE)
 
 
 def test_a_run_is_the_known_numbers(run_dir):

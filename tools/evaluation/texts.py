@@ -7,25 +7,11 @@ as in training; the end of the document itself is no text and is not counted.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from hmoe_megatron.evaluation.models import Model
-from hmoe_megatron.evaluation.scoring import Limits, Tokens, scores
-
-
-@dataclass(frozen=True)
-class TextResult:
-    """Standard errors are over documents; None of a single one."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    perplexity: float
-    perplexity_stderr: float | None
-    bits_per_byte: float
-    bits_per_byte_stderr: float | None
+from hmoe_megatron.tools.evaluation.models import Model
+from hmoe_megatron.tools.evaluation.scoring import Limits, scores
 
 
 def added_tokens(model: Model) -> list[int]:
@@ -35,29 +21,31 @@ def added_tokens(model: Model) -> list[int]:
     except ValueError as error:
         raise ValueError(f"its tokenizer does not encode text ({error}): give a model trained on text") from None
     if added and letter[-1] == added[-1]:
-        raise ValueError(f"the tokenizer puts token {added[-1]} behind every text, where no continuation can follow: "
-                         "turn that off in its configuration")  # fmt: skip
+        problem = f"the tokenizer puts token {added[-1]} behind every text, where no continuation can follow"
+        raise ValueError(f"{problem}: turn that off in its configuration")
     return added
 
 
-def document_tokens(model: Model, text: str, added: Sequence[int]) -> Tokens:
-    """A document's tokens to be scored, behind what begins a document."""
-    beginning = list(added) or [model.end_of_document]
-    return Tokens(beginning + model.encode(text)[len(added) :], len(beginning))
-
-
-def evaluate_text(model: Model, texts: Sequence[str], limits: Limits, what: str = "") -> TextResult:
-    """Of all `texts` together, each read by itself."""
+def evaluate_text(model: Model, texts: Sequence[str], limits: Limits, what: str = "") -> dict:
+    """Of all `texts` together, each read by itself: {"documents", "tokens", "bytes", "perplexity",
+    "perplexity_stderr", "bits_per_byte", "bits_per_byte_stderr"}; standard errors are None of a single document."""
     added = added_tokens(model)
-    documents = [document_tokens(model, text, added) for text in texts]
-    losses_D = np.array([-score.log_likelihood for score in scores(model, documents, limits, what)])
+    beginning = added or [model.end_of_document]
+    documents = [(beginning + model.encode(text)[len(added) :], len(beginning)) for text in texts]
+    losses_D = np.array([-log_likelihood for log_likelihood, _ in scores(model, documents, limits, what)])
     tokens_D = np.array([len(tokens) - first for tokens, first in documents])
     bytes_D = np.array([len(text.encode()) for text in texts])
     loss, loss_stderr = ratio(losses_D, tokens_D)
     bits, bits_stderr = ratio(losses_D / math.log(2), bytes_D)
-    perplexity = math.exp(loss)
-    return TextResult(len(texts), int(tokens_D.sum()), int(bytes_D.sum()), perplexity,
-                      None if loss_stderr is None else perplexity * loss_stderr, bits, bits_stderr)  # fmt: skip
+    return {
+        "documents": len(texts),
+        "tokens": int(tokens_D.sum()),
+        "bytes": int(bytes_D.sum()),
+        "perplexity": math.exp(loss),
+        "perplexity_stderr": None if loss_stderr is None else math.exp(loss) * loss_stderr,
+        "bits_per_byte": bits,
+        "bits_per_byte_stderr": bits_stderr,
+    }
 
 
 def ratio(above_D: np.ndarray, below_D: np.ndarray) -> tuple[float, float | None]:

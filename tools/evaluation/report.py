@@ -12,9 +12,9 @@ APART = 1e-4  # five times what rounding did to sums of up to 5,000; what is abo
 def difference(first: dict, other: dict) -> dict | None:
     """Of two models on the same questions: how many they answer differently (by log-likelihood, as `acc` does), and of
     all choices how many log-likelihoods are more than APART apart, and the most. None where there are no questions."""
-    pairs = [(mine, its) for task in first["tasks"]
-             for mine, its in zip(first["tasks"][task]["log_likelihoods"], other["tasks"][task]["log_likelihoods"],
-                                  strict=True)]  # fmt: skip
+    pairs = []
+    for task, found in first["tasks"].items():
+        pairs += zip(found["log_likelihoods"], other["tasks"][task]["log_likelihoods"], strict=True)
     if not pairs:
         return None
     differences = [abs(a - b) for mine, its in pairs for a, b in zip(mine, its, strict=True)]
@@ -40,9 +40,9 @@ def measures(result: dict) -> dict[str, str]:
     for name, task in result["tasks"].items():
         for metric in ("acc", "acc_norm"):
             if metric in task:
-                cells[f"{name} {metric}"] = _percent(task[metric], task[f"{metric}_stderr"])
+                cells[f"{name} {metric}"] = _cell(task[metric], task[f"{metric}_stderr"], 2, 100)
     if len(result["tasks"]) > 1:
-        cells["mean acc"] = _percent(*mean_accuracy(result["tasks"]))
+        cells["mean acc"] = _cell(*mean_accuracy(result["tasks"]), 2, 100)
     files = [os.path.basename(name) for name in result["texts"]]
     for name, file, text in zip(result["texts"], files, result["texts"].values(), strict=True):
         for metric, digits in (("perplexity", 2), ("bits_per_byte", 4)):
@@ -51,40 +51,38 @@ def measures(result: dict) -> dict[str, str]:
     return cells
 
 
+def _cell(value: float, stderr: float | None, digits: int, times: int = 1) -> str:
+    error = "" if stderr is None or math.isnan(stderr) else f" ± {times * stderr:.{digits}f}"
+    return f"{times * value:,.{digits}f}{error}"
+
+
 def table(results: Sequence[dict]) -> str:
     """Models beside each other under their letters, in at most 100 columns; letters and differences below."""
     rows, at_once = [measures(result) for result in results], (WIDTH - LABEL_CHARS) // COLUMN_CHARS
-    names = [chr(ord("A") + i) for i in range(len(results))]
-    lines = []
+    names, lines = [chr(ord("A") + i) for i in range(len(results))], []
     for start in range(0, len(results), at_once):
-        shown = range(start, min(start + at_once, len(results)))
-        lines.append(" " * LABEL_CHARS + "".join(names[i].rjust(COLUMN_CHARS) for i in shown))
+        shown = slice(start, start + at_once)
+        lines.append(" " * LABEL_CHARS + "".join(name.rjust(COLUMN_CHARS) for name in names[shown]))
         for label in rows[0]:
-            cut = label if len(label) <= LABEL_CHARS else "…" + label[1 - LABEL_CHARS :]
-            lines.append(cut.ljust(LABEL_CHARS) + "".join(rows[i][label].rjust(COLUMN_CHARS) for i in shown))
+            cells = "".join(row[label].rjust(COLUMN_CHARS) for row in rows[shown])
+            lines.append(_cut(label, LABEL_CHARS).ljust(LABEL_CHARS) + cells)
         lines.append("")
-    lines += [_line(names[i], result) for i, result in enumerate(results)]
-    for i, result in enumerate(results):
-        if i and (found := result["against_first"]):
-            lines += [f"{names[i]} against {names[0]}: {found['answered_differently']:,} of {found['questions']:,} "
-                      "questions answered otherwise,",
-                      f"             {found['choices_apart']:,} of {found['choices']:,} log-likelihoods more than "
-                      f"{APART} apart, the most {found['largest_difference']:.3g}"]  # fmt: skip
+    lines += map(_line, names, results)
+    for name, found in zip(names, (result["against_first"] for result in results), strict=True):
+        if found:
+            answers = f"{found['answered_differently']:,} of {found['questions']:,} questions answered otherwise"
+            choices = f"{found['choices_apart']:,} of {found['choices']:,} log-likelihoods more than {APART} apart"
+            lines.append(f"{name} against A: {answers},")
+            lines.append(f"             {choices}, the most {found['largest_difference']:.3g}")
     return "\n".join(lines)
 
 
 def _line(name: str, result: dict) -> str:
     facts = f"{result['parameters'] / 1e6:,.1f} M parameters, {result['dtype']}, context {result['context']:,}"
     step = f", iteration {result['iteration']}" if "iteration" in result else ""
-    room = WIDTH - len(name) - len(facts) - len(step) - 4
-    path = result["path"] if len(result["path"]) <= room else "…" + result["path"][1 - room :]
-    return f"{name}  {path}{step}: {facts}"
+    return f"{name}  {_cut(result['path'], WIDTH - len(name + facts + step) - 4)}{step}: {facts}"
 
 
-def _percent(value: float, stderr: float | None) -> str:
-    return _cell(100 * value, None if stderr is None else 100 * stderr, 2)
-
-
-def _cell(value: float, stderr: float | None, digits: int) -> str:
-    error = "" if stderr is None or math.isnan(stderr) else f" ± {stderr:.{digits}f}"
-    return f"{value:,.{digits}f}{error}"
+def _cut(text: str, room: int) -> str:
+    """The end of a text that is longer than `room`."""
+    return text if len(text) <= room else "…" + text[1 - room :]

@@ -1,16 +1,18 @@
 """Models as evaluation and generation see them. Legend: B rows of a batch, T tokens of a row, V vocabulary."""
 
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from hmoe_megatron.evaluation.inputs import Source
+from hmoe_megatron.tools.evaluation.inputs import Source
 
 
-class Model(Protocol):
-    """context: most tokens that `logits` may be given in a row. vocabulary: ids from here on are padding.
-    end_of_document: the id that stood between documents in training. facts: what is told of the model in the results.
+class Model:
+    """context: most tokens of a row of `logits`. vocabulary: ids from here on are padding. end_of_document: the id
+    between documents in training. facts: what the results say of the model.
+
+    encode: text to token ids, no token added that the tokenizer does not add by itself. decode: the other way; special
+    tokens have no text. logits: int64 [B, T] to float32 [B, T, V] on any device, at each token those of the next one.
     """
 
     context: int
@@ -18,21 +20,13 @@ class Model(Protocol):
     end_of_document: int
     facts: dict
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, as the model's own tokenizer makes them; no token is added that it does not add by itself."""
-
-    def decode(self, tokens: list[int]) -> str:
-        """Their text; special tokens have none."""
-
-    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """float32 [B, T, V] on any device: what is said at each token of the next one."""
-
     def next_logits(self, tokens: list[int]) -> torch.Tensor:
-        """float32 [V]: what is said of the token after these, of which the last `context` are seen."""
+        """float32 [V]: those of the token after these, of which the last `context` are seen."""
+        return self.logits(torch.tensor([tokens[-self.context :]]))[0, -1]
 
 
-class MegatronModel:
-    """The last checkpoint of a run, whole in this process; its tokenizer is the run's."""
+class MegatronModel(Model):
+    """The last checkpoint of a run, whole in this process; its tokenizer is the run's. One a process."""
 
     def __init__(self, source: Source):
         from hmoe_megatron import machine
@@ -59,19 +53,16 @@ class MegatronModel:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.tokenize(text))
 
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.detokenize([token for token in tokens if token != self.end_of_document])
+
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         tokens_BT = tokens_BT.to(self.device)
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         return self.module(tokens_BT, positions_BT, None)[..., : self.vocabulary].float()
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.detokenize([token for token in tokens if token != self.end_of_document])
 
-    def next_logits(self, tokens: list[int]) -> torch.Tensor:
-        return self.logits(torch.tensor([tokens[-self.context :]]))[0, -1]
-
-
-class HuggingFaceModel:
+class HuggingFaceModel(Model):
     """A directory that transformers loads: safetensors only, nothing from the network."""
 
     def __init__(self, source: Source):
@@ -99,23 +90,23 @@ class HuggingFaceModel:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, verbose=False)["input_ids"]
 
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         logits_BTV = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return logits_BTV[..., : self.vocabulary].float()
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     def next_logits(self, tokens: list[int]) -> torch.Tensor:
         """Keys and values are kept from one call to the next, as long as each goes on from the one before."""
         if len(tokens) > self.context:
-            return self.logits(torch.tensor([tokens[-self.context :]]))[0, -1]
+            return super().next_logits(tokens)
         goes_on = self._cache is not None and tokens[: len(self._seen)] == self._seen and len(tokens) > len(self._seen)
         cache, at = (self._cache, len(self._seen)) if goes_on else (None, 0)
-        told = self.module(input_ids=torch.tensor([tokens[at:]], device=self.device), past_key_values=cache,
-                           use_cache=True)  # fmt: skip
-        self._cache, self._seen = getattr(told, "past_key_values", None), list(tokens)
-        return told.logits[0, -1, : self.vocabulary].float()
+        given_BT = torch.tensor([tokens[at:]], device=self.device)
+        found = self.module(input_ids=given_BT, past_key_values=cache, use_cache=True)
+        self._cache, self._seen = getattr(found, "past_key_values", None), list(tokens)
+        return found.logits[0, -1, : self.vocabulary].float()
 
 
 def _facts(module: torch.nn.Module) -> dict:
@@ -124,5 +115,5 @@ def _facts(module: torch.nn.Module) -> dict:
 
 
 def open_model(source: Source) -> Model:
-    """Load it; at most one of the kind "load" in a process. Raises ValueError."""
+    """Load it. Raises ValueError."""
     return MegatronModel(source) if source.kind == "load" else HuggingFaceModel(source)

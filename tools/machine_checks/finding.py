@@ -1,4 +1,4 @@
-"""One line of the doctor's report, and the safe ways to look at a package that may be broken."""
+"""What a probe says, and the safe ways to look at a package that may be broken."""
 
 from __future__ import annotations
 
@@ -8,35 +8,40 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 IMPORT_TIMEOUT_S = 180  # a first import of torch from a slow disk was seen to take more than a minute
 INSTALL = "make venv"
 
 
 class Finding(NamedTuple):
-    """One line of the report. level: ok, warn or fail; remedy is empty where nothing need be done."""
+    """level: ok, warn or fail; remedy is empty where nothing need be done."""
 
     level: str
-    what: str
     found: str
     remedy: str = ""
+
+
+def ok(found: str) -> Finding:
+    return Finding("ok", found)
+
+
+def warn(found: str, remedy: str = "") -> Finding:
+    return Finding("warn", found, remedy)
+
+
+def fail(found: str, remedy: str) -> Finding:
+    return Finding("fail", found, remedy)
 
 
 def ask_python(code: str, timeout_s: float = IMPORT_TIMEOUT_S) -> tuple[dict, str]:
     """Runs `code`, which fills the dict `answer`, in a subprocess: (answer, "") or ({}, error)."""
     script = f"answer = {{}}\n{code}\nimport json\nprint('\\nanswer:' + json.dumps(answer), flush=True)"
-    # From the repository's root, so that the same modules are found as by a training script that lies there.
+    # From the repository's root, so that the same modules are found as by a training script there.
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=str(ROOT),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=timeout_s,
-            encoding="utf-8",
-            errors="replace",
+            [sys.executable, "-c", script], cwd=str(ROOT), timeout=timeout_s, encoding="utf-8", **pipes
         )
     except subprocess.TimeoutExpired:
         return {}, f"no answer within {timeout_s:g} s"
