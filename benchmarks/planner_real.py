@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hmoe_megatron.tools.plan_tool.model import Model, model_of
 
 from benchmarks.machine import ROOT, stamp
 from examples.demo import DATA, DEMO, EXAMPLE, prepare_data, tool
@@ -25,6 +24,7 @@ from hmoe_megatron.placement.cost import CostModel, predict
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.profiles import Profile
 from hmoe_megatron.telemetry.reader import read_records
+from hmoe_megatron.tools.plan_tool.model import Model, model_of
 
 OUTPUT = ROOT / "benchmarks" / "planner_real.md"
 RUNS = ROOT / "runs" / "planner_real"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hmoe_megatron.data.batches import batches as data
+from hmoe_megatron.data import batches as data
 
 
 @pytest.fixture(autouse=True)

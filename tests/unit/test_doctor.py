@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hmoe_megatron import machine, patches
+import hmoe_megatron.machine
+from hmoe_megatron import patches
 from hmoe_megatron.tools import machine_checks
 from hmoe_megatron.tools.machine_checks import finding, machine, software
 from hmoe_megatron.tools.machine_checks.finding import Finding
@@ -227,9 +228,9 @@ def test_patches_of_megatron_are_listed_with_their_reasons(monkeypatch, capsys):
     monkeypatch.setattr(software, "torch_facts", lambda: ({}, "not asked"))
     assert machine_checks.report() == 0
     printed = " ".join(capsys.readouterr().out.split())
-    used = {} if machine.has_gpu() else patches.listed()
+    used = {n: p for n, p in patches.listed().items() if p.kind != "cpu" or not hmoe_megatron.machine.has_gpu()}
     assert f"{len(used)} of Megatron are in use here" in printed
-    assert all(f"{name}: {reason}" in printed for name, reason in used.items())
+    assert all(f"{name}: ({patch.kind}) {patch.reason}" in printed for name, patch in used.items())
 
 
 def test_console_is_one_row_a_finding_and_at_most_100_columns_wide(diagnose):

@@ -20,7 +20,7 @@ HATCH = "////"  # of a piece of an expert that is cut
 
 
 def draw_plans(plans: dict[str, PlacementPlan], layer: int) -> bytes:
-    """Time of that decoder layer predicted under each plan, and its bytes where a rank has a cap; the last plan last."""
+    """Predicted time of a decoder layer under each plan, and its bytes where a rank has a cap; the last plan last."""
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
         return png(plans_figure(plans, layer))
 

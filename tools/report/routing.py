@@ -51,7 +51,7 @@ def routers(model: torch.nn.Module) -> list[HMoERouter]:
 def facts(model: torch.nn.Module) -> Model:
     """What the statistics need to know of the model."""
     found = routers(model)
-    width_LE = np.array([router.config.hmoe.widths[router.layer] for router in found])
+    width_LE = np.array([router.widths for router in found])
     return Model(np.array([router.layer for router in found]), width_LE, found[0].config.hidden_size)
 
 

@@ -1,10 +1,10 @@
 """What planning is compared with: EPLB's packing by hand, and the table of outcomes."""
 
 import pytest
-from hmoe_megatron.tools.plan_tool.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 from hmoe_megatron.placement import CostModel, Rank, contiguous_plan, plan_model
 from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE, equal_counts, rivals
+from hmoe_megatron.tools.plan_tool.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 
 @pytest.mark.parametrize(

@@ -215,13 +215,13 @@ def changed(record, where, value):
 @pytest.mark.parametrize(
     "where, value, problem",
     [
-        (["iteration"], 10, "iteration int is not a whole number from 11 on"),
+        (["iteration"], 10, "iteration 10 is not a whole number from 11 on"),
         (["iteration"], True, "iteration True"),
-        (["iteration"], 10**400, "iteration int"),
+        (["iteration"], 10**400, "iteration of over 300 digits"),
         (["activated_parameters"], float("nan"), "NaN is no number here"),
         (["over_layers", "token_balance", "max"], float("-inf"), "-Infinity is no number here"),
         (["total_parameters"], "2200", "total_parameters '2200' is not a number"),
-        (["total_parameters"], -1, "total_parameters int is not a number from 0"),
+        (["total_parameters"], -1, "total_parameters -1 is not a number from 0"),
         (["time_balance"], None, "time_balance None"),
         (["flops_balance"], 1e300, "flops_balance 1e+300"),
         (["expert_time_ms"], [], "expert_time_ms is not a list of 1 to 65536, but 0"),
@@ -235,7 +235,7 @@ def changed(record, where, value):
         (["layers", 0, "activated_expert_parameters"], [], "activated_expert_parameters list"),
         (["experts_without_token"], [[1, 0]] * 9, "experts_without_token is not a list of 0 to 8, but 9"),
         (["experts_without_token"], [["<script>", 0]], "experts_without_token: list is not [layer, expert]"),
-        (["experts_without_token"], [[1, 4]], "experts_without_token: no layer int with expert int"),
+        (["experts_without_token"], [[1, 4]], "experts_without_token: no layer 1 with expert 4"),
     ],
 )
 def test_hostile_records_are_refused_with_file_and_line(run_dir, where, value, problem):
