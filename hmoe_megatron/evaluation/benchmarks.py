@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from hmoe_megatron.corpora.benchmarks_eval import CORPUS
+CORPUS = "benchmarks-eval"  # of tools/get_corpus.py; its manifest is CORPUS.json
 
 
 class Benchmark(NamedTuple):
@@ -49,8 +49,8 @@ def check_names(names: list[str]) -> None:
 def read_rows(folder: str | Path, name: str) -> list[dict]:
     """The questions, whole and unaltered since they were fetched. Raises ValueError with the command that mends it."""
     folder = Path(folder)
-    path, manifest = folder / f"{name}.jsonl", folder / f"{CORPUS.name}.json"
-    remedy = f"python tools/get_corpus.py {CORPUS.name} --output {folder}"
+    path, manifest = folder / f"{name}.jsonl", folder / f"{CORPUS}.json"
+    remedy = f"python tools/get_corpus.py {CORPUS} --output {folder}"
     try:
         data, expected = path.read_bytes(), json.loads(manifest.read_bytes())["files"][path.name]["sha256"]
     except (OSError, ValueError, LookupError, TypeError) as error:
