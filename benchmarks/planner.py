@@ -16,15 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from benchmarks.cases import under_caps, whole_layer
+from benchmarks.load_traces import TRACES, snapshot
 from benchmarks.machine import ROOT, stamp
+from benchmarks.replan_simulation import campaign, campaign_table, standard_cases
 from hmoe_megatron.files import write_whole
 from hmoe_megatron.placement import CostModel, nodes_of, plan_layer, plan_model
+from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, baselines, equal_counts
 from hmoe_megatron.placement.exact import fastest
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.profiles import PROFILES
-from hmoe_megatron.placement.rivals import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, equal_counts, rivals
-from hmoe_megatron.placement.simulate import campaign, campaign_table, standard_cases
-from hmoe_megatron.placement.traces import TRACES, snapshot
 from hmoe_megatron.widths import expert_widths
 
 OUTPUT = ROOT / "benchmarks" / "planner.md"
@@ -69,7 +69,7 @@ def flops_tables():
             for load in LOADS:
                 tokens, widths = layer(schedule, load, experts, ranks, FLOPS_UNIT)
                 plan = plan_model([tokens], [widths], ranks, cut_multiple=FLOPS_UNIT)
-                for name, other in {**rivals(plan), "planned": plan}.items():
+                for name, other in {**baselines(plan), "planned": plan}.items():
                     worst[name] = max(worst[name], over_mean(other))
                 cuts = max(cuts, plan.layers[0].cuts)
                 if over_mean(plan) > 1.01:
@@ -108,7 +108,7 @@ take longer than planned, the mean over loads.
                     gaps.append(plan.layers[0].predicted.gap)
                     if experts >= 8 * ranks and gaps[-1] > 0.03:
                         over.append(f"{experts}/{ranks} {schedule} {nodes} nodes {load} {gaps[-1]:.2%}")
-                    others = rivals(plan)
+                    others = baselines(plan)
                     longer.append([other.time / plan.time - 1 for other in (
                         others[CONTIGUOUS], others[EPLB_TOKENS], others[EPLB_WORK], whole)])
                 yield (f"| {experts}/{ranks} | {schedule} | {nodes} | " + " | ".join(f"{100 * g:.2f}" for g in gaps)

@@ -4,11 +4,10 @@ from hmoe_megatron.placement.cost import CostModel, Prediction
 from hmoe_megatron.placement.moves import Move, diff
 from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan, validate_pieces
 from hmoe_megatron.placement.planner import contiguous_plan, plan_layer, plan_model
-from hmoe_megatron.placement.policy import ReplanPolicy
 from hmoe_megatron.placement.profiles import FLOPS, PROFILES, Profile, profile_named
 from hmoe_megatron.placement.ranks import Rank, nodes_of
+from hmoe_megatron.placement.replan import ReplanPolicy, moving_time
 from hmoe_megatron.placement.solver import InfeasiblePlan
-from hmoe_megatron.placement.step_times import moving_time
 from hmoe_megatron.placement.table import plan_table
 
 __all__ = [

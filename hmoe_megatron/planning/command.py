@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, write_whole
 from hmoe_megatron.flag_files import read_args, run_arguments
+from hmoe_megatron.placement.baselines import CONTIGUOUS, baselines
 from hmoe_megatron.placement.compare import comparison_table, layers_table, outcomes
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.fields import shown
@@ -15,7 +16,6 @@ from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import plan_model, under
 from hmoe_megatron.placement.profiles import FLOPS, profile_named
 from hmoe_megatron.placement.ranks import Rank
-from hmoe_megatron.placement.rivals import CONTIGUOUS, rivals
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.planning.loads import mean_loads
 from hmoe_megatron.planning.model import Model, model_of
@@ -34,7 +34,7 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
     old = _old_plan(given, model, notes)
     _check_outputs(given)
     plan = plan_model(tokens_LE, model.widths_LE, ranks, cost, model.max_cuts, model.cut_multiple, model.stages, old)
-    plans = rivals(plan)
+    plans = baselines(plan)
     if old:
         plans[OLD] = under(old, plan)
     plans[PLANNED] = plan

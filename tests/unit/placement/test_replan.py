@@ -6,14 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.load_traces import trace
+from benchmarks.replan_simulation import NOTHING, Result, campaign, campaign_table, simulate, standard_cases
 from hmoe_megatron.placement import CostModel, InfeasiblePlan, Rank, contiguous_plan, nodes_of, plan_model
-from hmoe_megatron.placement.account import Account
 from hmoe_megatron.placement.cost import predict
-from hmoe_megatron.placement.policy import LONGEST, SHORTEST, ReplanPolicy
 from hmoe_megatron.placement.profiles import profile_named
-from hmoe_megatron.placement.simulate import NOTHING, Result, campaign, campaign_table, simulate, standard_cases
-from hmoe_megatron.placement.step_times import StepTimes, moving_time
-from hmoe_megatron.placement.traces import trace
+from hmoe_megatron.placement.replan import LONGEST, SHORTEST, Account, ReplanPolicy, StepTimes, moving_time
 from tests.rows import rarely
 
 RANKS = 4
@@ -66,8 +64,12 @@ def test_times_are_those_that_predict_gives(profile, ranks):
     tokens_LTE = [rng.lognormal(6, 1, (5, len(widths))) * rng.integers(0, 2, (5, len(widths))) for widths in widths_LE]
     plan = plan_model([1 + tokens_TE[0] for tokens_TE in tokens_LTE], widths_LE, ranks, cost, stages=PIPELINE)
     assert sum(layer.cuts for layer in plan.layers) > 0
-    expected_LRT = np.array([[predict(layer.pieces, tokens_E, cost, ranks, 0.0).time for tokens_E in tokens_TE]
-                             for layer, tokens_TE in zip(plan.layers, tokens_LTE, strict=True)]).transpose(0, 2, 1)
+    expected_LRT = np.array(
+        [
+            [predict(layer.pieces, tokens_E, cost, ranks, 0.0).time for tokens_E in tokens_TE]
+            for layer, tokens_TE in zip(plan.layers, tokens_LTE, strict=True)
+        ]
+    ).transpose(0, 2, 1)
     slowest_LT = expected_LRT.max(axis=1)
     expected_T = np.maximum(slowest_LT[0] + slowest_LT[1], slowest_LT[2])
 
@@ -91,6 +93,7 @@ def test_moving_takes_the_pause_and_the_bytes_of_the_busiest_rank():
 
 
 # What makes it move
+
 
 def test_it_moves_when_the_gain_of_the_test_times_its_life_pays():
     """Constant loads: the gain of each observation is known, so is the test that first pays."""
@@ -209,6 +212,7 @@ def test_the_same_observations_give_the_same_plans(workload):
 
 # The bound
 
+
 def test_the_account_leaves_a_share_of_what_the_run_takes_at_least():
     account = Account(run=10, max_loss=0.1)
     account.book(3, stay=4.0, now=3.0, balanced=2.0)
@@ -267,13 +271,19 @@ def test_loads_that_change_at_any_time_lose_no_more_than_the_bound(seed):
 
 # The simulation
 
+
 def test_the_simulation_and_the_policys_account_agree():
     widths_LE = [WIDTHS_LE[0], (30, 10, 20, 60)]
     rng = np.random.default_rng(3)
     tokens_LTE = [np.repeat(rng.lognormal(4, 1, (4, len(widths))), 60, axis=0) for widths in widths_LE]
     first = contiguous_plan(widths_LE, RANKS)
-    policy = ReplanPolicy(first, 240 * 5, lambda tokens_LE, old: plan_model(tokens_LE, widths_LE, RANKS, old=old),
-                          lambda old, new: 1e4, planning_time=100.0)
+    policy = ReplanPolicy(
+        first,
+        240 * 5,
+        lambda tokens_LE, old: plan_model(tokens_LE, widths_LE, RANKS, old=old),
+        lambda old, new: 1e4,
+        planning_time=100.0,
+    )
     result = simulate(tokens_LTE, policy, micro_batches=5)
     assert result.moves and policy.calls and policy.account.done == 240 * 5
     assert result.stay == pytest.approx(policy.account.stay, rel=ROUNDING)
@@ -322,28 +332,35 @@ def test_the_defaults_meet_the_criteria(workload):
 
 # Errors
 
-@pytest.mark.parametrize("wrong, text", [
-    ({"run": 0}, "run 0: give the number of micro-batches"),
-    ({"planning_time": -1.0}, "planning_time -1.0"),
-    ({"price": -1.0}, "move_time: -1.0 for no change"),
-    ({"max_loss": 1.5}, "max_loss 1.5: give a share from 0 to 1"),
-    ({"life": 0.0}, "life 0.0"),
-    ({"hysteresis": math.nan}, "hysteresis nan"),
-])
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"run": 0}, "run 0: give the number of micro-batches"),
+        ({"planning_time": -1.0}, "planning_time -1.0"),
+        ({"price": -1.0}, "move_time: -1.0 for no change"),
+        ({"max_loss": 1.5}, "max_loss 1.5: give a share from 0 to 1"),
+        ({"life": 0.0}, "life 0.0"),
+        ({"hysteresis": math.nan}, "hysteresis nan"),
+    ],
+)
 def test_arguments_out_of_range_are_named(wrong, text):
     with pytest.raises(ValueError, match=text):
         made(**wrong)
 
 
-@pytest.mark.parametrize("tokens_LE, micro_batches, text", [
-    ([HOT, HOT], 1, r"loads of \[8, 8\] experts by layer; give them for \[8\]"),
-    ([HOT[1:]], 1, r"loads of \[7\]"),
-    ([HOT], 0, "micro_batches 0"),
-    ([-HOT], 1, "finite loads"),
-    ([HOT * math.nan], 1, "finite loads"),
-    ([HOT * math.inf], 1, "finite loads"),
-    ([HOT * 0], 1, "some above"),
-])
+@pytest.mark.parametrize(
+    "tokens_LE, micro_batches, text",
+    [
+        ([HOT, HOT], 1, r"loads of \[8, 8\] experts by layer; give them for \[8\]"),
+        ([HOT[1:]], 1, r"loads of \[7\]"),
+        ([HOT], 0, "micro_batches 0"),
+        ([-HOT], 1, "finite loads"),
+        ([HOT * math.nan], 1, "finite loads"),
+        ([HOT * math.inf], 1, "finite loads"),
+        ([HOT * 0], 1, "some above"),
+    ],
+)
 def test_observations_that_are_no_loads_of_these_experts_are_refused(tokens_LE, micro_batches, text):
     policy = made()
     with pytest.raises(ValueError, match=text):
