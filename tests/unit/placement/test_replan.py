@@ -2,17 +2,18 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
 from benchmarks.load_traces import trace
-from benchmarks.replan_simulation import NOTHING, Result, campaign, campaign_table, simulate, standard_cases
+from benchmarks.replan_simulation import NOTHING, Case, Result, campaign_table, simulate, standard_cases
 from hmoe_megatron.placement import CostModel, InfeasiblePlan, Rank, contiguous_plan, nodes_of, plan_model
 from hmoe_megatron.placement.cost import predict
 from hmoe_megatron.placement.profiles import profile_named
 from hmoe_megatron.placement.replan import LONGEST, SHORTEST, Account, ReplanPolicy, StepTimes, moving_time
-from tests.rows import rarely
+from tests.rows import mostly_rarely, rarely
 
 RANKS = 4
 WIDTHS_LE = [(9, 11, 13, 15, 17, 19, 21, 23)]
@@ -76,7 +77,11 @@ def test_times_are_those_that_predict_gives(profile, ranks):
     times, tokens_TX = StepTimes(plan), np.concatenate(tokens_LTE, axis=1)
     np.testing.assert_allclose(times.by_rank(tokens_TX), expected_LRT, rtol=ROUNDING)
     np.testing.assert_allclose(times(tokens_TX), expected_T, rtol=ROUNDING)
-    assert (times.balanced(tokens_TX) <= times(tokens_TX) * (1 + ROUNDING)).all()
+    speed_R = np.array([rank.speed for rank in ranks])
+    even_LT = (expected_LRT * speed_R[:, None]).sum(axis=1) / speed_R.sum()
+    np.testing.assert_allclose(
+        times.balanced(tokens_TX), np.maximum(even_LT[0] + even_LT[1], even_LT[2]), rtol=ROUNDING
+    )
 
 
 def test_in_balance_the_time_is_the_mean_over_ranks():
@@ -116,7 +121,7 @@ def test_it_does_not_move_for_what_the_rest_of_the_run_cannot_pay():
 
 def test_near_equal_loads_move_nothing_though_a_move_is_free():
     rng = np.random.default_rng(0)
-    tokens_TE = [loads(1 + 0.004 * rng.standard_normal(EXPERTS)) for _ in range(600)]
+    tokens_TE = [loads(1 + 0.004 * rng.standard_normal(EXPERTS)) for _ in range(200)]
     assert moved_at(made(price=0.0), tokens_TE) == []
     assert moved_at(made(price=0.0, hysteresis=0.0), tokens_TE)  # so it is the hysteresis that holds it
 
@@ -202,7 +207,7 @@ def test_old_loads_are_forgotten_when_it_takes_long_for_a_move_to_pay():
     np.testing.assert_allclose(seen[0], HOT, rtol=ROUNDING)
 
 
-@pytest.mark.parametrize("workload", ["W1", "W6"])
+@pytest.mark.parametrize("workload", ["W1", *rarely("W6")])
 def test_the_same_observations_give_the_same_plans(workload):
     tokens_TE = trace(workload, 300, EXPERTS, RANKS, seed=1)
     policies = made(), made()
@@ -236,10 +241,13 @@ def on_rank(plan, rank):
     return loads(share_E)
 
 
-@pytest.mark.parametrize("max_loss", [0.015, 0.1])
-@pytest.mark.parametrize("price", [0.0, 0.3, 6.0])
-@pytest.mark.parametrize("first", [EVEN, EQUAL_ROWS], ids=["even", "equal_rows"])
-def test_loads_that_turn_against_every_plan_lose_no_more_than_the_bound(first, price, max_loss):
+TURNS = list(product(("even", "equal_rows"), (0.0, 0.3, 6.0), (0.015, 0.1)))
+TURNS_IN_SUITE = [("equal_rows", 0.3, 0.015)]
+
+
+@pytest.mark.parametrize("start, price, max_loss", mostly_rarely(TURNS, TURNS_IN_SUITE))
+def test_loads_that_turn_against_every_plan_lose_no_more_than_the_bound(start, price, max_loss):
+    first = {"even": EVEN, "equal_rows": EQUAL_ROWS}[start]
     policy = made(first, price=price * STEP, max_loss=max_loss, planning_time=0.02 * STEP)
     first_times = times = StepTimes(first)
     plans, stay, spent, worst = [first], 0.0, 0.0, 0.0
@@ -258,7 +266,7 @@ def test_loads_that_turn_against_every_plan_lose_no_more_than_the_bound(first, p
     assert spent > stay and any(plan is first for plan in plans[1:])  # led away, to its loss, and back
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", mostly_rarely(range(8), [0]))
 def test_loads_that_change_at_any_time_lose_no_more_than_the_bound(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 60, 100)
@@ -319,15 +327,25 @@ LOSS = 0.02  # at most, of the time of staying
 SHARE = 0.9  # at least, of the oracle's gain, on loads that last
 
 
-@pytest.mark.parametrize("workload", ["W1", "W6", *rarely("W3", "W7")])
-def test_the_defaults_meet_the_criteria(workload):
-    """Of the standard cases one seed each; `campaign` has all of them."""
-    results = list(campaign(standard_cases([workload], seeds=[0])))
-    assert len(results) == 8
-    for case, result in results:
-        assert result.gain >= -LOSS, case
-        assert workload not in ("W1", "W3") or not result.gain_of_oracle < SHARE, case  # nan: nothing to gain
-    assert campaign_table(results).count("\n") == 4
+CASES = standard_cases(["W1", "W3", "W6", "W7"], seeds=[0])
+CASES_IN_SUITE = [Case("W1", "contiguous", 16, "flops", 0)]
+
+
+@pytest.mark.parametrize("case", mostly_rarely(CASES, CASES_IN_SUITE), ids=str)
+def test_the_defaults_meet_the_criteria(case):
+    """Of the standard cases one seed each; `make bench-planner` has all of them."""
+    result = case.result()
+    assert result.gain >= -LOSS
+    assert case.workload not in ("W1", "W3") or not result.gain_of_oracle < SHARE  # nan: nothing to gain
+
+
+def test_the_table_has_a_row_for_each_workload_and_start():
+    cases = [Case("W1", start, experts, "h100", 0) for start in ("contiguous", "planned") for experts in (16, 64)]
+    results = [Result(100.0, 95.0 - n, 90.0, 0.0, 0.0, (1,) * n) for n in range(len(cases))]
+    assert campaign_table(zip(cases, results, strict=True)).splitlines()[2:] == [
+        "| W1 | contiguous | 10.00 to 10.00 | 5.00 to 6.00 | 0.500 | 0 to 1 |",
+        "| W1 | planned | 10.00 to 10.00 | 7.00 to 8.00 | 0.700 | 2 to 3 |",
+    ]
 
 
 # Errors
