@@ -16,15 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from benchmarks.cases import under_caps, whole_layer
+from benchmarks.load_traces import TRACES, snapshot
 from benchmarks.machine import ROOT, stamp
+from benchmarks.replan_simulation import campaign, campaign_table, standard_cases
 from hmoe_megatron.files import atomic_write
 from hmoe_megatron.placement import CostModel, nodes_of, plan_layer, plan_model
-from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, equal_counts, rivals
+from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, baselines, equal_counts
 from hmoe_megatron.placement.milp import fastest
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.profiles import PROFILES
-from hmoe_megatron.placement.simulate import campaign, campaign_table, standard_cases
-from hmoe_megatron.placement.traces import TRACES, snapshot
 from hmoe_megatron.widths import expert_widths
 
 OUTPUT = ROOT / "benchmarks" / "planner.md"
@@ -58,10 +58,14 @@ def over_mean(plan: PlacementPlan) -> float:
 
 def flops_tables():
     """Balance with cuts that cost nothing: worst of all loads."""
-    yield ("\n## FLOPs profile: slowest rank over the mean, the worst of 12 loads\n\nUniform, lognormal 0.6, Zipf 1, "
-           f"inverse to width, W0 to W7; mean width {MEAN_WIDTH:,}, cuts at multiples of {FLOPS_UNIT}.\n")
-    yield ("| experts/ranks | widths | contiguous | EPLB, by tokens | EPLB, by tokens x width | planned | most cuts | "
-           "allowed |\n|---|---|---|---|---|---|---|---|")
+    yield (
+        "\n## FLOPs profile: slowest rank over the mean, the worst of 12 loads\n\nUniform, lognormal 0.6, Zipf 1, "
+        f"inverse to width, W0 to W7; mean width {MEAN_WIDTH:,}, cuts at multiples of {FLOPS_UNIT}.\n"
+    )
+    yield (
+        "| experts/ranks | widths | contiguous | EPLB, by tokens | EPLB, by tokens x width | planned | most cuts | "
+        "allowed |\n|---|---|---|---|---|---|---|---|"
+    )
     missed = []
     for experts, ranks in SIZES:
         for schedule in SCHEDULES:
@@ -69,30 +73,38 @@ def flops_tables():
             for load in LOADS:
                 tokens, widths = layer(schedule, load, experts, ranks, FLOPS_UNIT)
                 plan = plan_model([tokens], [widths], ranks, cut_multiple=FLOPS_UNIT)
-                for name, other in {**rivals(plan), "planned": plan}.items():
+                for name, other in {**baselines(plan), "planned": plan}.items():
                     worst[name] = max(worst[name], over_mean(other))
                 cuts = max(cuts, plan.layers[0].cuts)
                 if over_mean(plan) > 1.01:
                     unit = FLOPS_UNIT * max(tokens) * ranks / np.dot(tokens, widths)
-                    missed.append(f"{experts}/{ranks} {schedule} {load} {over_mean(plan):.4f}, where one cut unit of "
-                                  f"the hottest expert is {unit:.1%} of the mean")
-            yield (f"| {experts}/{ranks} | {schedule} | " + " | ".join(
-                f"{worst[name]:.3f}" for name in (CONTIGUOUS, EPLB_TOKENS, EPLB_WORK)) +
-                f" | {worst['planned']:.4f} | {cuts} | {ranks - 1} |")
+                    missed.append(
+                        f"{experts}/{ranks} {schedule} {load} {over_mean(plan):.4f}, where one cut unit of "
+                        f"the hottest expert is {unit:.1%} of the mean"
+                    )
+            yield (
+                f"| {experts}/{ranks} | {schedule} | "
+                + " | ".join(f"{worst[name]:.3f}" for name in (CONTIGUOUS, EPLB_TOKENS, EPLB_WORK))
+                + f" | {worst['planned']:.4f} | {cuts} | {ranks - 1} |"
+            )
     yield f"\nOver 1.01: {'; '.join(missed) or 'none'}."
 
 
 def gpu_tables():
     """Gap to the bound of every case under the h100 profile."""
-    yield (f"""
+    yield (
+        f"""
 ## H100 profile: gap of the slowest rank to the bound, %
 
 Published figures, nothing measured; hidden size {HIDDEN_SIZE:,}, mean width {MEAN_WIDTH:,}, cuts at multiples of
 {GPU_UNIT}, {TOKENS_A_RANK:,} tokens a rank. The bound holds for any number of cuts. In the last columns what others
 take longer than planned, the mean over loads.
-""")
-    yield ("| experts/ranks | widths | nodes | " + " | ".join(LOADS) + " | contiguous | EPLB, tokens | EPLB, x width |"
-           " whole |\n" + "|---" * (7 + len(LOADS)) + "|")
+"""
+    )
+    yield (
+        "| experts/ranks | widths | nodes | " + " | ".join(LOADS) + " | contiguous | EPLB, tokens | EPLB, x width |"
+        " whole |\n" + "|---" * (7 + len(LOADS)) + "|"
+    )
     slower, over = 0, []
     cost = CostModel(PROFILES["h100"], HIDDEN_SIZE)
     for experts, ranks in SIZES:
@@ -108,13 +120,24 @@ take longer than planned, the mean over loads.
                     gaps.append(plan.layers[0].predicted.gap)
                     if experts >= 8 * ranks and gaps[-1] > 0.03:
                         over.append(f"{experts}/{ranks} {schedule} {nodes} nodes {load} {gaps[-1]:.2%}")
-                    others = rivals(plan)
-                    longer.append([other.time / plan.time - 1 for other in (
-                        others[CONTIGUOUS], others[EPLB_TOKENS], others[EPLB_WORK], whole)])
-                yield (f"| {experts}/{ranks} | {schedule} | {nodes} | " + " | ".join(f"{100 * g:.2f}" for g in gaps)
-                       + " | " + " | ".join(f"+{100 * x:.1f}" for x in np.mean(longer, axis=0)) + " |")
-    yield (f"\nSlower than the best whole-expert plan: {slower} cases. Eight experts a rank or more with a gap over 3 "
-           f"%: {', '.join(over) or 'none'}.")
+                    others = baselines(plan)
+                    longer.append(
+                        [
+                            other.time / plan.time - 1
+                            for other in (others[CONTIGUOUS], others[EPLB_TOKENS], others[EPLB_WORK], whole)
+                        ]
+                    )
+                yield (
+                    f"| {experts}/{ranks} | {schedule} | {nodes} | "
+                    + " | ".join(f"{100 * g:.2f}" for g in gaps)
+                    + " | "
+                    + " | ".join(f"+{100 * x:.1f}" for x in np.mean(longer, axis=0))
+                    + " |"
+                )
+    yield (
+        f"\nSlower than the best whole-expert plan: {slower} cases. Eight experts a rank or more with a gap over 3 "
+        f"%: {', '.join(over) or 'none'}."
+    )
 
 
 def oracle_case(seed: int) -> tuple[float, bool, bool]:
@@ -132,16 +155,20 @@ def oracle_case(seed: int) -> tuple[float, bool, bool]:
 
 def oracle_lines(pool):
     over, proven, slower = zip(*pool.map(oracle_case, range(ORACLE_CASES), chunksize=10), strict=True)
-    yield (f"\n## Whole experts against HiGHS\n\n{ORACLE_CASES} random layers of 2 to 16 experts on 2 to 8 ranks: at "
-           f"most {max(over):.3%} above the exact optimum (proven for {sum(proven)}), "
-           f"{sum(o <= 1e-6 for o in over)} of them at it; slower than EPLB's method in {sum(slower)}.")
+    yield (
+        f"\n## Whole experts against HiGHS\n\n{ORACLE_CASES} random layers of 2 to 16 experts on 2 to 8 ranks: at "
+        f"most {max(over):.3%} above the exact optimum (proven for {sum(proven)}), "
+        f"{sum(o <= 1e-6 for o in over)} of them at it; slower than EPLB's method in {sum(slower)}."
+    )
 
 
 def caps_lines(pool, cases: int):
     found = Counter(pool.map(under_caps, range(cases), chunksize=50))
-    yield (f"\n## Memory caps\n\n{cases:,} random layers of 2 to 40 experts whose caps some placement keeps: kept "
-           f"{found['kept']:,}, broken {found['broken']}; not found {found['not found']}, where for up to 16 experts "
-           f"HiGHS has none either with more nodes; of these given up though HiGHS has one: {found['missed']}.")
+    yield (
+        f"\n## Memory caps\n\n{cases:,} random layers of 2 to 40 experts whose caps some placement keeps: kept "
+        f"{found['kept']:,}, broken {found['broken']}; not found {found['not found']}, where for up to 16 experts "
+        f"HiGHS has none either with more nodes; of these given up though HiGHS has one: {found['missed']}."
+    )
 
 
 def speed_lines():
@@ -152,12 +179,21 @@ def speed_lines():
         start = time.perf_counter()
         plan_layer(tokens, widths, 64, cut_multiple=FLOPS_UNIT)
         times.append(1e3 * (time.perf_counter() - start))
-    seconds, mib = map(float, subprocess.run(
-        [sys.executable, "-m", "benchmarks.planner", "--large"], cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split())
-    yield (f"\n## Time to plan, on one core\n\nA layer of 256 experts on 64 ranks, lognormal 0.6: median "
-           f"{statistics.median(times[5:]):.2f} ms, 90 % within {np.quantile(times[5:], 0.9):.2f} ms.\n\n60 layers of "
-           f"1,024 experts on 1,024 ranks in 128 nodes: {seconds:.1f} s, {mib:,.0f} MiB at the most.")
+    seconds, mib = map(
+        float,
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.planner", "--large"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split(),
+    )
+    yield (
+        f"\n## Time to plan, on one core\n\nA layer of 256 experts on 64 ranks, lognormal 0.6: median "
+        f"{statistics.median(times[5:]):.2f} ms, 90 % within {np.quantile(times[5:], 0.9):.2f} ms.\n\n60 layers of "
+        f"1,024 experts on 1,024 ranks in 128 nodes: {seconds:.1f} s, {mib:,.0f} MiB at the most."
+    )
 
 
 def plan_large() -> str:
@@ -166,15 +202,18 @@ def plan_large() -> str:
     widths = expert_widths("arithmetic:9:23", 1024, 1024 * MEAN_WIDTH, GPU_UNIT)
     tokens_LE = rng.lognormal(0, 0.6, (60, 1024)) * TOKENS_A_RANK * 8
     start = time.perf_counter()
-    plan_model(tokens_LE, [widths] * 60, nodes_of(128, 8), CostModel(PROFILES["h100"], HIDDEN_SIZE),
-               cut_multiple=GPU_UNIT)
+    plan_model(
+        tokens_LE, [widths] * 60, nodes_of(128, 8), CostModel(PROFILES["h100"], HIDDEN_SIZE), cut_multiple=GPU_UNIT
+    )
     seconds = time.perf_counter() - start
     return f"{seconds} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}"
 
 
 def policy_lines():
-    yield ("\n## When to plan again\n\n8 H100 by published figures, one layer, 16 or 64 experts, h100 and FLOPs "
-           "profiles, three seeds; moving and planning included. A gain below zero is a loss against staying.\n")
+    yield (
+        "\n## When to plan again\n\n8 H100 by published figures, one layer, 16 or 64 experts, h100 and FLOPs "
+        "profiles, three seeds; moving and planning included. A gain below zero is a loss against staying.\n"
+    )
     yield campaign_table(campaign(standard_cases()))
 
 
@@ -186,8 +225,13 @@ def main() -> None:
     if given.large:
         print(plan_large())
         return
-    lines = ["# The planner's figures", "", f"`make bench-planner CASES={given.cases}` on "
-             f"{stamp('numpy', 'scipy')}.", "Predicted by the cost model; nothing here ran on a GPU.", ""]
+    lines = [
+        "# The planner's figures",
+        "",
+        f"`make bench-planner CASES={given.cases}` on {stamp('numpy', 'scipy')}.",
+        "Predicted by the cost model; nothing here ran on a GPU.",
+        "",
+    ]
 
     def say(parts):
         for part in parts:

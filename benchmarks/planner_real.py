@@ -49,16 +49,38 @@ def train(name: str, placement: str, steps: int) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-        ROOT / "benchmarks" / "pinned.py", *read_args(EXAMPLE),
-        "--train-data-path", DATA / "train_text_document", "--valid-data-path", DATA / "valid_text_document",
-        "--tokenizer-model", DEMO / "tokenizer.model", "--hmoe-run-dir", directory, "--hmoe-placement", placement,
-        "--train-iters", steps, "--lr-decay-iters", 240, "--log-interval", 1, "--eval-iters", 0,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        ROOT / "benchmarks" / "pinned.py",
+        *read_args(EXAMPLE),
+        "--train-data-path",
+        DATA / "train_text_document",
+        "--valid-data-path",
+        DATA / "valid_text_document",
+        "--tokenizer-model",
+        DEMO / "tokenizer.model",
+        "--hmoe-run-dir",
+        directory,
+        "--hmoe-placement",
+        placement,
+        "--train-iters",
+        steps,
+        "--lr-decay-iters",
+        240,
+        "--log-interval",
+        1,
+        "--eval-iters",
+        0,
+    ]
     log = directory / "train.log"
     with log.open("w") as file:
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              stdin=subprocess.DEVNULL)  # fmt: skip
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
     if done.returncode:
         sys.exit("".join(log.read_text().splitlines(keepends=True)[-20:]) + f"planner_real: {name} failed, see {log}")
     return directory
@@ -86,12 +108,16 @@ def predicted_ms(plan: PlacementPlan, record: dict, model: Model, cost: CostMode
 
 def report(runs: dict[str, list[Run]], plan: PlacementPlan) -> list[str]:
     """The table, a row for each placement, and what planning gained."""
-    lines = ["| placement | step ms | expert ms by rank | max/mean | predicted expert ms by rank | max/mean |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| placement | step ms | expert ms by rank | max/mean | predicted expert ms by rank | max/mean |",
+        "|---|---|---|---|---|---|",
+    ]
     slowest = {}
     for name, of in runs.items():
-        measured_R, predicted_R = (np.median(np.concatenate(arrays), axis=0) for arrays in (
-            [run.expert_ms_NR for run in of], [run.predicted_ms_NR for run in of]))
+        measured_R, predicted_R = (
+            np.median(np.concatenate(arrays), axis=0)
+            for arrays in ([run.expert_ms_NR for run in of], [run.predicted_ms_NR for run in of])
+        )
         step_ms = np.median(np.concatenate([run.step_ms_N for run in of]))
         slowest[name] = step_ms, measured_R.max(), predicted_R.max()
         columns = [f"{_numbers(of_R)} | {of_R.max() / of_R.mean():.3f}" for of_R in (measured_R, predicted_R)]
@@ -99,11 +125,14 @@ def report(runs: dict[str, list[Run]], plan: PlacementPlan) -> list[str]:
     by_run = [np.median(b.step_ms_N) / np.median(a.step_ms_N) for a, b in zip(*runs.values(), strict=True)]
     (step, measured, predicted), (step_p, measured_p, predicted_p) = slowest.values()
     off = [np.abs(run.predicted_ms_NR / run.expert_ms_NR - 1) for of in runs.values() for run in of]
-    lines += ["", f"Planned over contiguous: step time {step_p / step:.3f} (of pairs of runs {_numbers(by_run, 3)}), "
-              f"slowest rank's expert time {measured_p / measured:.3f} measured, {predicted_p / predicted:.3f} "
-              "predicted.",
-              f"Predicted expert time of a step and rank against measured: median error "
-              f"{np.median(np.concatenate(off)):.1%}. Cuts in the plan: {sum(layer.cuts for layer in plan.layers)}."]
+    lines += [
+        "",
+        f"Planned over contiguous: step time {step_p / step:.3f} (of pairs of runs {_numbers(by_run, 3)}), "
+        f"slowest rank's expert time {measured_p / measured:.3f} measured, {predicted_p / predicted:.3f} "
+        "predicted.",
+        f"Predicted expert time of a step and rank against measured: median error "
+        f"{np.median(np.concatenate(off)):.1%}. Cuts in the plan: {sum(layer.cuts for layer in plan.layers)}.",
+    ]
     return lines
 
 
@@ -127,8 +156,21 @@ def main() -> None:
     model = model_of(read_args(EXAMPLE), [])
     _call(tool("profile_hardware.py", "--output", profile_file, "--hidden-size", model.hidden_size))
     warm = train("loads", CONTIGUOUS, given.steps)
-    _call(tool("plan_placement.py", "--args", EXAMPLE, "--loads", warm / TELEMETRY_FILE, "--profile", profile_file,
-               "--output", plan_file, "--last", given.steps - WARM_UP))
+    _call(
+        tool(
+            "plan_placement.py",
+            "--args",
+            EXAMPLE,
+            "--loads",
+            warm / TELEMETRY_FILE,
+            "--profile",
+            profile_file,
+            "--output",
+            plan_file,
+            "--last",
+            given.steps - WARM_UP,
+        )
+    )
     cost = CostModel(Profile.load(profile_file), model.hidden_size)
     runs = {CONTIGUOUS: [], PLANNED: []}
     for number in range(given.rounds):

@@ -18,11 +18,10 @@ _PLACES = {
     "moves": "Move diff",
     "plan": "LayerPlan Piece PlacementPlan validate_pieces",
     "planner": "contiguous_plan plan_layer plan_model",
-    "policy": "ReplanPolicy",
+    "replan": "ReplanPolicy moving_time",
     "profiles": "FLOPS PROFILES Profile profile_named",
     "ranks": "Rank nodes_of",
     "solver": "InfeasiblePlan",
-    "step_times": "moving_time",
     "table": "plan_table",
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""What other placements would give for the same layers, ranks and loads: to be compared with, never to be used."""
+"""What other methods give for the same layers, ranks and loads: to compare with, never to train with."""
 
 import contextlib
 import heapq
@@ -29,7 +29,7 @@ def equal_counts(weights_E: Sequence[float], ranks: int) -> list[int]:
     return owner_E
 
 
-def rivals(plan: PlacementPlan) -> dict[str, PlacementPlan]:
+def baselines(plan: PlacementPlan) -> dict[str, PlacementPlan]:
     """Name -> plan by another method for what `plan` was made for; `WHOLE` where `plan` cuts and the caps allow it."""
     tokens_LE = [layer.tokens for layer in plan.layers]
     same = plan.widths, plan.rank_specs, tokens_LE, plan.cost, plan.stages, plan.numbers
@@ -40,8 +40,11 @@ def rivals(plan: PlacementPlan) -> dict[str, PlacementPlan]:
     def by_work(tokens_E, widths_E):
         return equal_counts([m * F for m, F in zip(tokens_E, widths_E, strict=True)], plan.ranks)
 
-    found = {CONTIGUOUS: contiguous_plan(*same), EPLB_TOKENS: whole_plan(by_tokens, *same),
-             EPLB_WORK: whole_plan(by_work, *same)}
+    found = {
+        CONTIGUOUS: contiguous_plan(*same),
+        EPLB_TOKENS: whole_plan(by_tokens, *same),
+        EPLB_WORK: whole_plan(by_work, *same),
+    }
     if any(layer.cuts for layer in plan.layers):
         with contextlib.suppress(InfeasiblePlan):
             found[WHOLE] = plan_model(

@@ -1,4 +1,4 @@
-"""Text out of pages, manuals and dictionaries, cutting, the rule of near-duplicates, limits of archives."""
+"""Text out of pages, manuals and dictionaries, cutting, decontamination, limits of archives."""
 
 import gzip
 import random
@@ -8,12 +8,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from hmoe_megatron.corpora.cut import cut_page, decode, is_held_out, pack
-from hmoe_megatron.corpora.dictionary import entries
-from hmoe_megatron.corpora.html_text import html_text
-from hmoe_megatron.corpora.manual_text import manual_text, unescape
-from hmoe_megatron.corpora.members import gunzip, tar_members, zip_member
-from hmoe_megatron.corpora.near_duplicates import GRAM_WORDS, Item, NearDuplicates, words_of
+from hmoe_megatron.tools.corpora.corpus import is_held_out
+from hmoe_megatron.tools.corpora.debian_prose import cut_page, pack
+from hmoe_megatron.tools.corpora.decontamination import GRAM_WORDS, EvaluationSets, Item, words_of
+from hmoe_megatron.tools.corpora.dictionary import entries
+from hmoe_megatron.tools.corpora.html_text import html_text
+from hmoe_megatron.tools.corpora.manual_text import manual_text, unescape
+from hmoe_megatron.tools.corpora.members import decode, gunzip, tar_members, zip_member
 
 
 @pytest.mark.parametrize(
@@ -49,11 +50,13 @@ def test_html_of_random_nesting_keeps_every_word_once_in_order_and_no_tag():
 
 
 def test_manual_page_is_paragraphs_without_requests_or_escapes():
-    page = ('.\\" made\n.de Sp\n..\n.TH X 1 "a" "b"\n.nh\n.SH "NAME"\nx \\- y\n.IX Item "no"\n.PP\n\\&\\fBOne\\fR\n'
-            'two \\*(C`f()\\*(C\' \\s-1BIG\\s0 \\*(L"q\\*(R".\n.Vb 1\n\\&    a \\e \\*(Aqb\\*(Aq\n\\&\n\\&    c\n.Ve\n'
-            '.ie n .IP """it""" 4\n.el .IP "\\f(CWit\\fR" 4\nDoes.\n.IP "\\(bu" 4\npoint\n')  # fmt: skip
+    page = (
+        '.\\" made\n.de Sp\n..\n.TH X 1 "a" "b"\n.nh\n.SH "NAME"\nx \\- y\n.IX Item "no"\n.PP\n\\&\\fBOne\\fR\n'
+        'two \\*(C`f()\\*(C\' \\s-1BIG\\s0 \\*(L"q\\*(R".\n.Vb 1\n\\&    a \\e \\*(Aqb\\*(Aq\n\\&\n\\&    c\n.Ve\n'
+        '.ie n .IP """it""" 4\n.el .IP "\\f(CWit\\fR" 4\nDoes.\n.IP "\\(bu" 4\npoint\n'
+    )
     assert manual_text(page) == (
-        "NAME\n\nx - y\n\nOne two f() BIG \"q\".\n\n    a \\ 'b'\n\n    c\n\n\"it\"\n\nDoes.\n\n- point"
+        'NAME\n\nx - y\n\nOne two f() BIG "q".\n\n    a \\ \'b\'\n\n    c\n\n"it"\n\nDoes.\n\n- point'
     )
     assert unescape("cafe\\*' \\*(--x") == "café --x"
 
@@ -88,41 +91,41 @@ def test_held_out_share_and_decoding():
 WORDS = [f"word{n}" for n in range(40)]
 
 
-def rule(*texts: str, question: str = "") -> NearDuplicates:
-    return NearDuplicates([Item("other", ("nothing to see",), ""), Item("set", texts, question)])
+def rule(*texts: str, question: str = "") -> EvaluationSets:
+    return EvaluationSets([Item("other", ["nothing to see"], ""), Item("set", list(texts), question)])
 
 
 @pytest.mark.parametrize("start", [0, 11, len(WORDS) - GRAM_WORDS])
-def test_thirteen_words_in_a_row_are_near_duplicates_twelve_or_another_order_are_not(start):
+def test_thirteen_words_in_a_row_are_contamination_twelve_or_another_order_are_not(start):
     found = rule(" ".join(WORDS))
     shared = WORDS[start : start + GRAM_WORDS]
-    assert found.set_of("Before; " + ", ".join(shared).upper() + "... after!") == "set"
-    assert found.set_of("Before " + " ".join(shared[:-1]) + " after") is None
-    assert found.set_of("Before " + " ".join(shared[1:]) + " after") is None
-    assert found.set_of(" ".join([shared[1], shared[0], *shared[2:]])) is None
-    assert found.set_of(" ".join(shared[:6] + ["in"] + shared[6:])) is None
-    assert found.set_of("") is None and found.set_of("word0") is None
+    assert found.find("Before; " + ", ".join(shared).upper() + "... after!") == "set"
+    assert found.find("Before " + " ".join(shared[:-1]) + " after") is None
+    assert found.find("Before " + " ".join(shared[1:]) + " after") is None
+    assert found.find(" ".join([shared[1], shared[0], *shared[2:]])) is None
+    assert found.find(" ".join(shared[:6] + ["in"] + shared[6:])) is None
+    assert found.find("") is None and found.find("word0") is None
 
 
 def test_short_questions_are_compared_whole():
     found = rule("Where is it? here", question="Where is it?")
-    assert found.set_of("Question: where IS it? Answer: there", question=" where is it") == "set"
-    assert found.set_of("Question: where is it now? Answer: there", question="where is it now?") is None
-    assert found.set_of("where is it?") is None  # prose has no question
-    assert rule("a b", question="").set_of("x", question="...") is None
+    assert found.find("Question: where IS it? Answer: there", question=" where is it") == "set"
+    assert found.find("Question: where is it now? Answer: there", question="where is it now?") is None
+    assert found.find("where is it?") is None  # prose has no question
+    assert rule("a b", question="").find("x", question="...") is None
 
 
-def test_near_duplicates_agree_with_a_plain_search():
+def test_decontamination_agrees_with_a_plain_search():
     rng = random.Random(2)
     vocabulary = ["a", "b"]
     texts = [" ".join(rng.choices(vocabulary, k=rng.randint(5, 40))) for _ in range(40)]
-    found = NearDuplicates(Item("set", (text,), "") for text in texts)
+    found = EvaluationSets(Item("set", [text], "") for text in texts)
     runs = {tuple(w[i : i + GRAM_WORDS]) for w in map(words_of, texts) for i in range(len(w) - GRAM_WORDS + 1)}
     hits = 0
     for _ in range(2_000):
         words = rng.choices(vocabulary, k=16)
         expected = any(tuple(words[i : i + GRAM_WORDS]) in runs for i in range(4))
-        assert (found.set_of(" ".join(words)) == "set") == expected
+        assert (found.find(" ".join(words)) == "set") == expected
         hits += expected
     assert 0 < hits < 2_000
 
@@ -141,6 +144,7 @@ def test_archives_have_limits(tmp_path):
         for name, message in (("a", "more than"), ("b", "no item")):
             with pytest.raises(ValueError, match=message):
                 zip_member(archive, name, 2)
-    (tmp_path / "bad.deb").write_bytes(b"!<arch>\n" + b"data.tar.zst    " + b"0" * 32 + b"12        `\n")
-    with pytest.raises(ValueError, match="no data.tar"):
-        list(tar_members(tmp_path / "bad.deb", re.compile("(.*)")))
+    for member, message in ((b"data.tar.zst", "damaged"), (b"control.tar.xz", "no data.tar")):
+        (tmp_path / "bad.deb").write_bytes(b"!<arch>\n" + member.ljust(16) + b"0" * 32 + b"12        `\n")
+        with pytest.raises(ValueError, match=message):
+            list(tar_members(tmp_path / "bad.deb", re.compile("(.*)")))

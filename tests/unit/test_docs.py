@@ -9,8 +9,9 @@ import pytest
 from hmoe_megatron.config import add_hmoe_arguments, flags_document
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
-                    *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+)
 TOOL_FLAGS = re.compile(r"add(?:_argument)?\(\s*\"(--[a-z-]+)\"")
 
 

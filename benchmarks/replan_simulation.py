@@ -10,13 +10,12 @@ from itertools import pairwise, product
 
 import numpy as np
 
+from benchmarks.load_traces import TRACES, trace
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
-from hmoe_megatron.placement.policy import ReplanPolicy
 from hmoe_megatron.placement.profiles import profile_named
-from hmoe_megatron.placement.step_times import StepTimes, moving_time
-from hmoe_megatron.placement.traces import TRACES, trace
+from hmoe_megatron.placement.replan import ReplanPolicy, StepTimes, moving_time
 from hmoe_megatron.widths import expert_widths
 
 NOTHING = 0.005  # share of the time: what the policy's hysteresis lets lie is no gain to compare with
@@ -57,9 +56,7 @@ class Result:
         return self.gain / self.possible if self.possible >= NOTHING else math.nan
 
 
-def simulate(
-    tokens_TLE: np.ndarray | Sequence[np.ndarray], policy: ReplanPolicy, micro_batches: int = 1
-) -> Result:
+def simulate(tokens_TLE: np.ndarray | Sequence[np.ndarray], policy: ReplanPolicy, micro_batches: int = 1) -> Result:
     """Run a fresh policy over tokens_TLE, each observation the mean over so many micro-batches.
 
     tokens_TLE: array [T, E] for one layer, [T, L, E], or an array [T, E] for each layer where they differ in E.
@@ -108,8 +105,10 @@ MEAN_WIDTH = 16 * MULTIPLE
 
 @dataclass(frozen=True)
 class Case:
-    """A run on a workload of `traces`, which lies along the ranks of the plan at the start: contiguous placement, or
-    planned for loads that are all equal."""
+    """A run on a workload of `load_traces`, which lies along the ranks of the plan at the start.
+
+    start: contiguous placement, or planned for loads that are all equal.
+    """
 
     workload: str
     start: str
@@ -135,8 +134,9 @@ class Case:
         planned, contiguous = replan(equal_LE, None), contiguous_plan(widths_LE, RANKS, equal_LE, cost)
         first = dict(zip(STARTS, (contiguous, planned), strict=True))[self.start]
         pause = PAUSE_STEPS * MICRO_BATCHES * max(planned.layers[0].predicted.time)
-        tokens_TE = trace(self.workload, self.steps, self.experts, RANKS, self.seed, TOKENS, topk,
-                          rank_E=_holders(first))
+        tokens_TE = trace(
+            self.workload, self.steps, self.experts, RANKS, self.seed, TOKENS, topk, rank_E=_holders(first)
+        )
         policy = ReplanPolicy(first, self.steps * MICRO_BATCHES, replan, move_time, PLANNING_S * second, **options)
         return simulate(tokens_TE, policy, MICRO_BATCHES)
 
@@ -159,13 +159,17 @@ def campaign_table(results: Iterable[tuple[Case, Result]]) -> str:
     rows = {}
     for case, result in results:
         rows.setdefault((case.workload, case.start), []).append(result)
-    lines = ["| workload | start | oracle gains, % | policy gains, % | least share of the oracle's | moves |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| workload | start | oracle gains, % | policy gains, % | least share of the oracle's | moves |",
+        "|---|---|---|---|---|---|",
+    ]
     for (workload, start), of in rows.items():
         shares = [result.gain_of_oracle for result in of if not math.isnan(result.gain_of_oracle)]
-        lines.append(f"| {workload} | {start} | {_range(100 * r.possible for r in of)} | "
-                     f"{_range(100 * r.gain for r in of)} | {f'{min(shares):.3f}' if shares else '-'} | "
-                     f"{_range((len(r.moves) for r in of), digits=0)} |")
+        lines.append(
+            f"| {workload} | {start} | {_range(100 * r.possible for r in of)} | "
+            f"{_range(100 * r.gain for r in of)} | {f'{min(shares):.3f}' if shares else '-'} | "
+            f"{_range((len(r.moves) for r in of), digits=0)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,7 @@
 r"""Text of a manual page that Pod::Man wrote. Only its few requests are known: others' pages need groff.
 
-    .SH "NAME"                              a heading
-    .IP "\fB\-x\fR" 4                       an item, `- ` before its text where the tag is a bullet
-    .Vb 1 ... .Ve                           verbatim
+.SH "NAME" is a heading; .IP "\fB\-x\fR" 4 an item, `- ` before its text where the tag is a bullet; .Vb 1 ... .Ve is
+verbatim text.
 """
 
 import re
@@ -11,8 +10,7 @@ import unicodedata
 ACCENTS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303", ":": "\u0308", ",": "\u0327", "8": ""}
 STRINGS = {"L": '"', "R": '"', "-": "-", "A": "'", "C": ""}  # \*(L", \*(R", \*(--, \*(Aq, \*(C` and \*(C'
 ESCAPE = re.compile(r"\\(?:\*\((?P<string>..)|\*(?P<accent>.)|\((?P<special>..)|f(?:\(..|.)|s[+-]?\d|(?P<one>.))")
-SPECIALS = {"bu": "•", "aq": "'", "co": "©", "em": "—", "en": "–", "hy": "-", "dq": '"', "ga": "`", "ha": "^",
-            "ti": "~", "rs": "\\"}  # fmt: skip
+SPECIALS = {pair[:2]: pair[2] for pair in "bu• aq' co© em— en– hy- dq\" ga` ha^ ti~ rs\\".split()}
 ONES = {"e": "\\", "-": "-", " ": " ", "'": "'", "`": "`", "\\": "\\", ".": "."}
 LETTERS = {"PI": "π", "--": "--", "ss": "ß", "o/": "ø", "O/": "Ø", "ae": "æ", "Ae": "Æ", "d-": "ð", "th": "þ"}
 
@@ -57,8 +55,8 @@ def manual_text(page: str) -> str:
             verbatim = []
         elif request in (".SH", ".SS", ".IP"):
             end_paragraph()
-            tag = unescape(re.match(r'"((?:[^"]|"")*)"|(\S*)', argument)[0].removeprefix('"').removesuffix('"')
-                           .replace('""', '"'))  # fmt: skip
+            tag = re.match(r'"(?:[^"]|"")*"|\S*', argument)[0].removeprefix('"').removesuffix('"')
+            tag = unescape(tag.replace('""', '"'))
             words.append(tag)
             if tag != "•":
                 end_paragraph()

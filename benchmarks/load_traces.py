@@ -60,7 +60,7 @@ def trace(
     mean_TE = heat_T * hot_TE / np.maximum(hot_T, 1) + (1 - heat_T) / experts
     if name == "W4":
         tokens_R = rng.lognormal(0, 1, ranks)
-        jitter *= np.sqrt(ranks * (tokens_R ** 2).sum()) / tokens_R.sum()
+        jitter *= np.sqrt(ranks * (tokens_R**2).sum()) / tokens_R.sum()
     mean_TE *= np.exp(jitter * rng.standard_normal(mean_TE.shape))
     tokens_TE = rng.multinomial(tokens * topk, mean_TE / mean_TE.sum(axis=1, keepdims=True))
     for step in np.flatnonzero((tokens_TE > tokens).any(axis=1)):  # a token chooses an expert once
@@ -101,15 +101,17 @@ def _check(name, steps, experts, ranks, tokens, topk, heat, period, burst, jitte
     if name not in TRACES:
         raise ValueError(f"trace {name!r:.80}: give one of {', '.join(TRACES)}")
     checks = {
-        f"{steps} steps, {ranks} ranks, {tokens} tokens, top-{topk}: each is at least 1":
-            min(steps, ranks, tokens, topk) >= 1,
+        f"{steps} steps, {ranks} ranks, {tokens} tokens, top-{topk}: each is at least 1": min(
+            steps, ranks, tokens, topk
+        )
+        >= 1,
         f"{experts} experts, top-{topk}: give at least twice top-k experts": experts >= 2 * topk,
         f"heat {heat}: a share from 0 to 1": 0 <= heat <= 1,
         f"jitter {jitter}: from 0 to 10": 0 <= jitter <= 10,
-        f"period {period}, burst {burst}: at least 1 step, a burst no longer than the period":
-            period >= 1 and (name != "W7" or 1 <= burst <= period),
-        f"rank_E: give the rank of each of {experts} experts, from 0 to {ranks - 1}":
-            rank_E is None or (len(rank_E) == experts and min(rank_E) >= 0 and max(rank_E) < ranks),
+        f"period {period}, burst {burst}: at least 1 step, a burst no longer than the period": period >= 1
+        and (name != "W7" or 1 <= burst <= period),
+        f"rank_E: give the rank of each of {experts} experts, from 0 to {ranks - 1}": rank_E is None
+        or (len(rank_E) == experts and min(rank_E) >= 0 and max(rank_E) < ranks),
     }
     if wrong := [text for text, right in checks.items() if not right]:
         raise ValueError(f"trace {name}: " + "; ".join(wrong))

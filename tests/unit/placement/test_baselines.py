@@ -3,8 +3,8 @@
 import pytest
 
 from hmoe_megatron.placement import CostModel, Rank, contiguous_plan, plan_model
-from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE, equal_counts, rivals
-from hmoe_megatron.tools.plan_tool.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
+from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE, baselines, equal_counts
+from hmoe_megatron.placement.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ def test_equal_counts(weights, ranks, owners):
     assert equal_counts(weights, ranks) == owners
 
 
-def test_each_rival_is_fed_with_its_own():
+def test_each_baseline_is_fed_with_its_own():
     """Four experts on two ranks, of work 8, 100, 60 and 100."""
     tokens, widths = [8.0, 1.0, 6.0, 5.0], [1, 100, 10, 20]
     plan = plan_model([tokens], [widths], 2)
     experts = {
-        name: [[p.expert for p in rank] for rank in other.layers[0].pieces] for name, other in rivals(plan).items()
+        name: [[p.expert for p in rank] for rank in other.layers[0].pieces] for name, other in baselines(plan).items()
     }
     assert experts[CONTIGUOUS] == [[0, 1], [2, 3]]
     assert experts[EPLB_TOKENS] == [[0, 1], [2, 3]]  # 8 | 6, 5 | 1 where there is a place
     assert experts[EPLB_WORK] == [[1, 2], [0, 3]]  # 100 | 100 | 60 | 8
     assert plan.layers[0].cuts and list(experts) == [CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE]
-    assert all(other.layers[0].tokens == tuple(tokens) for other in rivals(plan).values())
-    assert WHOLE not in rivals(plan_model([[1.0, 1.0]], [[5, 5]], 2))
+    assert all(other.layers[0].tokens == tuple(tokens) for other in baselines(plan).values())
+    assert WHOLE not in baselines(plan_model([[1.0, 1.0]], [[5, 5]], 2))
 
 
 def test_outcomes():

@@ -2,19 +2,18 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
+from benchmarks.load_traces import trace
+from benchmarks.replan_simulation import NOTHING, Case, Result, campaign_table, simulate, standard_cases
 from hmoe_megatron.placement import CostModel, InfeasiblePlan, Rank, contiguous_plan, nodes_of, plan_model
-from hmoe_megatron.placement.account import Account
 from hmoe_megatron.placement.cost import predict
-from hmoe_megatron.placement.policy import LONGEST, SHORTEST, ReplanPolicy
 from hmoe_megatron.placement.profiles import profile_named
-from hmoe_megatron.placement.simulate import NOTHING, Result, campaign, campaign_table, simulate, standard_cases
-from hmoe_megatron.placement.step_times import StepTimes, moving_time
-from hmoe_megatron.placement.traces import trace
-from tests.rows import rarely
+from hmoe_megatron.placement.replan import LONGEST, SHORTEST, Account, ReplanPolicy, StepTimes, moving_time
+from tests.rows import mostly_rarely, rarely
 
 RANKS = 4
 WIDTHS_LE = [(9, 11, 13, 15, 17, 19, 21, 23)]
@@ -66,15 +65,23 @@ def test_times_are_those_that_predict_gives(profile, ranks):
     tokens_LTE = [rng.lognormal(6, 1, (5, len(widths))) * rng.integers(0, 2, (5, len(widths))) for widths in widths_LE]
     plan = plan_model([1 + tokens_TE[0] for tokens_TE in tokens_LTE], widths_LE, ranks, cost, stages=PIPELINE)
     assert sum(layer.cuts for layer in plan.layers) > 0
-    expected_LRT = np.array([[predict(layer.pieces, tokens_E, cost, ranks, 0.0).time for tokens_E in tokens_TE]
-                             for layer, tokens_TE in zip(plan.layers, tokens_LTE, strict=True)]).transpose(0, 2, 1)
+    expected_LRT = np.array(
+        [
+            [predict(layer.pieces, tokens_E, cost, ranks, 0.0).time for tokens_E in tokens_TE]
+            for layer, tokens_TE in zip(plan.layers, tokens_LTE, strict=True)
+        ]
+    ).transpose(0, 2, 1)
     slowest_LT = expected_LRT.max(axis=1)
     expected_T = np.maximum(slowest_LT[0] + slowest_LT[1], slowest_LT[2])
 
     times, tokens_TX = StepTimes(plan), np.concatenate(tokens_LTE, axis=1)
     np.testing.assert_allclose(times.by_rank(tokens_TX), expected_LRT, rtol=ROUNDING)
     np.testing.assert_allclose(times(tokens_TX), expected_T, rtol=ROUNDING)
-    assert (times.balanced(tokens_TX) <= times(tokens_TX) * (1 + ROUNDING)).all()
+    speed_R = np.array([rank.speed for rank in ranks])
+    even_LT = (expected_LRT * speed_R[:, None]).sum(axis=1) / speed_R.sum()
+    np.testing.assert_allclose(
+        times.balanced(tokens_TX), np.maximum(even_LT[0] + even_LT[1], even_LT[2]), rtol=ROUNDING
+    )
 
 
 def test_in_balance_the_time_is_the_mean_over_ranks():
@@ -91,6 +98,7 @@ def test_moving_takes_the_pause_and_the_bytes_of_the_busiest_rank():
 
 
 # What makes it move
+
 
 def test_it_moves_when_the_gain_of_the_test_times_its_life_pays():
     """Constant loads: the gain of each observation is known, so is the test that first pays."""
@@ -113,7 +121,7 @@ def test_it_does_not_move_for_what_the_rest_of_the_run_cannot_pay():
 
 def test_near_equal_loads_move_nothing_though_a_move_is_free():
     rng = np.random.default_rng(0)
-    tokens_TE = [loads(1 + 0.004 * rng.standard_normal(EXPERTS)) for _ in range(600)]
+    tokens_TE = [loads(1 + 0.004 * rng.standard_normal(EXPERTS)) for _ in range(200)]
     assert moved_at(made(price=0.0), tokens_TE) == []
     assert moved_at(made(price=0.0, hysteresis=0.0), tokens_TE)  # so it is the hysteresis that holds it
 
@@ -199,7 +207,7 @@ def test_old_loads_are_forgotten_when_it_takes_long_for_a_move_to_pay():
     np.testing.assert_allclose(seen[0], HOT, rtol=ROUNDING)
 
 
-@pytest.mark.parametrize("workload", ["W1", "W6"])
+@pytest.mark.parametrize("workload", ["W1", *rarely("W6")])
 def test_the_same_observations_give_the_same_plans(workload):
     tokens_TE = trace(workload, 300, EXPERTS, RANKS, seed=1)
     policies = made(), made()
@@ -208,6 +216,7 @@ def test_the_same_observations_give_the_same_plans(workload):
 
 
 # The bound
+
 
 def test_the_account_leaves_a_share_of_what_the_run_takes_at_least():
     account = Account(run=10, max_loss=0.1)
@@ -232,10 +241,13 @@ def on_rank(plan, rank):
     return loads(share_E)
 
 
-@pytest.mark.parametrize("max_loss", [0.015, 0.1])
-@pytest.mark.parametrize("price", [0.0, 0.3, 6.0])
-@pytest.mark.parametrize("first", [EVEN, EQUAL_ROWS], ids=["even", "equal_rows"])
-def test_loads_that_turn_against_every_plan_lose_no_more_than_the_bound(first, price, max_loss):
+TURNS = list(product(("even", "equal_rows"), (0.0, 0.3, 6.0), (0.015, 0.1)))
+TURNS_IN_SUITE = [("equal_rows", 0.3, 0.015)]
+
+
+@pytest.mark.parametrize("start, price, max_loss", mostly_rarely(TURNS, TURNS_IN_SUITE))
+def test_loads_that_turn_against_every_plan_lose_no_more_than_the_bound(start, price, max_loss):
+    first = {"even": EVEN, "equal_rows": EQUAL_ROWS}[start]
     policy = made(first, price=price * STEP, max_loss=max_loss, planning_time=0.02 * STEP)
     first_times = times = StepTimes(first)
     plans, stay, spent, worst = [first], 0.0, 0.0, 0.0
@@ -254,7 +266,7 @@ def test_loads_that_turn_against_every_plan_lose_no_more_than_the_bound(first, p
     assert spent > stay and any(plan is first for plan in plans[1:])  # led away, to its loss, and back
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", mostly_rarely(range(8), [0]))
 def test_loads_that_change_at_any_time_lose_no_more_than_the_bound(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 60, 100)
@@ -267,13 +279,19 @@ def test_loads_that_change_at_any_time_lose_no_more_than_the_bound(seed):
 
 # The simulation
 
+
 def test_the_simulation_and_the_policys_account_agree():
     widths_LE = [WIDTHS_LE[0], (30, 10, 20, 60)]
     rng = np.random.default_rng(3)
     tokens_LTE = [np.repeat(rng.lognormal(4, 1, (4, len(widths))), 60, axis=0) for widths in widths_LE]
     first = contiguous_plan(widths_LE, RANKS)
-    policy = ReplanPolicy(first, 240 * 5, lambda tokens_LE, old: plan_model(tokens_LE, widths_LE, RANKS, old=old),
-                          lambda old, new: 1e4, planning_time=100.0)
+    policy = ReplanPolicy(
+        first,
+        240 * 5,
+        lambda tokens_LE, old: plan_model(tokens_LE, widths_LE, RANKS, old=old),
+        lambda old, new: 1e4,
+        planning_time=100.0,
+    )
     result = simulate(tokens_LTE, policy, micro_batches=5)
     assert result.moves and policy.calls and policy.account.done == 240 * 5
     assert result.stay == pytest.approx(policy.account.stay, rel=ROUNDING)
@@ -309,41 +327,58 @@ LOSS = 0.02  # at most, of the time of staying
 SHARE = 0.9  # at least, of the oracle's gain, on loads that last
 
 
-@pytest.mark.parametrize("workload", ["W1", "W6", *rarely("W3", "W7")])
-def test_the_defaults_meet_the_criteria(workload):
-    """Of the standard cases one seed each; `campaign` has all of them."""
-    results = list(campaign(standard_cases([workload], seeds=[0])))
-    assert len(results) == 8
-    for case, result in results:
-        assert result.gain >= -LOSS, case
-        assert workload not in ("W1", "W3") or not result.gain_of_oracle < SHARE, case  # nan: nothing to gain
-    assert campaign_table(results).count("\n") == 4
+CASES = standard_cases(["W1", "W3", "W6", "W7"], seeds=[0])
+CASES_IN_SUITE = [Case("W1", "contiguous", 16, "flops", 0)]
+
+
+@pytest.mark.parametrize("case", mostly_rarely(CASES, CASES_IN_SUITE), ids=str)
+def test_the_defaults_meet_the_criteria(case):
+    """Of the standard cases one seed each; `make bench-planner` has all of them."""
+    result = case.result()
+    assert result.gain >= -LOSS
+    assert case.workload not in ("W1", "W3") or not result.gain_of_oracle < SHARE  # nan: nothing to gain
+
+
+def test_the_table_has_a_row_for_each_workload_and_start():
+    cases = [Case("W1", start, experts, "h100", 0) for start in ("contiguous", "planned") for experts in (16, 64)]
+    results = [Result(100.0, 95.0 - n, 90.0, 0.0, 0.0, (1,) * n) for n in range(len(cases))]
+    assert campaign_table(zip(cases, results, strict=True)).splitlines()[2:] == [
+        "| W1 | contiguous | 10.00 to 10.00 | 5.00 to 6.00 | 0.500 | 0 to 1 |",
+        "| W1 | planned | 10.00 to 10.00 | 7.00 to 8.00 | 0.700 | 2 to 3 |",
+    ]
 
 
 # Errors
 
-@pytest.mark.parametrize("wrong, text", [
-    ({"run": 0}, "run 0: give the number of micro-batches"),
-    ({"planning_time": -1.0}, "planning_time -1.0"),
-    ({"price": -1.0}, "move_time: -1.0 for no change"),
-    ({"max_loss": 1.5}, "max_loss 1.5: give a share from 0 to 1"),
-    ({"life": 0.0}, "life 0.0"),
-    ({"hysteresis": math.nan}, "hysteresis nan"),
-])
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"run": 0}, "run 0: give the number of micro-batches"),
+        ({"planning_time": -1.0}, "planning_time -1.0"),
+        ({"price": -1.0}, "move_time: -1.0 for no change"),
+        ({"max_loss": 1.5}, "max_loss 1.5: give a share from 0 to 1"),
+        ({"life": 0.0}, "life 0.0"),
+        ({"hysteresis": math.nan}, "hysteresis nan"),
+    ],
+)
 def test_arguments_out_of_range_are_named(wrong, text):
     with pytest.raises(ValueError, match=text):
         made(**wrong)
 
 
-@pytest.mark.parametrize("tokens_LE, micro_batches, text", [
-    ([HOT, HOT], 1, r"loads of \[8, 8\] experts by layer; give them for \[8\]"),
-    ([HOT[1:]], 1, r"loads of \[7\]"),
-    ([HOT], 0, "micro_batches 0"),
-    ([-HOT], 1, "finite loads"),
-    ([HOT * math.nan], 1, "finite loads"),
-    ([HOT * math.inf], 1, "finite loads"),
-    ([HOT * 0], 1, "some above"),
-])
+@pytest.mark.parametrize(
+    "tokens_LE, micro_batches, text",
+    [
+        ([HOT, HOT], 1, r"loads of \[8, 8\] experts by layer; give them for \[8\]"),
+        ([HOT[1:]], 1, r"loads of \[7\]"),
+        ([HOT], 0, "micro_batches 0"),
+        ([-HOT], 1, "finite loads"),
+        ([HOT * math.nan], 1, "finite loads"),
+        ([HOT * math.inf], 1, "finite loads"),
+        ([HOT * 0], 1, "some above"),
+    ],
+)
 def test_observations_that_are_no_loads_of_these_experts_are_refused(tokens_LE, micro_batches, text):
     policy = made()
     with pytest.raises(ValueError, match=text):

@@ -9,10 +9,10 @@ WHITE_SPACE = re.compile(r"\s+")
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 SKIPPED_TAGS = {"footer", "form", "head", "nav", "noscript", "script", "style", "svg", "template"}
 SKIPPED_ROLES = {"contentinfo", "navigation", "search"}
-SKIPPED_CLASSES = {"book-navigation", "headerlink", "navfooter", "navheader", "page-links", "related", "sphinxsidebar",
-                   "toctree-wrapper", "viewcode-link"}  # fmt: skip
-PARAGRAPHS = {"article", "aside", "blockquote", "center", "div", "dl", "dt", "figure", "h1", "h2", "h3", "h4", "h5",
-              "h6", "hr", "main", "ol", "p", "pre", "section", "table", "ul"}  # fmt: skip
+SKIPPED_CLASSES = set("book-navigation headerlink navfooter navheader page-links related sphinxsidebar".split())
+SKIPPED_CLASSES |= {"toctree-wrapper", "viewcode-link"}
+PARAGRAPHS = set("article aside blockquote center div dl dt figure h1 h2 h3 h4 h5 h6 hr".split())
+PARAGRAPHS |= set("main ol p pre section table ul".split())
 ITEM, CELL = "- ", " | "
 LINES = {"br", "caption", "dd", "figcaption", "li", "tr"}
 TIGHT_IN = {"dd", "li"}  # a paragraph in these is a line
@@ -38,9 +38,8 @@ class TextExtractor(HTMLParser):
         if tag not in VOID:
             self.stack.append(tag)
             classes = set((given.get("class") or "").split())
-            if not self.skipped_from and len(self.stack) > 1 and (
-                tag in SKIPPED_TAGS or given.get("role") in SKIPPED_ROLES or classes & SKIPPED_CLASSES
-            ):  # fmt: skip
+            skip = tag in SKIPPED_TAGS or given.get("role") in SKIPPED_ROLES or classes & SKIPPED_CLASSES
+            if skip and not self.skipped_from and len(self.stack) > 1:
                 self.skipped_from = len(self.stack)
         self.break_for(tag)
         if tag == "li":
