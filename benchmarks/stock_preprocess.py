@@ -20,7 +20,7 @@ def _start(kind: str, model: str) -> None:
 def tokenizer(kind: str, model: str):
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
+    from hmoe_megatron.tools.data_prep.runs import megatron_tokenizer_args
 
     args = argparse.Namespace(tokenizer_type=kind, tokenizer_model=model, vocab_file=None, merge_file=None)
     return build_tokenizer(megatron_tokenizer_args(args, []))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.data_prep.data_set import DataSet
-from hmoe_megatron.data_prep.inspection import Summary, draw_lengths, read_document, summarise
+from hmoe_megatron.data.data_set import DataSet
+from hmoe_megatron.tools.data_prep.inspection import Summary, draw_lengths, read_document, summarise
 
 SHOWN_CHARS = 600
 BAR_WIDTH = 40
@@ -61,9 +61,9 @@ def samples(data: DataSet, summary: Summary, count: int, seed: int, decode) -> l
 
 def decoder(args: argparse.Namespace, megatron_flags: list[str], sidecar: dict | None):
     """ids -> text. Raises ValueError if the tokenizer is not there, or not the one that made the data."""
-    from hmoe_megatron.data_prep.encoding import Encoder
-    from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
     from hmoe_megatron.files import file_hashes
+    from hmoe_megatron.tools.data_prep.encoding import Encoder
+    from hmoe_megatron.tools.data_prep.runs import megatron_tokenizer_args
 
     if args.tokenizer_type is None:
         if sidecar is None:

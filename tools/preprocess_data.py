@@ -27,10 +27,10 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.data_prep.publish import is_output
-from hmoe_megatron.data_prep.runs import run_alone, run_under_mpi
-from hmoe_megatron.data_prep.sources import SAMPLE_BY, Source, find_sources
 from hmoe_megatron.launch.mpi import process_of, start_mpi
+from hmoe_megatron.tools.data_prep.publish import is_output
+from hmoe_megatron.tools.data_prep.runs import run_alone, run_under_mpi
+from hmoe_megatron.tools.data_prep.sources import SAMPLE_BY, Source, find_sources
 
 MAX_DOC_BYTES = 2**31 - 2  # Megatron's index holds lengths as int32, and a token is at most a byte of a record
 DEFAULT_MAX_DOC_BYTES = 16 << 20

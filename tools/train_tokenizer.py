@@ -26,9 +26,9 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.data_prep.sources import SAMPLE_BY, find_sources
-from hmoe_megatron.data_prep.tokenizer_training import KINDS, measure, sample, texts_of
 from hmoe_megatron.files import atomic_write
+from hmoe_megatron.tools.data_prep.sources import SAMPLE_BY, find_sources
+from hmoe_megatron.tools.data_prep.tokenizer_training import KINDS, measure, sample, texts_of
 
 HELD_OUT_EVERY = 100  # documents
 

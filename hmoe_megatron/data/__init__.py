@@ -1,1 +1,1 @@
-"""What a run trains on: batches for Megatron, and checks of the data before it is read."""
+"""What a run trains on: batches for Megatron, checks of data sets, and what is read of tokenizers."""

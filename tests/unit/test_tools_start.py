@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hmoe_megatron.data_prep.index import write_index
+from hmoe_megatron.tools.data_prep.index import write_index
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")

@@ -48,8 +48,8 @@ class Source:
 
 def read_documents(pattern: str, json_key: str, limit: int | None) -> list[str]:
     """The first `limit` documents of a file, or of the files of a pattern. Raises ValueError."""
-    from hmoe_megatron.data_prep.sources import find_sources
-    from hmoe_megatron.data_prep.tokenizer_training import texts_of
+    from hmoe_megatron.tools.data_prep.sources import find_sources
+    from hmoe_megatron.tools.data_prep.tokenizer_training import texts_of
 
     texts = list(islice(texts_of(find_sources([pattern]), json_key), limit))
     if not any(texts):

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hmoe_megatron.data_prep.encoding import Encoder
-from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
+from hmoe_megatron.data.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.moe.router import HMoERouter
+from hmoe_megatron.tools.data_prep.encoding import Encoder
 from hmoe_megatron.tools.report.statistics import Model, Routing
 
 BATCH_TOKENS = 2048

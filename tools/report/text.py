@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from hmoe_megatron.data_prep.records import BadRecord, parse_record
-from hmoe_megatron.data_prep.sources import JSON_SUFFIXES
 from hmoe_megatron.files import read_text
 from hmoe_megatron.telemetry.reader import open_with_remedy
+from hmoe_megatron.tools.data_prep.records import BadRecord, parse_record
+from hmoe_megatron.tools.data_prep.sources import JSON_SUFFIXES
 
 MAX_LINE_BYTES = 16 << 20
 MAX_TEXT_BYTES = 64 << 20

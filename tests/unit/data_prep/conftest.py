@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hmoe_megatron.data_prep import sources
+from hmoe_megatron.tools.data_prep import sources
 from tests.unit.data_prep.calls import SP_VOCAB_SIZE, make_texts, write_jsonl
 
 

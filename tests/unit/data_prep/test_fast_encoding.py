@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.data_prep import fast_encoding
-from hmoe_megatron.data_prep.encoding import Encoder
-from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
+from hmoe_megatron.tools.data_prep import fast_encoding
+from hmoe_megatron.tools.data_prep.encoding import Encoder
+from hmoe_megatron.tools.data_prep.runs import megatron_tokenizer_args
 from tests.unit.data_prep.calls import argv_of, make_texts, preprocess_data
 from tests.unit.data_prep.conftest import make_bpe
 
@@ -198,7 +198,7 @@ def test_a_way_that_differs_on_the_sample_is_not_taken(byte_level, monkeypatch):
 
 
 def test_a_way_that_differs_later_is_found_by_the_spot_check(bpe_folder, tmp_path):
-    from hmoe_megatron.data_prep.sources import Block
+    from hmoe_megatron.tools.data_prep.sources import Block
 
     encoder = encoder_of(bpe_folder)
     encoder.way = lambda texts: [np.zeros(1, int) for _ in texts]

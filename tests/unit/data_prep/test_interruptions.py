@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hmoe_megatron.data_prep import encoding, shard
+from hmoe_megatron.tools.data_prep import encoding, shard
 from tests.unit.data_prep.calls import (
     ROOT,
     argv_of,

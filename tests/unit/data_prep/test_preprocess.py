@@ -10,10 +10,10 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.data_prep import encoding
-from hmoe_megatron.data_prep.index import write_index
-from hmoe_megatron.data_prep.records import BadRecord, parse_record
-from hmoe_megatron.data_prep.runs import megatron_tokenizer_args
+from hmoe_megatron.tools.data_prep import encoding
+from hmoe_megatron.tools.data_prep.index import write_index
+from hmoe_megatron.tools.data_prep.records import BadRecord, parse_record
+from hmoe_megatron.tools.data_prep.runs import megatron_tokenizer_args
 from tests.unit.data_prep.calls import (
     EOD_ID,
     SP_VOCAB_SIZE,
@@ -137,7 +137,7 @@ def test_the_index_is_written_in_pieces(tmp_path, monkeypatch):
     parts = [tmp_path / str(number) for number in range(3)]
     for path, part in zip(parts, (lengths[:0], lengths[:333], lengths[333:]), strict=True):
         path.write_bytes(part.astype(np.int32).tobytes())
-    monkeypatch.setattr("hmoe_megatron.data_prep.index.PIECE", 64)
+    monkeypatch.setattr("hmoe_megatron.tools.data_prep.index.PIECE", 64)
     assert write_index(tmp_path / "new.idx", parts, np.int32) == (1000, lengths.sum())
     assert (tmp_path / "new.idx").read_bytes() == (tmp_path / "own.idx").read_bytes()
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.data_prep import sources
-from hmoe_megatron.data_prep.records import count_lines, parse_block
-from hmoe_megatron.data_prep.sources import Span, find_sources, line_number, read_blocks, spans
+from hmoe_megatron.tools.data_prep import sources
+from hmoe_megatron.tools.data_prep.records import count_lines, parse_block
+from hmoe_megatron.tools.data_prep.sources import Span, find_sources, line_number, read_blocks, spans
 
 pyarrow = pytest.importorskip("pyarrow")
 import pyarrow.parquet as parquet  # noqa: E402

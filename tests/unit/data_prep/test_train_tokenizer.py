@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from hmoe_megatron.data_prep.tokenizer_training import END_OF_TEXT, PAD_ID, sample
+from hmoe_megatron.tools.data_prep.tokenizer_training import END_OF_TEXT, PAD_ID, sample
 from tests.unit.data_prep.calls import ROOT, SP_VOCAB_SIZE, make_texts, write_jsonl
 
 sys.path.insert(0, str(ROOT / "tools"))

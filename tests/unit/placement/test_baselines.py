@@ -4,7 +4,7 @@ import pytest
 
 from hmoe_megatron.placement import CostModel, Rank, contiguous_plan, plan_model
 from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, WHOLE, baselines, equal_counts
-from hmoe_megatron.placement.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
+from hmoe_megatron.tools.plan_tool.compare import MAX_LAYERS, comparison_table, layers_table, outcomes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from hmoe_megatron.data_prep.sources import KEPT_OF_LONG_RECORD_BYTES, Block
+from hmoe_megatron.tools.data_prep.sources import KEPT_OF_LONG_RECORD_BYTES, Block
 
 BAD_KINDS = (
     "too_long",

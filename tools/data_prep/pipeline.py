@@ -7,10 +7,10 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from hmoe_megatron.data_prep.encoding import SAMPLE_CHARS, Encoder, encode_in_order
-from hmoe_megatron.data_prep.records import Bad, Good, parse_block
-from hmoe_megatron.data_prep.shard import Shard
-from hmoe_megatron.data_prep.sources import Block, Source, Span, line_number, read_blocks
+from hmoe_megatron.tools.data_prep.encoding import SAMPLE_CHARS, Encoder, encode_in_order
+from hmoe_megatron.tools.data_prep.records import Bad, Good, parse_block
+from hmoe_megatron.tools.data_prep.shard import Shard
+from hmoe_megatron.tools.data_prep.sources import Block, Source, Span, line_number, read_blocks
 
 SAMPLED_FILES = 8
 

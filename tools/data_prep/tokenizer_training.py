@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from hmoe_megatron.data_prep.records import Bad, count_lines, parse_block
-from hmoe_megatron.data_prep.sources import Source, Span, line_number, read_blocks
+from hmoe_megatron.tools.data_prep.records import Bad, count_lines, parse_block
+from hmoe_megatron.tools.data_prep.sources import Source, Span, line_number, read_blocks
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 END_OF_TEXT = "<|endoftext|>"

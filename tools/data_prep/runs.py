@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
-from hmoe_megatron.data_prep.encoding import Encoder
-from hmoe_megatron.data_prep.pipeline import fill, listing, sample_texts
-from hmoe_megatron.data_prep.publish import data_set_name, is_published, publish, quarantine_path
-from hmoe_megatron.data_prep.shard import Shard, folder_of
-from hmoe_megatron.data_prep.sources import Source, spans
-from hmoe_megatron.data_prep.tokenizer_flags import tokenizer_parser
+from hmoe_megatron.data.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.files import file_hashes, sha256_file
+from hmoe_megatron.tools.data_prep.encoding import Encoder
+from hmoe_megatron.tools.data_prep.pipeline import fill, listing, sample_texts
+from hmoe_megatron.tools.data_prep.publish import data_set_name, is_published, publish, quarantine_path
+from hmoe_megatron.tools.data_prep.shard import Shard, folder_of
+from hmoe_megatron.tools.data_prep.sources import Source, spans
 
 
 def request_of(args: argparse.Namespace, megatron_flags: list[str], sources: list[Source]) -> dict:

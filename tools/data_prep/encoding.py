@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hmoe_megatron.child_process import end_with_parent
-from hmoe_megatron.data_prep.data_set import smallest_dtype
-from hmoe_megatron.data_prep.fast_encoding import find_way, megatron_way
-from hmoe_megatron.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
-from hmoe_megatron.data_prep.sources import Block
+from hmoe_megatron.data.data_set import smallest_dtype
+from hmoe_megatron.tools.data_prep.fast_encoding import find_way, megatron_way
+from hmoe_megatron.tools.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
+from hmoe_megatron.tools.data_prep.sources import Block
 
 BLOCKS_IN_FLIGHT_A_WORKER = 3
 SAMPLE_CHARS = 1 << 18

@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hmoe_megatron.data_prep.encoding import Encoded
 from hmoe_megatron.files import atomic_write
+from hmoe_megatron.tools.data_prep.encoding import Encoded
 
 COMMIT_S = 10.0
 STATE, QUARANTINE = "state.json", "quarantine.jsonl"
