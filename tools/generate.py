@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         source = Source(kind, path, tuple(given.flags), given.trust_remote_code)
         source.check()
-        from hmoe_megatron import generation
+        from hmoe_megatron.tools.evaluation import text as drawing
         from hmoe_megatron.tools.evaluation.models import open_model
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's set-up talks; standard output is for the text
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2
     drawn, started_s = [], time.monotonic()
-    tokens = generation.generate(
+    tokens = drawing.generate(
         model,
         prompt,
         given.tokens,
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         stop_at=None if given.ignore_eod else model.end_of_document,
     )
     text = ""
-    for piece in generation.pieces(model.decode, prompt, (drawn.append(token) or token for token in tokens)):
+    for piece in drawing.pieces(model.decode, prompt, (drawn.append(token) or token for token in tokens)):
         print(piece, end="", flush=True)
         text += piece
     print()

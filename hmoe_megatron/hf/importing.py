@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hmoe_megatron.files import atomic_directory, open_regular, read_text
-from hmoe_megatron.generation import ONE_PROCESS, build_model
+from hmoe_megatron.hf.one_process import ONE_PROCESS, build_model
 from hmoe_megatron.hf.architectures import Native, form_of
 from hmoe_megatron.hf.model_settings import megatron_flags
 from hmoe_megatron.hf.shards import INDEX_FILE

@@ -107,10 +107,11 @@ def _megatron(
 ):
     import torch
 
-    from hmoe_megatron import generation, training
+    from hmoe_megatron import training
+    from hmoe_megatron.hf import one_process
 
     training.prepare()
-    model = generation.load_model(root, list(flags), dropped=("--bf16", "--fp16", *dropped))
+    model = one_process.load_model(root, list(flags), dropped=("--bf16", "--fp16", *dropped))
     prepare(model)
     positions_T = torch.arange(tokens_T.shape[1])[None]
     return model(tokens_T, positions_T, None)

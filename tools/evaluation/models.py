@@ -34,13 +34,14 @@ class MegatronModel(Model):
         machine.prepare_environment()
         from megatron.training import get_args, get_tokenizer
 
-        from hmoe_megatron import generation, training
+        from hmoe_megatron import training
+        from hmoe_megatron.hf import one_process
         from hmoe_megatron.checkpoint import directory
         from hmoe_megatron.exits import RunEnded
 
         training.prepare()
         try:
-            self.module = generation.load_model(Path(source.path), list(source.flags))
+            self.module = one_process.load_model(Path(source.path), list(source.flags))
         except RunEnded as error:
             raise ValueError(str(error)) from None
         args, self.tokenizer = get_args(), get_tokenizer()

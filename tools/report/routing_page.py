@@ -77,7 +77,7 @@ def _from_checkpoint(args: argparse.Namespace) -> tuple[dict[str, str], list[tup
     machine.prepare_environment()
     from hmoe_megatron import training
     from hmoe_megatron.checkpoint.directory import find
-    from hmoe_megatron.generation import load_model
+    from hmoe_megatron.hf.one_process import load_model
     from hmoe_megatron.tools.report import routing
 
     training.prepare()

@@ -34,7 +34,7 @@ def run(tmp_path_factory):
 
 def on_rank(root):
     """(Model, Routing of a batch, Routings of each window alone, losses from logits of each window, weights)."""
-    from hmoe_megatron.generation import load_model
+    from hmoe_megatron.hf.one_process import load_model
     from hmoe_megatron.training import prepare
 
     prepare()
