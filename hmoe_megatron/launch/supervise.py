@@ -39,29 +39,26 @@ def supervise(nodes: Nodes, command: list[str], ranks: int, restarts: Restarts, 
             agent = Agent(spec, DefaultLogsSpecs(logs), shutdown_timeout=stop_s)
             handle_signals(agent.on_signal)
             try:
-                return _run(agent, rendezvous, nodes, join_s)
+                return _run(agent, rendezvous, join_s)
             except STORE_LOST:
                 say(f"node 0's launcher is gone: ended the ranks here, looking for it for {join_s:g} s")
                 handle_signals(leave)
 
 
-def _run(agent: Agent, rendezvous: Rendezvous, nodes: Nodes, join_s: float) -> int:
+def _run(agent: Agent, rendezvous: Rendezvous, join_s: float) -> int:
     try:
         result = agent.run()
         if result is not None:
             return int(result.is_failed())
-    except SignalException:
-        pass
-    except RendezvousClosedError:
-        pass
+    except (SignalException, RendezvousClosedError):
+        pass  # another launcher may have said why
     except RendezvousTimeoutError:
-        missing = ", ".join(f"node {node}'s" for node in rendezvous.absent())
-        rendezvous.end(
-            1,
-            f"{missing} launcher did not come in {join_s:g} s: start it on every node (NODE_RANK), with "
-            "this MASTER_ADDR and MASTER_PORT",
-        )
-    code, line, _ = rendezvous.ending()
+        absent = ", ".join(f"node {node}'s" for node in rendezvous.absent())
+        if not absent:
+            raise ValueError(rendezvous.taken()) from None
+        remedy = "start it on every node (NODE_RANK), with this MASTER_ADDR and MASTER_PORT"
+        rendezvous.end(1, f"{absent} launcher did not come in {join_s:g} s: {remedy}")
+    code, line, *_ = rendezvous.ending()
     if line:
         say(line)
     rendezvous.leave()
