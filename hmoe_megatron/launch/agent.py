@@ -21,6 +21,7 @@ class Agent(LocalElasticAgent):
     """Its rendezvous decides about restarts, so the agent's own limit must be out of reach."""
 
     stopped_by: signal.Signals | None = None
+    _known: set[int] | frozenset = frozenset()  # ranks reported or killed: how they end is no news
 
     @property
     def rendezvous(self) -> Rendezvous:
@@ -42,7 +43,7 @@ class Agent(LocalElasticAgent):
             raise
 
     def _start_workers(self, worker_group) -> dict[int, int]:
-        self._known: set[int] = set()  # ranks reported or killed: how they end is no news
+        self._known = set()
         return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group) -> RunResult:

@@ -26,24 +26,18 @@ def process_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 def start_mpi(size: int):
     """mpi4py's MPI, started, of `size` processes. ValueError where mpi4py is missing or belongs to another MPI."""
+    mismatch = f"mpirun started {size} processes and mpi4py"
     if importlib.util.find_spec("mpi4py") is None:
-        raise ValueError(
-            f"mpirun started {size} processes and mpi4py is missing: pip install mpi4py, with the MPI of "
-            "this mpirun, or start with torchrun"
-        )
+        remedy = "pip install mpi4py, with the MPI of this mpirun, or start with torchrun"
+        raise ValueError(f"{mismatch} is missing: {remedy}")
     try:
         from mpi4py import MPI  # starts MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi was found
-        raise ValueError(
-            f"mpirun started {size} processes and mpi4py does not find its MPI ({error}): reinstall "
-            "mpi4py with the MPI of this mpirun"
-        ) from None
-    if MPI.COMM_WORLD.Get_size() != size:
-        raise ValueError(
-            f"mpirun started {size} processes and mpi4py sees {MPI.COMM_WORLD.Get_size()}: it was built "
-            f"for another MPI ({MPI.get_vendor()[0]}) than this mpirun; "
-            "reinstall it or use the mpirun of that MPI"
-        )
+        remedy = "reinstall mpi4py with the MPI of this mpirun"
+        raise ValueError(f"{mismatch} does not find its MPI ({error}): {remedy}") from None
+    if (seen := MPI.COMM_WORLD.Get_size()) != size:
+        why = f"it was built for another MPI ({MPI.get_vendor()[0]}) than this mpirun"
+        raise ValueError(f"{mismatch} sees {seen}: {why}; reinstall it or use the mpirun of that MPI")
     return MPI
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import astuple
 from datetime import timedelta
 
@@ -18,7 +17,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from hmoe_megatron.launch.nodes import Nodes
-from hmoe_megatron.launch.policy import Decision, Failure
+from hmoe_megatron.launch.policy import Failure, Restarts
 from hmoe_megatron.launch.process import say
 
 RUN = "hmoe"
@@ -30,67 +29,62 @@ STORE_LOST = (DistError, RendezvousConnectionError)
 
 class Rendezvous(DynamicRendezvousHandler):
     """Of one launcher. Keys in the store: ``end`` why the run ends, ``left`` launchers that know it; of an attempt:
-    ``launcher<node>``, ``go``, ``failures``, ``done``."""
+    ``launcher<node>``, ``go``, ``failures``, ``done<node>``."""
 
     use_agent_store = True  # ranks are clients of the store that node 0's launcher makes for each attempt
-    attempt: Store | None = None
-    counted = False  # this node in ``done``
+    attempt: Store | None = None  # the last one that started
 
     @classmethod
-    def of(cls, nodes: Nodes, store: Store, join_s: float, decide: Callable[[list[Failure]], Decision]) -> "Rendezvous":
-        """decide: called on node 0 with the failures of the attempt that ended."""
+    def of(cls, nodes: Nodes, store: Store, join_s: float, restarts: Restarts) -> "Rendezvous":
+        """restarts: node 0's are used."""
         backend, timeout = C10dRendezvousBackend(store, RUN), RendezvousTimeout(join=timedelta(seconds=join_s))
-        # c10d numbers launchers in the order of their addresses: these put them in the order of NODE_RANK.
-        address = _address(nodes.rank)
-        self = cls.from_backend(
-            RUN, store, backend, nodes.count, nodes.count, address, timeout, KEEP_ALIVE_S, KEEP_ALIVE_TIMES
-        )
-        self.nodes, self.decide = nodes, decide
+        count, address = nodes.count, _address(nodes.rank)
+        self = cls.from_backend(RUN, store, backend, count, count, address, timeout, KEEP_ALIVE_S, KEEP_ALIVE_TIMES)
+        self.nodes, self.restarts = nodes, restarts
         return self
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait until all launchers are here, none of which has ranks then, and for node 0's decision.
 
         ValueError if another launcher has the same NODE_RANK."""
-        info, before = super().next_rendezvous(), self.attempt
-        while self.absent():  # so another is here twice
-            if self._this_node != min(node for node in self._here() if node.addr == self._this_node.addr):
-                raise ValueError(self.taken())
-            info = super().next_rendezvous()
-        self.attempt, self.counted = info.store, False
-        self.attempt.set(f"launcher{info.rank}", json.dumps([socket.gethostname(), os.getpid()]))
-        if info.rank == 0:
-            self._start_or_end(before)
-        while not self.attempt.check(["go"]):
-            self.raise_if_ended()
+        info = super().next_rendezvous()
+        if self.absent() and self._this_node != min(node for node in self._here() if node.addr == self._this_node.addr):
+            raise ValueError(self.taken())
+        info.store.set(f"launcher{info.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        if info.rank == 0 and not self.absent():
+            self._start_or_end(info.store)
+        while not info.store.check(["go"]):
+            if self.num_nodes_waiting():  # one left, or was here twice in the place of another
+                return self.next_rendezvous()
             time.sleep(POLL_S)
-        place = RendezvousStoreInfo(self.nodes.address, int(self.attempt.get("go")))
+        self.attempt = info.store
+        place = RendezvousStoreInfo(self.nodes.address, int(info.store.get("go")))
         return RendezvousInfo(info.store, info.rank, info.world_size, place)
 
-    def _start_or_end(self, before: Store | None) -> None:
-        decision = self.decide(self._failures(before)) if before else Decision(None, "")
-        if decision.code is not None:
-            self.end(decision.code, decision.line)
-        elif decision.line:
-            say(decision.line)
-        until = time.monotonic() + decision.wait_s
+    def _start_or_end(self, attempt: Store) -> None:
+        wait_s = 0.0
+        if self.attempt:
+            code, line, wait_s = self.restarts.decide(self._failures(self.attempt, attempt))
+            if code is None:
+                say(line)
+            else:
+                self.end(code, line)
+        until = time.monotonic() + wait_s
         self.raise_if_ended()
         while time.monotonic() < until:
             time.sleep(POLL_S)
             self.raise_if_ended()
         # A new one: among the last attempt's keys gloo finds the addresses of ranks that are gone.
         self._ranks_store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.attempt.set("go", str(self._ranks_store.port))
+        attempt.set("go", str(self._ranks_store.port))
 
-    def _failures(self, before: Store) -> list[Failure]:
+    def _failures(self, before: Store, after: Store) -> list[Failure]:
         """Of the last attempt: launchers that are others now, then ranks in the order in which they were reported."""
-        keys = [f"launcher{node}" for node in range(self.nodes.count)]
-        were = [before.get(key) if before.check([key]) else b'["?", 0]' for key in keys]
-        lost = [
-            Failure(json.loads(was)[0], None, 1)
-            for key, was in zip(keys, were, strict=True)
-            if was != self.attempt.get(key)
-        ]
+        lost = []
+        for key in (f"launcher{node}" for node in range(self.nodes.count)):
+            was, now = before.get(key) if before.check([key]) else b'["?", 0]', after.get(key)
+            if was != now:
+                lost.append(Failure(json.loads(was)[0], None, 1))
         reported = before.get("failures").splitlines() if before.check(["failures"]) else []
         return lost + [Failure(*json.loads(line)) for line in reported] or [Failure("a silent host", None, 1)]
 
@@ -100,9 +94,8 @@ class Rendezvous(DynamicRendezvousHandler):
 
     def all_done(self) -> bool:
         """Whether the ranks of all nodes ended well, as those of this node did."""
-        done = self.attempt.add("done", 0 if self.counted else 1)
-        self.counted = True
-        return done == self.nodes.count
+        self.attempt.set(f"done{self.nodes.rank}", "")
+        return self.attempt.check([f"done{node}" for node in range(self.nodes.count)])
 
     def num_nodes_waiting(self) -> int:
         """More than 0, and the agent ends its ranks and comes to the next rendezvous: also when a launcher is lost."""
@@ -155,4 +148,5 @@ class Rendezvous(DynamicRendezvousHandler):
 
 
 def _address(node: int) -> str:
+    """c10d numbers launchers in the order of their addresses: these put them in the order of NODE_RANK."""
     return f"{node:06}"

@@ -34,7 +34,7 @@ def supervise(nodes: Nodes, command: list[str], ranks: int, restarts: Restarts, 
             store = _connect(nodes, join_s) if nodes.rank else _listen(nodes)
             if store is None:
                 return 1
-            rendezvous = Rendezvous.of(nodes, store, join_s, restarts.decide)
+            rendezvous = Rendezvous.of(nodes, store, join_s, restarts)
             spec = WorkerSpec("rank", ranks, rendezvous, None, sys.executable, tuple(command), max_restarts=NO_LIMIT)
             agent = Agent(spec, DefaultLogsSpecs(logs), shutdown_timeout=stop_s)
             handle_signals(agent.on_signal)
@@ -71,10 +71,8 @@ def _listen(nodes: Nodes) -> Store:
     try:
         listener = socket.create_server(place, backlog=1024)
     except OSError as error:
-        raise ValueError(
-            f"MASTER_PORT={nodes.port}: {os.strerror(error.errno)} on this host: end what uses it, or "
-            "give another port on every node"
-        ) from None
+        remedy = "end what uses it, or give another port on every node"
+        raise ValueError(f"MASTER_PORT={nodes.port}: {os.strerror(error.errno)} on this host: {remedy}") from None
     port = listener.getsockname()[1]
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     store.set("nodes", str(nodes.count))
@@ -96,8 +94,6 @@ def _connect(nodes: Nodes, join_s: float) -> Store | None:
         if count != nodes.count:
             raise ValueError(f"NODE_RANK={nodes.rank} of NNODES={nodes.count}, but node 0 has {count}")
         return store
-    say(
-        f"node 0 not found at {nodes.address}:{nodes.port} in {join_s:g} s ({error}): start its launcher, or check "
-        "MASTER_ADDR and MASTER_PORT"
-    )
+    remedy = "start its launcher, or check MASTER_ADDR and MASTER_PORT"
+    say(f"node 0 not found at {nodes.address}:{nodes.port} in {join_s:g} s ({error}): {remedy}")
     return None
