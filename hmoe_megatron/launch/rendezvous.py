@@ -21,7 +21,7 @@ from hmoe_megatron.launch.policy import Failure, Restarts
 from hmoe_megatron.launch.process import say
 
 RUN = "hmoe"
-KEEP_ALIVE_S, KEEP_ALIVE_TIMES = 2, 10  # a launcher that is silent for 20 s is lost
+SILENT_S, KEEP_ALIVE_S = 20, 2  # a launcher that is silent for so long is lost; it is heard so often
 POLL_S = 0.05
 LAST_WORDS_S = 5.0
 STORE_LOST = (DistError, RendezvousConnectionError)
@@ -39,7 +39,9 @@ class Rendezvous(DynamicRendezvousHandler):
         """restarts: node 0's are used."""
         backend, timeout = C10dRendezvousBackend(store, RUN), RendezvousTimeout(join=timedelta(seconds=join_s))
         count, address = nodes.count, _address(nodes.rank)
-        self = cls.from_backend(RUN, store, backend, count, count, address, timeout, KEEP_ALIVE_S, KEEP_ALIVE_TIMES)
+        self = cls.from_backend(
+            RUN, store, backend, count, count, address, timeout, KEEP_ALIVE_S, SILENT_S // KEEP_ALIVE_S
+        )
         self.nodes, self.restarts = nodes, restarts
         return self
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from torch.distributed import Store, TCPStore
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -16,7 +17,7 @@ from hmoe_megatron.launch.agent import Agent
 from hmoe_megatron.launch.nodes import Nodes
 from hmoe_megatron.launch.policy import Restarts
 from hmoe_megatron.launch.process import handle_signals, leave, say
-from hmoe_megatron.launch.rendezvous import POLL_S, STORE_LOST, Rendezvous
+from hmoe_megatron.launch.rendezvous import POLL_S, SILENT_S, STORE_LOST, Rendezvous
 
 CONNECT_TIMEOUT_S = 2.0
 NO_LIMIT = 10**9
@@ -86,6 +87,7 @@ def _connect(nodes: Nodes, join_s: float) -> Store | None:
         try:
             socket.create_connection((nodes.address, nodes.port), CONNECT_TIMEOUT_S).close()
             store = TCPStore(nodes.address, nodes.port, is_master=False, wait_for_workers=False)
+            _notice_lost_host(nodes.port)
             count = int(store.get("nodes"))
         except (OSError, *STORE_LOST) as failed:
             error = failed
@@ -97,3 +99,11 @@ def _connect(nodes: Nodes, join_s: float) -> Store | None:
     remedy = "start its launcher, or check MASTER_ADDR and MASTER_PORT"
     say(f"node 0 not found at {nodes.address}:{nodes.port} in {join_s:g} s ({error}): {remedy}")
     return None
+
+
+def _notice_lost_host(port: int) -> None:
+    """A host that loses power closes no connection: the kernel gives up the one to the store after `SILENT_S`."""
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == port:
+            with socket.socket(fileno=os.dup(connection.fd)) as of_store:
+                of_store.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
