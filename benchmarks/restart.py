@@ -61,8 +61,18 @@ def rank_pid(launcher: subprocess.Popen, rank: int) -> int:
 def measure(kills: int, directory: Path) -> list[tuple[float, float, int]]:
     """(seconds from the kill to the launcher's line, to the end of the next step, steps lost) of every kill."""
     log, found = directory / "log", []
-    command = [sys.executable, ROOT / "tools" / "launch.py", "--nproc-per-node", 2, "pretrain_hmoe.py", *MODEL,
-               "--save", directory / "run", "--load", directory / "run"]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "tools" / "launch.py",
+        "--nproc-per-node",
+        2,
+        "pretrain_hmoe.py",
+        *MODEL,
+        "--save",
+        directory / "run",
+        "--load",
+        directory / "run",
+    ]
     with log.open("w") as file:
         launcher = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -82,8 +92,11 @@ def measure(kills: int, directory: Path) -> list[tuple[float, float, int]]:
                 elif match := RESTART.search(line):
                     told_s, saved = told_s or seen_s, int(match[2])
             found.append((told_s - killed_s, seen_s - killed_s, step - saved))
-            print(f"kill {number + 1}: told after {found[-1][0]:.2f} s, next step after {found[-1][1]:.2f} s, "
-                  f"{found[-1][2]} steps done again", flush=True)  # fmt: skip
+            print(
+                f"kill {number + 1}: told after {found[-1][0]:.2f} s, next step after {found[-1][1]:.2f} s, "
+                f"{found[-1][2]} steps done again",
+                flush=True,
+            )
     finally:
         launcher.terminate()
         launcher.wait()

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hmoe_megatron.files import atomic_directory, open_regular, read_text
-from hmoe_megatron.hf.one_process import ONE_PROCESS, build_model
 from hmoe_megatron.hf.architectures import Native, form_of
 from hmoe_megatron.hf.model_settings import megatron_flags
+from hmoe_megatron.hf.one_process import ONE_PROCESS, build_model
 from hmoe_megatron.hf.shards import INDEX_FILE
 from hmoe_megatron.hf.tensors import Part, blocks, check_complete, listed
 from hmoe_megatron.hf.tokenizer_files import COPIED, has_the_ids_of, megatron_tokenizer

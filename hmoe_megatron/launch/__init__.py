@@ -1,10 +1,6 @@
-"""How a run is started, on one node or many, and started again after a fault.
+"""How a run is started, on one node or many, and started again after a fault: torchrun's agent, with limits of its own.
 
-`nodes`: which nodes there are; `mpi`: ranks that mpirun started. Behind `tools/launch.py`, none of which needs torch:
-
-    node 0                                   every node, 0 too
-    coordinator ── JSON lines over TCP ───── node ── processes ── ranks
-    when to start, `policy`: again or not    starts, watches and ends them
-
-The coordinator alone counts attempts and decides, so that no two nodes can differ; it outlives every attempt.
+`nodes`: which nodes there are; `mpi`: ranks that mpirun started. Behind `tools/launch.py`, in the order of a run:
+`process` (signals, environment), `supervise` (a store at node 0, an agent on every node), `rendezvous` (all nodes meet
+before an attempt, node 0 decides by `policy`), `agent` (starts and ends the ranks of a node, each through `rank`).
 """

@@ -26,18 +26,18 @@ def process_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 def start_mpi(size: int):
     """mpi4py's MPI, started, of `size` processes. ValueError where mpi4py is missing or belongs to another MPI."""
+    mismatch = f"mpirun started {size} processes and mpi4py"
     if importlib.util.find_spec("mpi4py") is None:
-        raise ValueError(f"mpirun started {size} processes and mpi4py is missing: pip install mpi4py, with the MPI of "
-                         "this mpirun, or start with torchrun")  # fmt: skip
+        remedy = "pip install mpi4py, with the MPI of this mpirun, or start with torchrun"
+        raise ValueError(f"{mismatch} is missing: {remedy}")
     try:
         from mpi4py import MPI  # starts MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi was found
-        raise ValueError(f"mpirun started {size} processes and mpi4py does not find its MPI ({error}): reinstall "
-                         "mpi4py with the MPI of this mpirun") from None  # fmt: skip
-    if MPI.COMM_WORLD.Get_size() != size:
-        raise ValueError(f"mpirun started {size} processes and mpi4py sees {MPI.COMM_WORLD.Get_size()}: it was built "
-                         f"for another MPI ({MPI.get_vendor()[0]}) than this mpirun; "
-                         "reinstall it or use the mpirun of that MPI")  # fmt: skip
+        remedy = "reinstall mpi4py with the MPI of this mpirun"
+        raise ValueError(f"{mismatch} does not find its MPI ({error}): {remedy}") from None
+    if (seen := MPI.COMM_WORLD.Get_size()) != size:
+        why = f"it was built for another MPI ({MPI.get_vendor()[0]}) than this mpirun"
+        raise ValueError(f"{mismatch} sees {seen}: {why}; reinstall it or use the mpirun of that MPI")
     return MPI
 
 
@@ -57,11 +57,19 @@ def set_environment_from_mpi() -> bool:
     one_host = world.allreduce(node.Get_size(), MPI.MIN) == size
     place = None
     if rank == 0:
-        place = (os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else address_for_others()),
-                 os.environ.get("MASTER_PORT") or str(_held().getsockname()[1]))  # fmt: skip
+        place = (
+            os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else address_for_others()),
+            os.environ.get("MASTER_PORT") or str(_held().getsockname()[1]),
+        )
     address, port = world.bcast(place)
-    os.environ |= {"RANK": str(world.Get_rank()), "WORLD_SIZE": str(size), "LOCAL_RANK": str(node.Get_rank()),
-                   "LOCAL_WORLD_SIZE": str(node.Get_size()), "MASTER_ADDR": address, "MASTER_PORT": port}  # fmt: skip
+    os.environ |= {
+        "RANK": str(world.Get_rank()),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(node.Get_rank()),
+        "LOCAL_WORLD_SIZE": str(node.Get_size()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
     node.Free()
     MPI.Finalize()
     tell_gloo(1 if one_host else 2, address)

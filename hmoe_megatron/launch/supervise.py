@@ -1,97 +1,109 @@
 """A run on this node from the first attempt to its end."""
 
-import argparse
-import contextlib
 import os
-import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from hmoe_megatron.launch.coordinator import Coordinator
-from hmoe_megatron.launch.node import Node, Patience
-from hmoe_megatron.launch.nodes import Nodes, tell_gloo
+import psutil
+from torch.distributed import Store, TCPStore
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+from hmoe_megatron.launch.agent import Agent
+from hmoe_megatron.launch.nodes import Nodes
 from hmoe_megatron.launch.policy import Restarts
+from hmoe_megatron.launch.process import handle_signals, leave, say
+from hmoe_megatron.launch.rendezvous import POLL_S, SILENT_S, STORE_LOST, Rendezvous
 
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
-TICK_S = 0.05
-LAST_WORDS_S = 5.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+CONNECT_TIMEOUT_S = 2.0
+NO_LIMIT = 10**9
 
 
-def supervise(nodes: Nodes, command: list[str], ranks: int, checkpoints: Path, restarts: Restarts,
-              patience: Patience) -> int:  # fmt: skip
+def supervise(nodes: Nodes, command: list[str], ranks: int, restarts: Restarts, join_s: float, stop_s: float) -> int:
     """Run ``command`` as ``ranks`` ranks of this node until it is done or given up.
 
+    join_s: in which the launchers must find each other; stop_s: for the ranks to end at a signal.
     Returns 0, 1 (given up), 2 or 3 (refused, as the ranks ended), 128 + the signal that stopped it. ValueError where
-    node 0 can't listen at its port."""
-    tell_gloo(nodes.count, nodes.address)
-    received: list[int] = []
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
-            signal.signal(number, lambda number, frame: received.append(number))
-    listener = None if nodes.rank else listen(nodes)
-    if nodes.count == 1:  # any free port will do
-        nodes = Nodes(port=listener.getsockname()[1])
-    coordinator = listener and Coordinator(nodes, listener, restarts, lambda: saved_step(checkpoints), say,
-                                           patience.join_s)  # fmt: skip
-    node = Node(nodes, command, ranks, patience, say)
-    with contextlib.closing(node):
-        while node.code is None:
-            while received:
-                node.signal(received.pop(0))
-            if coordinator:
-                coordinator.tick()
-            node.tick()
-            time.sleep(TICK_S)
-    if coordinator:
-        hear_out(coordinator)
-    return node.code
+    node 0 can't listen at its port, or this NODE_RANK is taken."""
+    command = [str(Path(__file__).with_name("rank.py")), str(os.getpid()), *command]
+    with tempfile.TemporaryDirectory(prefix="launch-") as logs:
+        while True:
+            store = _connect(nodes, join_s) if nodes.rank else _listen(nodes)
+            if store is None:
+                return 1
+            rendezvous = Rendezvous.of(nodes, store, join_s, restarts)
+            spec = WorkerSpec("rank", ranks, rendezvous, None, sys.executable, tuple(command), max_restarts=NO_LIMIT)
+            agent = Agent(spec, DefaultLogsSpecs(logs), shutdown_timeout=stop_s)
+            handle_signals(agent.on_signal)
+            try:
+                return _run(agent, rendezvous, join_s)
+            except STORE_LOST:
+                say(f"node 0's launcher is gone: ended the ranks here, looking for it for {join_s:g} s")
+                handle_signals(leave)
 
 
-def hear_out(coordinator: Coordinator) -> None:
-    """Until the other nodes have left: to leave before might take the last message from them."""
-    until = time.monotonic() + LAST_WORDS_S
-    while coordinator.members and time.monotonic() < until:
-        coordinator.tick()
-        time.sleep(TICK_S)
+def _run(agent: Agent, rendezvous: Rendezvous, join_s: float) -> int:
+    try:
+        result = agent.run()
+        if result is not None:
+            return int(result.is_failed())
+    except (SignalException, RendezvousClosedError):
+        pass  # another launcher may have said why
+    except RendezvousTimeoutError:
+        absent = ", ".join(f"node {node}'s" for node in rendezvous.absent())
+        if not absent:
+            raise ValueError(rendezvous.taken()) from None
+        remedy = "start it on every node (NODE_RANK), with this MASTER_ADDR and MASTER_PORT"
+        rendezvous.end(1, f"{absent} launcher did not come in {join_s:g} s: {remedy}")
+    code, line, *_ = rendezvous.ending()
+    if line:
+        say(line)
+    rendezvous.leave()
+    return code
 
 
-def listen(nodes: Nodes) -> socket.socket:
-    """Node 0's listening socket: of one node on the loopback at any port, of several at all addresses."""
+def _listen(nodes: Nodes) -> Store:
+    """Node 0's store: of one node on the loopback at any port, of several at all addresses."""
     place = ("", nodes.port) if nodes.count > 1 else ("127.0.0.1", 0)
     try:
         listener = socket.create_server(place, backlog=1024)
     except OSError as error:
-        raise ValueError(f"MASTER_PORT={nodes.port}: {os.strerror(error.errno)} on this host: end what uses it, or "
-                         "give another port on every node") from None  # fmt: skip
-    listener.setblocking(False)
-    return listener
+        remedy = "end what uses it, or give another port on every node"
+        raise ValueError(f"MASTER_PORT={nodes.port}: {os.strerror(error.errno)} on this host: {remedy}") from None
+    port = listener.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    store.set("nodes", str(nodes.count))
+    return store
 
 
-def saved_step(checkpoints: Path) -> int | None:
-    """Of the newest whole checkpoint; None while there is none."""
-    try:
-        return int((checkpoints / TRACKER).read_text())
-    except (OSError, ValueError):
-        return None
+def _connect(nodes: Nodes, join_s: float) -> Store | None:
+    """The store of node 0, None if it is not found. ValueError if its run has another number of nodes."""
+    until, error = time.monotonic() + join_s, None
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((nodes.address, nodes.port), CONNECT_TIMEOUT_S).close()
+            store = TCPStore(nodes.address, nodes.port, is_master=False, wait_for_workers=False)
+            _notice_lost_host(nodes.port)
+            count = int(store.get("nodes"))
+        except (OSError, *STORE_LOST) as failed:
+            error = failed
+            time.sleep(POLL_S * 10)
+            continue
+        if count != nodes.count:
+            raise ValueError(f"NODE_RANK={nodes.rank} of NNODES={nodes.count}, but node 0 has {count}")
+        return store
+    remedy = "start its launcher, or check MASTER_ADDR and MASTER_PORT"
+    say(f"node 0 not found at {nodes.address}:{nodes.port} in {join_s:g} s ({error}): {remedy}")
+    return None
 
 
-def checkpoint_directory(flags: list[str]) -> Path:
-    """Where the run saves and loads. ValueError unless that is one place: a restart would begin anew."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--save")
-    parser.add_argument("--load")
-    given = parser.parse_known_args(flags)[0]
-    missing = [f"--{name}" for name in ("save", "load") if not getattr(given, name)]
-    if missing:
-        raise ValueError(f"no {' and no '.join(missing)}: a restart would begin anew; add --save DIR --load DIR")
-    if os.path.realpath(given.save) != os.path.realpath(given.load):
-        raise ValueError(f"--save {given.save} is not --load {given.load}: a restart would not go on from what the run "
-                         "saved; give one directory to both")  # fmt: skip
-    return Path(given.save)
-
-
-def say(line: str) -> None:
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+def _notice_lost_host(port: int) -> None:
+    """A host that loses power closes no connection: the kernel gives up the one to the store after `SILENT_S`."""
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == port:
+            with socket.socket(fileno=os.dup(connection.fd)) as of_store:
+                of_store.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)

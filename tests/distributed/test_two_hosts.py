@@ -27,12 +27,12 @@ def hosts():
 @pytest.fixture(scope="module")
 def by_c10d(hosts):
     """Steps of torchrun's own way to find the other host, as docs/launch.md has it."""
-    runs = [
-        start(*host, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-              f"{ADDRESSES[0]}:29500", "--rdzv-conf", f"is_host={int(node == 0)}", "--local-addr", ADDRESSES[node],
-              "pretrain_hmoe.py", *FLAGS, "--train-iters", STEPS, GLOO_SOCKET_IFNAME="wire")
-        for node, host in enumerate(hosts)
-    ]  # fmt: skip
+    words = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint {ADDRESSES[0]}:29500".split()
+    training = ["pretrain_hmoe.py", *FLAGS, "--train-iters", STEPS]
+    runs = []
+    for node, host in enumerate(hosts):
+        own = ["--rdzv-conf", f"is_host={int(node == 0)}", "--local-addr", ADDRESSES[node]]
+        runs.append(start(*host, *TORCHRUN, *words, *own, *training, GLOO_SOCKET_IFNAME="wire"))
     return steps("".join(finish(run) for run in runs))
 
 
@@ -73,9 +73,7 @@ def test_a_rank_killed_on_the_second_host_costs_nothing_but_time(hosts, by_c10d,
 @pytest.mark.campaign
 def test_the_examples_start_with_what_their_readme_says(hosts, by_c10d, tmp_path):
     (tmp_path / "tiny.args").write_text("\n".join(re.split(r" (?=--)", shlex.join(FLAGS))) + "\n")
-    runs = [
-        start(*host, sys.executable, "examples/run.py", tmp_path / "tiny.args", "--train-iters", "2", NNODES="2",
-              NODE_RANK=str(node), MASTER_ADDR=ADDRESSES[0], NPROC_PER_NODE="1")
-        for node, host in enumerate(hosts)
-    ]  # fmt: skip
+    command = [sys.executable, "examples/run.py", tmp_path / "tiny.args", "--train-iters", "2"]
+    nodes = {"NNODES": "2", "MASTER_ADDR": ADDRESSES[0], "NPROC_PER_NODE": "1"}
+    runs = [start(*host, *command, **nodes, NODE_RANK=str(node)) for node, host in enumerate(hosts)]
     assert steps("".join(finish(run) for run in runs)) == by_c10d[:2]

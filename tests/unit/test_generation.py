@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.tools.evaluation.text import draw, generate, pieces
 from hmoe_megatron.tools.evaluation.models import HuggingFaceModel
+from hmoe_megatron.tools.evaluation.text import draw, generate, pieces
 
 LOGITS_V = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]))
 

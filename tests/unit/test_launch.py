@@ -1,5 +1,6 @@
 """tools/launch.py with ranks that only say who they are and end as the test wants; real training: tests/distributed."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,12 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hmoe_megatron.launch.nodes import Nodes, interface_towards, nodes_from, own_address, reserved_port, tell_gloo
-from hmoe_megatron.launch.policy import Failure, Restarts, cause
-from hmoe_megatron.launch.supervise import TRACKER
+from hmoe_megatron.launch.nodes import reserved_port
+from tests.rows import rarely
 
 LAUNCH = Path(__file__).parents[2] / "tools" / "launch.py"
-TIMEOUT_S = 60
+TIMEOUT_S = 120  # to import torch takes a launcher ten seconds on two busy cores
 
 # A rank: writes its environment to a file of its own, then does what `plan.json` says for its rank and attempt.
 RANK = """
@@ -76,14 +76,21 @@ class Run:
         (folder / "plan.json").write_text(json.dumps(plan))
 
     def launch(self, *flags, node=0, ranks=2, nodes=None, **environment):
-        names = {"NNODES": nodes or self.nodes, "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": self.port} | environment  # fmt: skip
-        command = [sys.executable, LAUNCH, "--nproc-per-node", ranks, "--backoff", "0.1", *flags,
-                   self.folder / "rank.py", "--save", self.folder, "--load", self.folder]  # fmt: skip
-        launcher = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                    env=os.environ | {name: str(value) for name, value in names.items()})  # fmt: skip
+        names = {"NNODES": nodes or self.nodes, "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
+        environment = os.environ | {name: str(value) for name, value in (names | environment).items()}
+        command = [sys.executable, LAUNCH, "--nproc-per-node", ranks, "--backoff", "0.1", *flags]
+        command += [self.folder / "rank.py", "--save", self.folder, "--load", self.folder]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        launcher = subprocess.Popen(list(map(str, command)), env=environment, **pipes)
         self.launchers[launcher.pid] = launcher
         return launcher
+
+    def launch_all(self, *flags):
+        """A launcher on each node, of one rank, and all ranks started."""
+        launchers = [self.launch(*flags, node=node, ranks=1) for node in range(self.nodes)]
+        for rank in range(self.nodes):
+            self.note(rank)
+        return launchers
 
     def note(self, rank, attempt=0):
         """What the rank wrote in that attempt; waits for it."""
@@ -161,11 +168,10 @@ def test_a_rank_that_hangs_beside_a_failed_one_is_killed_with_its_children(start
     assert_gone([int((run.folder / "child").read_text())])
 
 
-@pytest.mark.parametrize(("code", "why"), [(2, "settings refused"), (3, "checkpoint refused")])
-def test_a_refusal_is_not_retried(start, code, why):
-    run = start({"0": ["exit:1"], "1": [f"exit:{code}"]}, nodes=2)
-    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
-    assert [ended(launcher)[0] for launcher in launchers] == [code, code]
+def test_a_refusal_is_not_retried(start):
+    run = start({"0": ["exit:1"], "1": ["exit:3"]}, nodes=2)
+    launchers = run.launch_all()
+    assert [ended(launcher)[0] for launcher in launchers] == [3, 3]
     assert run.attempts(0) == run.attempts(1) == 1
 
 
@@ -183,20 +189,16 @@ def test_a_new_checkpoint_gives_the_restarts_back(start):
     run = start({"0": ["save:5 exit:7", "save:9 exit:7", "save:9 exit:7", ""]})
     code, lines = ended(run.launch("--restarts", "2", ranks=1))
     assert code == 0
-    assert [line.split("restart ")[1].split(" in")[0] for line in lines] == [
-        "1 of 2 from step 5", "1 of 2 from step 9", "2 of 2 from step 9",
-    ]  # fmt: skip
+    said = [line.split("restart ")[1].split(" in")[0] for line in lines]
+    assert said == ["1 of 2 from step 5", "1 of 2 from step 9", "2 of 2 from step 9"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_ranks_of_all_nodes_and_ends_the_run(start, number):
+def test_a_signal_reaches_the_ranks_of_all_nodes_and_ends_the_run(start):
     run = start({str(rank): ["hang"] for rank in range(2)}, nodes=2)
-    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
-    for rank in range(2):
-        run.note(rank)
-    launchers[1].send_signal(number)
-    assert [ended(launcher) for launcher in launchers] == [(128 + number, [])] * 2
-    assert sorted(path.name for path in run.folder.glob("signal*")) == [f"signal{number}.rank{n}" for n in range(2)]
+    launchers = run.launch_all()
+    launchers[1].send_signal(signal.SIGTERM)
+    assert [ended(launcher) for launcher in launchers] == [(143, [])] * 2
+    assert sorted(path.name for path in run.folder.glob("signal*")) == ["signal15.rank0", "signal15.rank1"]
     assert run.attempts(0) == 1
 
 
@@ -213,9 +215,7 @@ def test_a_signal_to_all_launchers_at_once_lets_the_ranks_save(start):
     """As Slurm sends it: the launchers' messages cross."""
     run = start({str(rank): ["hang"] for rank in range(2)}, nodes=2)
     (run.folder / "slow").touch()
-    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
-    for rank in range(2):
-        run.note(rank)
+    launchers = run.launch_all()
     for launcher in launchers:
         launcher.send_signal(signal.SIGTERM)
     assert [ended(launcher) for launcher in launchers] == [(143, [])] * 2
@@ -225,9 +225,7 @@ def test_a_signal_to_all_launchers_at_once_lets_the_ranks_save(start):
 def test_a_second_signal_kills(start):
     run = start({str(rank): ["hang"] for rank in range(2)}, nodes=2)
     (run.folder / "slow").touch()
-    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
-    for rank in range(2):
-        run.note(rank)
+    launchers = run.launch_all()
     for _ in range(2):
         launchers[0].send_signal(signal.SIGINT)
         time.sleep(0.5)
@@ -251,17 +249,17 @@ def test_a_killed_launcher_leaves_no_rank(start):
     assert_gone(pids)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, *rarely(1)])  # node 1 is lost only after 20 s of silence
 def test_a_launcher_that_was_killed_may_come_back(start, killed):
     run = start({"0": ["hang", ""], "1": ["hang", ""]}, nodes=2)
-    launchers = [run.launch(node=node, ranks=1) for node in range(2)]
+    launchers = run.launch_all()
     pids = [run.note(rank)["pid"] for rank in range(2)]
     launchers[killed].kill()
     assert_gone([pids[killed]])
     launchers[killed] = run.launch(node=killed, ranks=1)
     said = [ended(launcher) for launcher in launchers]
     assert [code for code, _ in said] == [0, 0], said
-    gone = "the launcher on .* is gone: restart 1 of 10" if killed else "node 0's launcher is gone .* looking for it"
+    gone = "the launcher on .* is gone: restart 1 of 10" if killed else "node 0's launcher is gone.* looking for it"
     assert re.search(gone, "\n".join(said[1 - killed][1]))
     assert run.attempts(0) == run.attempts(1) == 2
 
@@ -278,37 +276,32 @@ def test_a_node_that_is_there_already_and_another_number_of_nodes(start):
     run = start({}, nodes=3)
     run.launch(node=0, ranks=1)
     twice, until = [run.launch(node=1, ranks=1) for _ in range(2)], time.monotonic() + TIMEOUT_S
+    code, lines = ended(run.launch(node=1, ranks=1, nodes=2))
+    assert code == 2 and "NODE_RANK=1 of NNODES=2, but node 0 has 3" in lines[0]
     while not (late := [launcher for launcher in twice if launcher.poll() is not None]):
         assert time.monotonic() < until
         time.sleep(0.05)
     code, lines = ended(late[0])
-    assert code == 2 and "NODE_RANK=1 is taken by the launcher on" in lines[0]
-    code, lines = ended(run.launch(node=1, ranks=1, nodes=2))
-    assert code == 2 and "NODE_RANK=1 of NNODES=2, but node 0 has 3" in lines[0]
+    assert code == 2 and "NODE_RANK=1 is taken by another launcher" in lines[0]
     assert run.pids() == []
 
 
-def test_what_is_no_launcher_is_shown_the_door(start):
+def test_strangers_at_the_port_do_no_harm(start):
     run = start({}, nodes=2)
-    first = run.launch(node=0, ranks=1)
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 50_000 + b"\n", b'{"kind": "hello"}\n', b"x" * 100_000, b"7\n",
-                  b'{"kind": "hello", "node": "1", "nodes": 2, "ranks": 1, "host": ""}\n'):  # fmt: skip
-        until = time.monotonic() + TIMEOUT_S
-        while True:
+    first, second = run.launch(node=0, ranks=1), None
+    until = time.monotonic() + TIMEOUT_S
+    with contextlib.ExitStack() as visitors:
+        while second is None:
             try:
-                visitor = socket.create_connection(("127.0.0.1", run.port), timeout=10)
-                break
+                for noise in (b"GET / HTTP/1.1\r\n\r\n", b"x" * 100_000):
+                    visitor = visitors.enter_context(socket.create_connection(("127.0.0.1", run.port), timeout=10))
+                    with contextlib.suppress(ConnectionError):  # closed with our words unread
+                        visitor.sendall(noise)
+                second = run.launch(node=1, ranks=1)
             except ConnectionRefusedError:
                 assert time.monotonic() < until
                 time.sleep(0.05)
-        with visitor:
-            try:
-                visitor.sendall(noise)
-                assert visitor.recv(10) == b"", noise
-            except ConnectionError:  # closed with our words unread
-                pass
-    second = run.launch(node=1, ranks=1)
-    assert [ended(first), ended(second)] == [(0, []), (0, [])]
+        assert [ended(first), ended(second)] == [(0, []), (0, [])]
 
 
 def test_a_port_in_use(start):
@@ -333,86 +326,14 @@ def test_a_port_in_use(start):
     ],
 )
 def test_refused(words, said):
-    done = subprocess.run([sys.executable, LAUNCH, *words.split()], cwd=LAUNCH.parents[1], capture_output=True,
-                          text=True, timeout=TIMEOUT_S)  # fmt: skip
+    command = [sys.executable, LAUNCH, *words.split()]
+    done = subprocess.run(command, cwd=LAUNCH.parents[1], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
-def test_the_launcher_imports_no_torch():
-    code = "import sys; sys.path.insert(0, 'tools'); import launch; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=LAUNCH.parents[1], timeout=TIMEOUT_S).returncode == 0
-
-
-def test_the_cause_is_the_first_failure_or_a_refusal():
-    first, killed, refused = Failure("a", 0, 1), Failure("b", 3, -9), Failure("b", 2, 3)
-    assert cause([first, killed]) == first and cause([killed, first]) == killed
-    assert cause([first, killed, refused]) == refused
-    assert str(killed) == "rank 3 on b was killed by SIGKILL"
-    assert str(Failure("b", 3, -64)) == "rank 3 on b was killed by SIGRTMAX"
-    assert str(Failure("b", 3, -40)) == "rank 3 on b was killed by signal 40"
-    assert str(first) == "rank 0 on a ended with exit code 1"
-    assert str(Failure("a", None, 1)) == "the launcher on a is gone"
-
-
-def test_waits_double_up_to_the_cap_and_begin_again_after_a_checkpoint():
-    restarts = Restarts(limit=4, first_wait_s=1, most_wait_s=6)
-    assert [restarts.wait_s(saved_since=False) for _ in range(5)] == [1, 2, 4, 6, None]
-    assert [restarts.wait_s(saved_since=saved) for saved in (True, False, True)] == [1, 2, 1]
-    endless = Restarts(limit=10**9, first_wait_s=1, most_wait_s=300)
-    assert max(endless.wait_s(False) for _ in range(5000)) == 300
-
-
-def test_nodes_from_the_environment():
-    assert nodes_from({}) == nodes_from({"NNODES": "1", "NODE_RANK": "5"}) == Nodes()
-    many = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
-    assert nodes_from(many) == Nodes(2, 1, "node0", 1234)
-    for name, wrong in (("NNODES", "x"), ("NNODES", "0"), ("NODE_RANK", "2"), ("MASTER_PORT", "70000")):
-        with pytest.raises(ValueError, match=f"{name}={wrong}: give a whole number"):
-            nodes_from(many | {name: wrong})
-    with pytest.raises(ValueError, match="NNODES=2: NODE_RANK and MASTER_ADDR missing"):
-        nodes_from({"NNODES": "2"})
-
-
-def test_a_reserved_port_is_given_to_nobody_else_and_torchs_store_can_listen_there():
-    import torch.distributed
-
-    with reserved_port() as held:
-        port = held.getsockname()[1]
-        with socket.socket() as other, pytest.raises(OSError, match="in use"):
-            other.bind(("127.0.0.1", port))
-        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        store.set("key", "value")
-        client = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-        assert client.get("key") == b"value"
-
-
-def test_gloo_is_told_the_interface_towards_node_0():
-    loopback = interface_towards("127.0.0.1")
-    assert own_address("127.0.0.1") == "127.0.0.1"
-    assert "127.0.0.1" in [address.address for address in psutil.net_if_addrs()[loopback]]
-    assert interface_towards("no.such.host.invalid") is None
-    environment = {}
-    tell_gloo(1, "127.0.0.1", environment)
-    assert environment == {}, "one node needs none"
-    tell_gloo(2, "127.0.0.1", environment)
-    assert environment == {"GLOO_SOCKET_IFNAME": loopback}
-    tell_gloo(2, "127.0.0.1", given := {"GLOO_SOCKET_IFNAME": "mine"})
-    assert given == {"GLOO_SOCKET_IFNAME": "mine"}
-
-
-def test_the_tracker_is_megatrons():
-    from megatron.training.checkpointing import get_checkpoint_tracker_filename
-
-    assert get_checkpoint_tracker_filename("x") == os.path.join("x", TRACKER)
-
-
-def test_a_process_alone_takes_no_port_that_another_may_have_by_then(monkeypatch):
-    from hmoe_megatron.training import alone_without_torchrun
-
-    monkeypatch.setattr(os, "environ", {})
-    alone_without_torchrun()
-    assert os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0", "0: the system gives a free one"
-    monkeypatch.setattr(os, "environ", {"RANK": "3"})
-    alone_without_torchrun()
-    assert os.environ == {"RANK": "3"}
+def test_no_torch_up_to_the_dry_run():
+    code = "import sys; sys.path.insert(0, 'tools'); import launch; done = launch.main(sys.argv[1:]); "
+    words = "--nproc-per-node 2 --dry-run pretrain_hmoe.py --save a --load a".split()
+    command = [sys.executable, "-c", code + "sys.exit(done or 'torch' in sys.modules)", *words]
+    assert subprocess.run(command, cwd=LAUNCH.parents[1], timeout=TIMEOUT_S).returncode == 0

@@ -64,9 +64,14 @@ def started(monkeypatch):
 
     def started(rank, size, seen=None, **more):
         finalized = []
-        module = types.SimpleNamespace(COMM_WORLD=Communicator(rank, seen or size, **more), COMM_TYPE_SHARED="shared",
-                                       MIN="min", Finalize=lambda: finalized.append(True), finalized=finalized,
-                                       get_vendor=lambda: ("MPICH", (5, 0, 2)))  # fmt: skip
+        module = types.SimpleNamespace(
+            COMM_WORLD=Communicator(rank, seen or size, **more),
+            COMM_TYPE_SHARED="shared",
+            MIN="min",
+            Finalize=lambda: finalized.append(True),
+            finalized=finalized,
+            get_vendor=lambda: ("MPICH", (5, 0, 2)),
+        )
         package = types.ModuleType("mpi4py")
         package.MPI, package.__spec__ = module, importlib.util.spec_from_loader("mpi4py", None)
         monkeypatch.setitem(sys.modules, "mpi4py", package)

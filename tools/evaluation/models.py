@@ -35,9 +35,9 @@ class MegatronModel(Model):
         from megatron.training import get_args, get_tokenizer
 
         from hmoe_megatron import training
-        from hmoe_megatron.hf import one_process
         from hmoe_megatron.checkpoint import directory
         from hmoe_megatron.exits import RunEnded
+        from hmoe_megatron.hf import one_process
 
         training.prepare()
         try:

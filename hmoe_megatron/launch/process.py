@@ -1,0 +1,35 @@
+"""The launcher as a process, before it imports torch: its signals, what its ranks inherit, what it prints."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def handle_signals(handler: Callable) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, handler)
+
+
+def leave(number: int, frame) -> None:
+    """The handler while there are no ranks."""
+    sys.exit(128 + number)
+
+
+def set_environment(ranks: int) -> None:
+    """What the ``ranks`` ranks of this node and torch's agent find in the environment; the user's settings win."""
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:  # of a torchrun around the launcher
+        del os.environ[name]
+    if ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun
+    # Megatron asks for it with tensor parallelism on GPUs older than Blackwell.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Of the agent: signals are ours, and no store is shared by attempts (pytorch issue 135712).
+    os.environ |= {"TORCHELASTIC_SIGNALS_TO_HANDLE": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def say(line: str) -> None:
+    print(f"launch: {line}", file=sys.stderr, flush=True)
