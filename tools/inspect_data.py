@@ -16,7 +16,7 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.data.batches.data_set import DataSet
+from hmoe_megatron.data.data_set import DataSet
 from hmoe_megatron.tools.data_prep.inspection import Summary, draw_lengths, read_document, summarise
 
 SHOWN_CHARS = 600

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hmoe_megatron.data.batches.data_set import DataSet
+from hmoe_megatron.data.data_set import DataSet
 from hmoe_megatron.files import file_hashes
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmoe_megatron.data.batches.tiktoken_ranks import rank_encoder
+from hmoe_megatron.data.tiktoken_ranks import rank_encoder
 
 SPACE = "▁"  # U+2581, as SentencePiece writes a space
 BPE = 2  # ModelType in SentencePiece's own format

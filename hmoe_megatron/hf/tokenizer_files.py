@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hmoe_megatron.data.batches.sentencepiece_bpe import BPE, SPACE, parsed_model
-from hmoe_megatron.data.batches.tokenizer_flags import tokenizer_parser
+from hmoe_megatron.data.sentencepiece_bpe import BPE, SPACE, parsed_model
+from hmoe_megatron.data.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.hf.model_settings import last_value
 
 COPIED = (

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hmoe_megatron.child_process import end_with_parent
-from hmoe_megatron.data.batches.data_set import smallest_dtype
+from hmoe_megatron.data.data_set import smallest_dtype
 from hmoe_megatron.tools.data_prep.fast_encoding import find_way, megatron_way
 from hmoe_megatron.tools.data_prep.records import Bad, BadRecord, count_lines, parse_block, raw_text
 from hmoe_megatron.tools.data_prep.sources import Block

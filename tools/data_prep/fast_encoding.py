@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hmoe_megatron.data.batches.sentencepiece_bpe import tiktoken_encoder
-from hmoe_megatron.data.batches.tiktoken_ranks import rank_encoder
+from hmoe_megatron.data.sentencepiece_bpe import tiktoken_encoder
+from hmoe_megatron.data.tiktoken_ranks import rank_encoder
 
 Way = Callable[[list[str]], list[np.ndarray]]
 # What tokenizers' ByteLevel splits by (GPT-2's pattern).

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.data.batches.data_set import DTYPES, HEADER, MAGIC, VERSION
+from hmoe_megatron.data.data_set import DTYPES, HEADER, MAGIC, VERSION
 
 PIECE = 1 << 18  # documents at a time
 

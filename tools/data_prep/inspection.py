@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.data.batches.data_set import AGAIN, DataSet
+from hmoe_megatron.data.data_set import AGAIN, DataSet
 
 PIECE_ITEMS = 1 << 22
 BINS = 12

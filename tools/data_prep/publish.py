@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.data.batches.data_set import SCHEMA
+from hmoe_megatron.data.data_set import SCHEMA
 from hmoe_megatron.files import atomic_write, sha256_file, sync
 from hmoe_megatron.tools.data_prep.index import write_index
 from hmoe_megatron.tools.data_prep.shard import QUARANTINE, Shard

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
-from hmoe_megatron.data.batches.tokenizer_flags import tokenizer_parser
+from hmoe_megatron.data.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.files import file_hashes, sha256_file
 from hmoe_megatron.tools.data_prep.encoding import Encoder
 from hmoe_megatron.tools.data_prep.pipeline import fill, listing, sample_texts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hmoe_megatron.data.batches.tokenizer_flags import tokenizer_parser
+from hmoe_megatron.data.tokenizer_flags import tokenizer_parser
 from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.moe.router import HMoERouter
 from hmoe_megatron.tools.data_prep.encoding import Encoder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hmoe_megatron.data import checks as data_checks
-from hmoe_megatron.data.batches.data_set import DTYPES, HEADER, DataSet, smallest_dtype
+from hmoe_megatron.data.data_set import DTYPES, HEADER, DataSet, smallest_dtype
 from hmoe_megatron.tools.data_prep.inspection import bin_edges, read_document
 from tests.unit.data_prep.calls import ROOT, make_texts, preprocess, read_data_set, write_jsonl
 

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmoe_megatron.data.batches.sentencepiece_bpe import tiktoken_encoder
+from hmoe_megatron.data.sentencepiece_bpe import tiktoken_encoder
 from tests.unit.data_prep.calls import make_texts
 
 OURS = {
