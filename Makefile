@@ -29,8 +29,9 @@ campaign: venv ## what is too long for `make test`: more seeds, rows, whole comm
 layouts: venv ## every row of docs/parallelism.md, up to 8 ranks
 	@$(PY) -m pytest -m "" tests/distributed/test_layouts.py $(PYTEST_ARGS)
 
-lint: venv ## ruff
+lint: venv ## ruff: faults and format
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet . || { echo "not formatted: run .venv/bin/python -m ruff format ."; exit 1; }
 
 gpu: ## proof and figures on a machine with a GPU, to benchmarks/gpu.md and gpu.json; installs nothing; 5 minutes
 	@python=$(PY); $$python -c '' 2>/dev/null || python=python3; $$python -m benchmarks.gpu $(BENCH_ARGS)

@@ -39,6 +39,23 @@ EXTRAS_REQUIRE = {
     ],
 }
 
+COMMANDS = {
+    "hmoe-pretrain": "pretrain_hmoe",
+    "hmoe-launch": "hmoe_megatron.tools.launch",
+    "hmoe-doctor": "hmoe_megatron.tools.doctor",
+    "hmoe-get-corpus": "hmoe_megatron.tools.get_corpus",
+    "hmoe-train-tokenizer": "hmoe_megatron.tools.train_tokenizer",
+    "hmoe-preprocess": "hmoe_megatron.tools.preprocess_data",
+    "hmoe-inspect-data": "hmoe_megatron.tools.inspect_data",
+    "hmoe-plan": "hmoe_megatron.tools.plan_placement",
+    "hmoe-profile": "hmoe_megatron.tools.profile_hardware",
+    "hmoe-convert": "hmoe_megatron.tools.convert_checkpoint",
+    "hmoe-evaluate": "hmoe_megatron.tools.evaluate",
+    "hmoe-generate": "hmoe_megatron.tools.generate",
+    "hmoe-run-report": "hmoe_megatron.tools.run_report",
+    "hmoe-routing-report": "hmoe_megatron.tools.routing_report",
+}
+
 setup(
     name="hmoe-megatron",
     version=VERSION,
@@ -49,7 +66,11 @@ setup(
         *find_packages(include=["hmoe_megatron", "hmoe_megatron.*"]),
         *("hmoe_megatron." + name for name in ["tools", *(f"tools.{room}" for room in find_packages("tools"))]),
     ],
+    py_modules=["pretrain_hmoe"],
+    # A checkout has tools/ beside the package, a wheel in it: hmoe_megatron/tools.py.
     package_dir={"hmoe_megatron.tools": "tools"},
+    package_data={"hmoe_megatron": ["py.typed"]},
+    entry_points={"console_scripts": [f"{name} = {module}:main" for name, module in COMMANDS.items()]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

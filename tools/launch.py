@@ -10,6 +10,7 @@ on to all ranks; a second one kills them).
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import shlex
@@ -23,8 +24,6 @@ from hmoe_megatron.launch.nodes import nodes_from, ranks_here, tell_gloo
 from hmoe_megatron.launch.policy import Restarts, checkpoint_directory
 from hmoe_megatron.launch.process import handle_signals, leave, set_environment
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def run(given: argparse.Namespace) -> int:
     """Raises ValueError or OSError for what can't be started."""
@@ -35,7 +34,8 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError(f"{wrong[0]}: give a number of at least 0, and of ranks and time-outs more than 0")
     nodes = nodes_from(os.environ)
     if given.what.endswith(".args"):
-        script, flags = ROOT / "pretrain_hmoe.py", read_args(given.what) + given.flags
+        script = Path(importlib.util.find_spec("pretrain_hmoe").origin)  # beside tools/, or in site-packages
+        flags = read_args(given.what) + given.flags
     else:
         script, flags = Path(given.what), given.flags
     if not script.is_file():
