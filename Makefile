@@ -59,7 +59,7 @@ faults: venv ## the fault campaign, its outcome to docs/faults.md (KILLS=100: ki
 	    $(PY) -m pytest tests/faults tests/distributed/test_numeric_faults.py -m "campaign or not campaign" -p no:cacheprovider $(PYTEST_ARGS); \
 	    ended=$$?; $(PY) -m tests.faults.page $(FAULTS_ROWS) && exit $$ended
 
-doctor: ## what this machine has, what a run will use, how to mend what is broken; installs nothing
+doctor: ## what this machine has, what a run will use, how to repair what is broken; installs nothing
 	@if $(PY) -c '' 2>/dev/null; then $(PY) tools/doctor.py; else python3 tools/doctor.py; fi
 
 lock: venv ## requirements.lock anew from .venv, after setup.py's ranges are installed

@@ -88,7 +88,7 @@ def _end_to_end(tokens_TLE) -> np.ndarray:
 
 
 # The standard cases: one layer on 8 GPUs of the h100 profile. Moves are dear: with one copy of an expert its rank sends
-# the whole optimizer state, over the network between nodes, and everything stands still on top. A move there and back
+# the whole optimizer state, over the network between nodes, and training waits on top. A move there and back
 # takes 10 to 17 steps: the policy's account lets none happen in a run that is much shorter than STEPS.
 RANKS, HIDDEN_SIZE, MULTIPLE = 8, 4096, 128
 TOKENS = 8 * 4096  # of a micro-batch of all ranks

@@ -48,7 +48,7 @@ def follow(log: Path, launcher: subprocess.Popen) -> Iterator[tuple[float, str]]
                 yield last_s, part
                 part = ""
             elif launcher.poll() is not None or time.monotonic() - last_s > WAIT_S:
-                sys.exit(f"restart: the run stands still or ended ({launcher.poll()}):\n{log.read_text()[-3000:]}")
+                sys.exit(f"restart: the run does not go on, or ended ({launcher.poll()}):\n{log.read_text()[-3000:]}")
             else:
                 time.sleep(0.005)
 

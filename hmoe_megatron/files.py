@@ -1,4 +1,4 @@
-"""Names of a run's files; files that are either whole or not there, their hashes, and files of others read back."""
+"""Names of a run's files; files written atomically, their hashes, and files of others read back."""
 
 import contextlib
 import fcntl

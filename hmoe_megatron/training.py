@@ -32,7 +32,7 @@ from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments
 
 def prepare() -> None:
     """What must happen before Megatron is used: this process's place among the ranks, patches for a machine without a
-    GPU, repairs. ValueError where mpirun's ranks can't be told."""
+    GPU, repairs. ValueError where mpirun's ranks are not known."""
     if not set_environment_from_mpi():
         alone_without_torchrun()
     patches.apply()
@@ -244,8 +244,7 @@ def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
         atomic_write(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
     except OSError as error:
         raise SavingFailed(
-            f"{run_dir} can't be written to: {error.strerror}: mend that, or give another directory",
-            on_every_rank=False,
+            f"{run_dir} can't be written to: {error.strerror}: fix that, or give another directory", on_every_rank=False
         ) from None
     print(f" placement plan: {run_dir / PLAN_FILE}", flush=True)
 

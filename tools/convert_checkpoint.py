@@ -140,7 +140,7 @@ def bring_back(args: argparse.Namespace) -> None:
             check_logits(ours, Side("foreign", args.load), first_tokens(flags, text, source.form.model), is_lossless)
 
     tokenizer = []
-    if args.tokenizer_type:  # a path from anywhere: it stands in the flags of the checkpoint
+    if args.tokenizer_type:  # a path from anywhere: it is in the flags of the checkpoint
         model = Path(args.tokenizer_model)
         tokenizer = [
             "--tokenizer-type",

@@ -92,7 +92,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--sample-by",
         choices=SAMPLE_BY,
         default="document",
-        help="what of plain text is a document: a file, what stands between empty lines, a line (default: document)",
+        help="what of plain text is a document: a file, what is between empty lines, a line (default: document)",
     )
     parser.add_argument("--tokenizer-type", required=True, help="any of Megatron's, such as SentencePieceTokenizer")
     parser.add_argument("--tokenizer-model", help="file or folder of the tokenizer")

@@ -1,4 +1,4 @@
-"""Draw how a run routes its tokens, as the HMoE paper does: one HTML page that stands alone, and its pictures.
+"""Draw how a run routes its tokens, as the HMoE paper does: one self-contained HTML page, and its pictures.
 
     python tools/routing_report.py --load runs/a --output routing
     python tools/routing_report.py --load runs/a --output routing --text corpora/shakespeare/shakespeare_valid.jsonl \\

@@ -1,4 +1,4 @@
-"""Draw the report of a training run: one HTML page that stands alone, and its pictures.
+"""Draw the report of a training run: one self-contained HTML page, and its pictures.
 
 python tools/run_report.py runs/mine
 

@@ -15,7 +15,7 @@ def write(folder: Path, machine: dict, rows: dict[str, list[dict]], notes: dict[
 
 def page(machine: dict, rows: dict[str, list[dict]], notes: dict[str, str]) -> str:
     """gpu.md."""
-    text = ["# Measured on a GPU", "", f"`make gpu` on {machine.get('stamp', 'a machine that could not be told')}.", ""]
+    text = ["# Measured on a GPU", "", f"`make gpu` on {machine.get('stamp', 'a machine that is not known')}.", ""]
     for item, of in rows.items():
         text += [f"## {TITLES[item]}", ""]
         if item in notes:

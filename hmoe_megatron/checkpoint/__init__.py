@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and that say what they are of.
+"""Checkpoints: written atomically, with a manifest of their settings and hashes, which a load checks.
 
 A checkpoint is Megatron's torch_dist directory with two more files: the placement plan, and the manifest, which holds
 the model's settings and the SHA-256 of every other file. `directory` knows names and order on disk, `lock` keeps a

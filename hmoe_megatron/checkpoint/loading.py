@@ -81,7 +81,7 @@ def _refused(path: Path, error: BaseException) -> RunEnded:
         traceback.print_exception(error)
     said = str(error).strip().splitlines()
     reason = refused_pickle(error) or (f"{type(error).__name__}: {said[0]:.500}" if said else type(error).__name__)
-    remedy = f"{OTHER_CHECKPOINT}, or mend the setting that this names"
+    remedy = f"{OTHER_CHECKPOINT}, or correct the setting that this names"
     if "OptimizerParamScheduler" in reason:
         remedy = "give the schedule of the run that saved it, or --override-opt_param-scheduler for the new one"
     return CheckpointRefused(f"{path}: not loaded: {reason}: {remedy}", on_every_rank=False)

@@ -1,6 +1,6 @@
 """Reads Megatron's torch_dist files as what they are: untrusted. Nothing but the classes of a checkpoint is unpickled.
 
-torch's own reader unpickles `.metadata` whatever it holds, follows any path that stands in it, and loads objects with
+torch's own reader unpickles `.metadata` whatever it holds, follows any path in it, and loads objects with
 weights_only=False; all three would run or read what an attacker put there.
 """
 

@@ -1,4 +1,5 @@
-"""Saving: a checkpoint is written aside and put in its place whole; a save that fails is told, tried again and counted.
+"""Saving: a checkpoint is written aside and renamed when it is complete; a save that fails is reported, tried again and
+counted.
 
 Stands around Megatron's save_checkpoint, synchronous and asynchronous. Every step that may fail on one rank alone fails
 on all of them (`together`), so that no rank waits for another that is gone.
@@ -140,7 +141,7 @@ class Saver:
         if self.failed_in_a_row >= self.max_failed:
             raise SavingFailed(
                 f"{self.failed_in_a_row} saves in a row failed (--hmoe-max-failed-saves "
-                f"{self.max_failed}), the last one: {self.last_error}; {AS_IT_WAS}: mend that and start "
+                f"{self.max_failed}), the last one: {self.last_error}; {AS_IT_WAS}: fix that and start "
                 "again from it"
             )
         if collectives.rank() == 0:
@@ -163,7 +164,7 @@ class Saver:
         """At the end of the run. Raises SavingFailed if the last save failed: the steps since are lost."""
         if self.failed_in_a_row:
             raise SavingFailed(
-                f"the last save of the run failed: {self.last_error}; {AS_IT_WAS}: mend that and start again from it"
+                f"the last save of the run failed: {self.last_error}; {AS_IT_WAS}: fix that and start again from it"
             )
 
     def write(self, stock, state, checkpoint_dir, *args, **named):

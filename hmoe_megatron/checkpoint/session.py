@@ -109,14 +109,14 @@ class Checkpoints:
             raise
         pretrained = self.args.pretrained_checkpoint
         finetune = self.args.finetune or bool(pretrained and path.parent.absolute() == Path(pretrained).absolute())
-        refused, told = settings.differences(saved, self.settings, finetune)
+        refused, reported = settings.differences(saved, self.settings, finetune)
         if refused:
             raise CheckpointRefused(
                 f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
                 "that saved it (another plan, layout or number of ranks is no difference)"
             )
-        if told and collectives.rank() == 0:
-            print(f" goes on with other settings: {'; '.join(told)}", flush=True)
+        if reported and collectives.rank() == 0:
+            print(f" goes on with other settings: {'; '.join(reported)}", flush=True)
 
     def manifest(self, iteration: int, files: dict) -> Manifest:
         """Manifest of this run's checkpoint of `iteration`."""

@@ -37,7 +37,7 @@ _FREE_PREFIXES = (
     "moe_deepep",
     "moe_permute_fusion",
 )
-# How it is trained: may change at a resume, and is told.
+# How it is trained: may change at a resume, and is reported.
 _TRAINING = (
     "moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_router_load_balancing_type "
     "moe_router_bias_update_rate moe_router_dtype moe_router_quantile_balancing_ema hmoe_p_penalty_coeff "
@@ -83,19 +83,19 @@ def tokenizer_sha256(args: argparse.Namespace) -> str | None:
 
 
 def differences(saved: dict, current: dict, finetune: bool = False) -> tuple[list[str], list[str]]:
-    """(what forbids to go on, what is only to be told), a phrase each: setting, saved value, value now.
+    """(what forbids to go on, what is only reported), a phrase each: setting, saved value, value now.
 
     finetune: weights only are taken, so what they compute may change. A setting that one side does not know is no
     difference: another version wrote it.
     """
-    refused, told = [], []
+    refused, reported = [], []
     for name in current:
         if name not in saved or name in _FREE or name.startswith(_FREE_PREFIXES) or saved[name] == current[name]:
             continue
         phrase = _phrase(name, saved[name], current[name])
         structure = name in _STRUCTURE or name in ("expert_widths", "tokenizer_sha256")
-        (told if name in _TRAINING or (finetune and not structure) else refused).append(phrase)
-    return refused, told
+        (reported if name in _TRAINING or (finetune and not structure) else refused).append(phrase)
+    return refused, reported
 
 
 def _phrase(name: str, saved, current) -> str:

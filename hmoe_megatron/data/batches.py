@@ -114,7 +114,7 @@ def datasets_provider(num_samples, vp_stage=None):
     except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         cache = args.data_cache_path or "the directory cache/ beside the data (--data-cache-path)"
         raise DataRefused(
-            f"datasets can't be read: {error!s:.300}: mend the data, or remove {cache} if its index is "
+            f"datasets can't be read: {error!s:.300}: repair the data, or remove {cache} if its index is "
             "damaged: it is made again",
             on_every_rank=False,
         ) from None

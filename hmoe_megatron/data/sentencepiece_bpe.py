@@ -73,7 +73,7 @@ def _entries(model) -> _Entries:
             ids[text] = number
         elif piece.type == piece.UNUSED:
             raise ValueError("it has unused entries")
-    # One that stands for a character of its own needs no search.
+    # One that is a character of its own needs no search.
     alone = {
         symbol for symbol in symbols if len(symbol) == 1 and not any(symbol in text for text in ids if text != symbol)
     }

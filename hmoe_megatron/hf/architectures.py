@@ -211,13 +211,13 @@ def _stock_settings(
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     # Qwen's has a size whether it is used or not.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    told = {
+    given = {
         "rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),  # `type` in older files
         "sliding_window": (window, (None,)),
         "partial_rotary_factor": (partial, (None, 1.0)),
         "hidden_act": (config.get("hidden_act"), (None, "silu")),
     }
-    wrong = [f"{name} {value!r:.40}" for name, (value, allowed) in told.items() if value not in allowed]
+    wrong = [f"{name} {value!r:.40}" for name, (value, allowed) in given.items() if value not in allowed]
     if wrong:
         raise ValueError(f"config.json: {', '.join(wrong)}: a model with it can't be trained here")
     heads = config["num_attention_heads"]

@@ -54,7 +54,7 @@ def to_hf(
 
     form: "hmoe", our own, or "mixtral", padded. dtype: fp32 or bf16; None keeps the checkpoint's. tokenizer_model:
     where the run's tokenizer is now. check: called with (directory, model, iteration, flags of the run) before it gets
-    its name; what it raises ends the export, what it returns, if anything, stands in EXPORT_FILE.
+    its name; what it raises ends the export, what it returns, if anything, is in EXPORT_FILE.
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """
@@ -63,8 +63,8 @@ def to_hf(
         exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
         proof = check(folder, exported.model, exported.iteration, flags) if check else None
         if proof is not None:
-            told = json.loads((folder / EXPORT_FILE).read_text())
-            write_json(folder / EXPORT_FILE, told | {"logits": proof._asdict()})
+            facts = json.loads((folder / EXPORT_FILE).read_text())
+            write_json(folder / EXPORT_FILE, facts | {"logits": proof._asdict()})
     return exported
 
 

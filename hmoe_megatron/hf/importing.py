@@ -147,7 +147,7 @@ def from_hf(
     """Write the checkpoint of iteration ITERATION to `root`, which must be new; returns the number of tensors.
 
     tokenizer_flags: of Megatron's tokenizer; [] takes the directory's. check: called at the end with the directory,
-    which then gets its name, and flags of the run for it; what it raises undoes all. Beside the checkpoint stands
+    which then gets its name, and flags of the run for it; what it raises undoes all. Beside the checkpoint is
     ARGS_FILE, the model's flags. Raises ValueError or RunEnded, and leaves nothing if it fails.
     """
     from hmoe_megatron import training

@@ -139,14 +139,14 @@ def stored_parts(model: ModelSettings, stored: Sequence[str]) -> dict[str, list[
 def check_complete(missing: Sequence[str], unused: Sequence[str], where: str) -> None:
     """Raises ValueError that lists what is missing and what is unused; nothing is lost in silence."""
     if missing or unused:
-        told = [
+        sentences = [
             f"{len(names)} {what}: {listed(names, ', ')}"
             for what, names in (("missing", missing), ("that the model has no place for", unused))
             if names
         ]
-        raise ValueError(f"{where}: tensors {'; '.join(told)}; nothing was written")
+        raise ValueError(f"{where}: tensors {'; '.join(sentences)}; nothing was written")
 
 
-def listed(told: Sequence[str], between: str) -> str:
+def listed(sentences: Sequence[str], between: str) -> str:
     """The first of them, for an error."""
-    return between.join(told[:20]) + (" ..." if len(told) > 20 else "")
+    return between.join(sentences[:20]) + (" ..." if len(sentences) > 20 else "")

@@ -26,7 +26,7 @@ class Upcycled(HFDirectory):
     `scale` is a power of two; else it is rounded once."""
 
     def __init__(self, folder: Path, widths_E: tuple[int, ...], router: dict, seed: int = 0):
-        """router: fields of ModelSettings. Raises ValueError for a directory that is not whole or not dense, and for
+        """router: fields of ModelSettings. Raises ValueError for a directory that is incomplete or not dense, and for
         widths that do not add up."""
         super().__init__(folder)
         dense = self.form.model

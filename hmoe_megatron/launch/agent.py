@@ -36,7 +36,7 @@ class Agent(LocalElasticAgent):
     def _invoke_run(self, role: str = "") -> RunResult:
         try:
             return super()._invoke_run(role)
-        except SignalException as received:  # of this launcher, or of another that told this one
+        except SignalException as received:  # of this launcher, or of another that passed it on
             self.stopped_by = received.sigval
             if not self.rendezvous.ending():
                 self.rendezvous.end(128 + self.stopped_by, number=self.stopped_by)

@@ -1,4 +1,4 @@
-"""Which nodes a run has and which of them this is, from the environment; what of the network gloo has to be told."""
+"""Which nodes a run has and which of them this is, from the environment; what gloo needs to know of the network."""
 
 import os
 import socket
@@ -48,7 +48,7 @@ def tell_gloo(nodes_count: int, address: str, environment=os.environ) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of this host's interface that leads to ``address``; None where it can't be told."""
+    """Name of this host's interface that leads to ``address``; None where it is not known."""
     import psutil
 
     own = own_address(address)

@@ -1,4 +1,4 @@
-"""What a machine has - a GPU, Transformer Engine, Apex, halves of them - and what Megatron must be told for it.
+"""What a machine has - a GPU, Transformer Engine, Apex, halves of them - and what Megatron needs for it.
 
 machine.prepare_environment()        # first of all, before Megatron is imported
 argv = machine.machine_argv(argv)    # the flags that this machine needs, and a refusal of those it cannot have

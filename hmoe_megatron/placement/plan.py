@@ -225,7 +225,7 @@ class PlacementPlan:
         return plan
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan whole or not at all."""
+        """Write the plan atomically."""
         atomic_write(path, self.to_json().encode())
 
     @classmethod

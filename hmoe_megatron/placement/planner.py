@@ -210,7 +210,7 @@ def whole_plan(
     stages: Sequence[int] = (),
     numbers: Sequence[int] = (),
 ) -> PlacementPlan:
-    """Whole experts where they are told to be: owners(tokens_E, widths_E) has the rank of each; caps are ignored."""
+    """Whole experts at given ranks: owners(tokens_E, widths_E) has the rank of each; caps are ignored."""
     ranks, cost, layers = as_ranks(ranks), cost or CostModel(), []
     for tokens_E, widths_E in _layers(tokens_LE, widths_LE):
         widths, tokens = _checked(tokens_E, widths_E)

@@ -94,7 +94,7 @@ class Profile:
         return cls.from_dict(body["profile"])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the profile whole or not at all."""
+        """Write the profile atomically."""
         atomic_write(path, self.to_json().encode())
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Saves that fail: absorbed, told, counted; the last good checkpoint stays; a run that goes on is bitwise the same."""
+"""Saves that fail: absorbed, reported, counted; the last good checkpoint stays; a run that goes on is bitwise equal."""
 
 import errno
 import functools

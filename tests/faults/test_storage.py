@@ -53,7 +53,7 @@ def test_a_full_disk_ends_the_run_after_three_saves(where, two, disk, tmp_path, 
     told(
         f"disk full at {where}",
         1,
-        "three saves were tried twice and told; exit code 4; the last good one as it was; "
+        "three saves were tried twice and reported; exit code 4; the last good one as it was; "
         "with space again the run went on bitwise",
     )
 
@@ -91,7 +91,9 @@ def test_storage_that_turns_read_only(two, tmp_path, told):
     assert "Read-only file system" in ended.error
     assert check_lasting(root, two) == 2
     check_finished(run(2, root, scratch), root, two)
-    told("storage turns read-only", 1, "exit code 4 after three failed saves; went on bitwise when it was mended")
+    told(
+        "storage turns read-only", 1, "exit code 4 after three failed saves; went on bitwise when it was writable again"
+    )
 
 
 def test_storage_that_is_read_only_from_the_start(disk, tmp_path, told):

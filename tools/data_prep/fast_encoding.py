@@ -211,7 +211,7 @@ def _ranks(model: dict, added: set[str]) -> tuple[dict[bytes, int], np.ndarray |
     try:
         tokens_as_bytes = [bytes(byte_of[char] for char in token) for token in tokens]
     except KeyError as error:
-        raise NotEqual(f"a merge has {error}, which stands for no byte") from None
+        raise NotEqual(f"a merge has {error}, which is no byte") from None
     ids = np.array([vocab[token] for token in tokens], dtype=np.int64)
     if (np.diff(ids[256:]) > 0).all():  # then ids are ranks; those of single bytes are never compared
         return dict(zip(tokens_as_bytes, ids.tolist(), strict=True)), None

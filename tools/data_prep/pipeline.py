@@ -44,7 +44,7 @@ def fill(
     is_quiet: bool = False,
 ) -> None:
     """Encodes what of `spans` is not in `shard` yet. Raises ValueError for a record that the policy does not let pass;
-    what stands before its block is kept, so the work can go on under another policy."""
+    what comes before its block is kept, so the work can go on under another policy."""
     shard.progress.tokenizer = encoder.about
     results = encode_in_order(_blocks(shard, spans, encoder), encoder, encoder_args, workers)
     ends = [0]
@@ -94,7 +94,7 @@ def _judge(bad: list[Bad], span: Span, shard: Shard, on_bad_record: str, max_bad
         return
     first = _located(bad[allowed - shard.bad.total()], span, shard)
     where = f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}"
-    remedy = f"mend the record or give --on-bad-record skip or quarantine: the work done is kept in {shard.folder}"
+    remedy = f"correct the record or give --on-bad-record skip or quarantine: the work done is kept in {shard.folder}"
     if on_bad_record != "stop":
         remedy = f"that is one more than --max-bad-records {max_bad_records} ({listing(shard.bad)} before this block)"
     raise ValueError(f"{where}; {remedy}")

@@ -37,7 +37,7 @@ def texts_of(sources: Iterable[Source], json_key: str) -> Iterator[str]:
             for record in parse_block(block, source.kind, [json_key], MAX_RECORD_BYTES):
                 if isinstance(record, Bad):
                     raise ValueError(
-                        f"{source.path}:{line + record.line}: {record.reason}: {record.detail}; mend or remove it"
+                        f"{source.path}:{line + record.line}: {record.reason}: {record.detail}; correct or remove it"
                     )
                 yield record.texts[0]
             line += count_lines(block, source.kind)

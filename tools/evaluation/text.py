@@ -47,13 +47,13 @@ def pieces(decode: Callable[[list[int]], str], prompt_T: list[int], tokens: Iter
     """The text of ``prompt_T`` and ``tokens`` in pieces, each as soon as it is known; a character may take several
     tokens."""
     given = list(prompt_T)
-    text = told = decode(given)
+    text = given_out = decode(given)
     yield text
     for token in tokens:
         given.append(token)
         text = decode(given)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(told) :]
-            told = text
-    if text != told:
-        yield text[len(told) :]
+            yield text[len(given_out) :]
+            given_out = text
+    if text != given_out:
+        yield text[len(given_out) :]

@@ -1,4 +1,4 @@
-"""Behind tools/run_report.py and tools/routing_report.py: an HTML page that stands alone, and its pictures as PNG.
+"""Behind tools/run_report.py and tools/routing_report.py: a self-contained HTML page, and its pictures as PNG.
 
 run_files.py, scalars.py    what a run left: telemetry and plan, losses from TensorBoard's files; none of it trusted
 drawing.py, page.py         how every picture looks, how every page is made and written

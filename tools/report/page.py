@@ -78,7 +78,7 @@ def layer_table(place: int, summary: str, heads: Iterable[str], rows: Iterable[I
 
 
 def write_files(page: Path, html: bytes, png_dir: Path, drawn: Drawn, names: Iterable[str]) -> list[Path]:
-    """Write the pictures, then the page, each file whole or not at all; returns their paths, the page first.
+    """Write the pictures, then the page, each atomically; returns their paths, the page first.
 
     names: of all pictures that such a report may have: those of an earlier one that this one lacks are removed.
     Missing directories are made.

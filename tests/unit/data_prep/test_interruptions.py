@@ -294,7 +294,7 @@ def test_mpirun_makes_the_same_bytes(work, tmp_path):
         (tmp_path / name).unlink()
     stop = [word if word != "quarantine" else "stop" for word in command]
     done = subprocess.run(stop, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode != 0 and ".jsonl:" in done.stderr and "mend the record" in done.stderr
+    assert done.returncode != 0 and ".jsonl:" in done.stderr and "correct the record" in done.stderr
     assert not any(name.endswith(".idx") for name in left_in(tmp_path))
 
 
