@@ -7,13 +7,13 @@ import time
 import pytest
 
 from hmoe_megatron.checkpoint import directory
-from hmoe_megatron.checkpoint.session import Checkpoints
+from hmoe_megatron.checkpoint.session import Checkpoints, starting_checkpoint
 from hmoe_megatron.exits import CheckpointRefused
 
 
 @pytest.fixture
 def second_rank(tmp_path, monkeypatch):
-    """The checkpoints of a run in tmp_path, as rank 1 sees them; of a checkpoint only its manifest is looked at."""
+    """Finds and prepares the checkpoints of a run in tmp_path, as rank 1; of a checkpoint only its manifest is read."""
     monkeypatch.setenv("RANK", "1")
 
     def compare(self, path):
@@ -29,7 +29,13 @@ def second_rank(tmp_path, monkeypatch):
         pretrained_checkpoint=None,
         exit_on_missing_checkpoint=False,
     )
-    return Checkpoints(args, argparse.Namespace(plan=None, settings=None, widths=()))
+
+    def prepare():
+        start = starting_checkpoint(args)
+        Checkpoints(args, argparse.Namespace(plan=None, settings=None, widths=()), start).prepare()
+        return start
+
+    return prepare
 
 
 def cut_off(root, in_the_way: bool):
@@ -47,8 +53,10 @@ def test_a_rank_waits_until_the_first_has_put_a_checkpoint_back(in_the_way, seco
     cut_off(tmp_path, in_the_way)
     first = threading.Timer(0.3, directory.tidy, [tmp_path])
     first.start()
-    second_rank.prepare()
+    start = second_rank()
     first.join()
+    assert (start.iteration, start.path) == (4, directory.checkpoint_path(tmp_path, 4))
+    assert start.plan_file().parent == start.path != start.lies, "the plan is read where it is now"
     assert directory.complete_iterations(tmp_path) == [4]
 
 
@@ -56,5 +64,5 @@ def test_a_rank_does_not_wait_where_nothing_is_to_be_put_back(second_rank, tmp_p
     directory.write_tracker(tmp_path, 4)
     started_s = time.monotonic()
     with pytest.raises(CheckpointRefused, match="iter_0000004: missing"):
-        second_rank.prepare()
+        second_rank()
     assert time.monotonic() - started_s < 5
