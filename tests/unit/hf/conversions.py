@@ -1,5 +1,7 @@
 """Tiny runs, converted."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +36,16 @@ def to_hf(run, output, *flags) -> int:
 
 
 def convert(*words) -> subprocess.CompletedProcess:
-    """In a process of its own: Megatron is set up once a process."""
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *words]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=240)
+    """In a process of its own, which has Megatron imported: Megatron is set up once a process."""
+    (done,) = run_ranks(1, _converted, list(map(str, words)), timeout_s=240)
+    return done
+
+
+def _converted(words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = convert_checkpoint.main(words)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def from_hf(folder: Path, root: Path, *words) -> subprocess.CompletedProcess:

@@ -236,12 +236,12 @@ def test_a_wrong_output_is_refused(small, tmp_path, flags, said, capsys, monkeyp
 
 
 def test_logits_that_differ_leave_nothing(small, tmp_path, capsys, monkeypatch):
-    from hmoe_megatron.hf import proof
+    from hmoe_megatron.hf import parity
 
     (tmp_path / "text").mkdir()
     text = tmp_path / "text" / "text.txt"
     text.write_text("any")
-    monkeypatch.setattr(proof, "logits_difference", lambda *given: proof.Difference(16, 1e-3, 2.0))
+    monkeypatch.setattr(proof, "logits_difference", lambda *given: parity.Difference(16, 1e-3, 2.0))
     assert to_hf(small, tmp_path / "out", "--text", str(text)) == 2
     assert "1.0e-03 apart, over 2.0e-05" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
