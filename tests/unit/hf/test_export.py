@@ -241,7 +241,7 @@ def test_logits_that_differ_leave_nothing(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "text").mkdir()
     text = tmp_path / "text" / "text.txt"
     text.write_text("any")
-    monkeypatch.setattr(proof, "logits_difference", lambda *given: parity.Difference(16, 1e-3, 2.0))
+    monkeypatch.setattr(parity, "logits_difference", lambda *given: parity.Difference(16, 1e-3, 2.0))
     assert to_hf(small, tmp_path / "out", "--text", str(text)) == 2
     assert "1.0e-03 apart, over 2.0e-05" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
