@@ -287,3 +287,41 @@ def test_ci_lints_and_then_runs_the_tests(tree, tools, tmp_path):
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
     assert ran == ["ran -m ruff check .", "ran -m pytest -n 2 --dist loadfile --no-loadscope-reorder"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_a_wheel_works_outside_the_checkout(setup_arguments, tmp_path):
+    """Every command's --help, and a plan, from a directory that is not the checkout."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("hmoe_megatron", "tools"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "pretrain_hmoe.py"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", site, source], check=True, capture_output=True, timeout=120)
+    assert (site / "hmoe_megatron/py.typed").exists() and (site / "hmoe_megatron/tools/plan_tool").is_dir()
+    environment = {"PATH": TOOLS, "PYTHONPATH": str(site), "HOME": str(tmp_path)}
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    scripts = [line.split(" = ")[0] for line in setup_arguments["entry_points"]["console_scripts"]]
+    assert {f"tools/{path.stem}" for path in ROOT.glob("tools/*.py")} == {
+        line.split("hmoe_megatron.")[1].split(":")[0].replace(".", "/")
+        for line in setup_arguments["entry_points"]["console_scripts"]
+        if "hmoe_megatron." in line
+    }
+    for script in scripts:
+        if script != "hmoe-pretrain":  # imports Megatron
+            done = run(site / "bin" / script, "--help")
+            assert done.returncode == 0 and "usage" in done.stdout, f"{script}: {done.stderr}"
+    plan = ("--num-experts", "8", "--hmoe-total-width", "1024", "--expert-model-parallel-size", "2")
+    done = run(site / "bin/hmoe-plan", *plan)
+    assert done.returncode == 0 and "max over mean of FLOPs" in done.stdout, done.stderr
+    place = "import hmoe_megatron.tools.plan_placement as p, pretrain_hmoe as q; print(p.__file__, q.__file__)"
+    assert all(path.startswith(str(site)) for path in run("-c", place).stdout.split())
+    (tmp_path / "x.args").write_text("--num-layers 1\n")
+    done = run(site / "bin/hmoe-launch", "--dry-run", "--nproc-per-node", "2", "x.args", "--save", "run", "--load", "run")
+    assert str(site / "pretrain_hmoe.py") in done.stdout, done.stderr
