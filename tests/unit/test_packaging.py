@@ -285,7 +285,11 @@ def test_ci_lints_and_then_runs_the_tests(tree, tools, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == ["ran -m ruff check .", "ran -m pytest -n 2 --dist loadfile --no-loadscope-reorder"]
+    assert ran == [
+        "ran -m ruff check .",
+        "ran -m ruff format --check --quiet .",
+        "ran -m pytest -n 2 --dist loadfile --no-loadscope-reorder",
+    ]
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
@@ -323,5 +327,7 @@ def test_a_wheel_works_outside_the_checkout(setup_arguments, tmp_path):
     place = "import hmoe_megatron.tools.plan_placement as p, pretrain_hmoe as q; print(p.__file__, q.__file__)"
     assert all(path.startswith(str(site)) for path in run("-c", place).stdout.split())
     (tmp_path / "x.args").write_text("--num-layers 1\n")
-    done = run(site / "bin/hmoe-launch", "--dry-run", "--nproc-per-node", "2", "x.args", "--save", "run", "--load", "run")
+    done = run(
+        site / "bin/hmoe-launch", "--dry-run", "--nproc-per-node", "2", "x.args", "--save", "run", "--load", "run"
+    )
     assert str(site / "pretrain_hmoe.py") in done.stdout, done.stderr
