@@ -428,8 +428,7 @@ def test_every_patch_has_a_check_and_a_reason():
 
 
 def test_nothing_else_changes_megatron():
-    """No module outside patches/ sets an attribute of a module or class that it imported from Megatron or torch; settings
-    of torch.backends are none."""
+    """No module outside patches/ sets an attribute of what it imported from Megatron or torch, but torch's settings."""
     package = Path(hmoe_megatron.__file__).parent
     found = []
     for path in package.rglob("*.py"):
@@ -453,7 +452,7 @@ def test_nothing_else_changes_megatron():
                     isinstance(target, ast.Attribute)
                     and isinstance(root, ast.Name)
                     and root.id in foreign
-                    and "backends" not in ast.dump(target)
+                    and "deterministic" not in ast.dump(target)
                 ):
                     found.append(f"{path.relative_to(package)}:{node.lineno}")
     assert found == []

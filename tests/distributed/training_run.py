@@ -83,7 +83,7 @@ def steps(
     result |= state()
     if save:
         started_s = time.perf_counter()
-        save_checkpoint(skip + count, model, optimizer, scheduler, 0)
+        save_checkpoint(max(1, skip + count), model, optimizer, scheduler, 0)
         result["save_s"] = time.perf_counter() - started_s
         train(count, count + after)
         maybe_finalize_async_save(blocking=True, terminate=True)
