@@ -130,7 +130,7 @@ def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths, start
     else:
         if settings.placement == "checkpoint" and start is None:
             raise ValueError(
-                "--hmoe-placement checkpoint needs a checkpoint in --load: give the directory of a run, or use auto"
+                "--hmoe-placement checkpoint needs --load of a run that has one: give its directory, or use auto"
             )
         path = start.plan_file() if settings.placement == "checkpoint" else Path(settings.placement)
         plan = replace(PlacementPlan.load(path, widths_LE, ranks), numbers=tuple(widths))

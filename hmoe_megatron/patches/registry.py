@@ -22,7 +22,7 @@ class Patch(NamedTuple):
 
 
 class Replacement(NamedTuple):
-    """`owner.attribute` was `before` until the patch of that name ran."""
+    """`owner.attribute` was `before` until the patch of that name ran; "": what a test replaced."""
 
     patch: str
     owner: object
@@ -76,7 +76,7 @@ def replace(owner, attribute: str, after) -> None:
                 if value is before and (module, key) != (owner, attribute)
             ]
     for bound, key in bindings:
-        REPLACED.append(Replacement(_running[-1], bound, key, before))
+        REPLACED.append(Replacement(_running[-1] if _running else "", bound, key, before))
         setattr(bound, key, after)
 
 

@@ -145,7 +145,7 @@ def test_a_run_that_loads_where_it_saves_starts_anew_in_an_empty_directory(tmp_p
     (ended,) = go_on(root, f"--save {root}", ranks=1, steps=2)
     assert ended.code == 0 and directory.find(root)[0] == 2
     (ended,) = go_on(tmp_path / "other", f"--save {tmp_path / 'other'} --exit-on-missing-checkpoint", ranks=1)
-    assert "no checkpoint is there" in refused([ended])
+    assert "other does not exist" in refused([ended]) and not (tmp_path / "other").exists()
 
 
 def test_the_checkpoints_of_another_run_are_not_overwritten(saved):
