@@ -9,6 +9,13 @@ import pytest
 from hmoe_megatron.checkpoint import directory
 from hmoe_megatron.checkpoint.session import Checkpoints, starting_checkpoint
 from hmoe_megatron.exits import CheckpointRefused
+from hmoe_megatron.files import PLAN_FILE
+
+
+def arguments(root):
+    return argparse.Namespace(
+        save=str(root), load=str(root), ckpt_step=None, pretrained_checkpoint=None, exit_on_missing_checkpoint=False
+    )
 
 
 @pytest.fixture
@@ -22,13 +29,7 @@ def second_rank(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "_compare", compare)
     monkeypatch.setattr("hmoe_megatron.checkpoint.settings.model_settings", lambda *_: {})
-    args = argparse.Namespace(
-        save=str(tmp_path),
-        load=str(tmp_path),
-        ckpt_step=None,
-        pretrained_checkpoint=None,
-        exit_on_missing_checkpoint=False,
-    )
+    args = arguments(tmp_path)
 
     def prepare():
         start = starting_checkpoint(args)
@@ -58,6 +59,15 @@ def test_a_rank_waits_until_the_first_has_put_a_checkpoint_back(in_the_way, seco
     assert (start.iteration, start.path) == (4, directory.checkpoint_path(tmp_path, 4))
     assert start.plan_file().parent == start.path != start.lies, "the plan is read where it is now"
     assert directory.complete_iterations(tmp_path) == [4]
+
+
+def test_the_plan_is_read_where_the_checkpoint_is(tmp_path):
+    cut_off(tmp_path, in_the_way=False)
+    (tmp_path / ".iter_0000004.replaced" / PLAN_FILE).write_text("{}")
+    start = starting_checkpoint(arguments(tmp_path))
+    assert start.plan_file() == tmp_path / ".iter_0000004.replaced" / PLAN_FILE
+    directory.tidy(tmp_path)
+    assert start.plan_file() == directory.checkpoint_path(tmp_path, 4) / PLAN_FILE and start.plan_file().exists()
 
 
 def test_a_rank_does_not_wait_where_nothing_is_to_be_put_back(second_rank, tmp_path):
