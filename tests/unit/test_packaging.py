@@ -43,6 +43,12 @@ def test_lock_satisfies_setup(setup_arguments, locked):
         assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text
 
 
+def test_megatron_core_is_the_one_that_is_patched(setup_arguments):
+    """hmoe_megatron/patches/ is of this version: a newer or older one must not come in by itself."""
+    (wanted,) = (Requirement(text) for text in setup_arguments["install_requires"] if "megatron-core" in text)
+    assert [wanted.specifier.contains(version) for version in ("0.19.1", "0.19.2", "0.20.0")] == [False, True, False]
+
+
 def test_only_our_package_is_installed(setup_arguments):
     assert "hmoe_megatron" in setup_arguments["packages"]
     assert {name.split(".")[0] for name in setup_arguments["packages"]} == {"hmoe_megatron"}

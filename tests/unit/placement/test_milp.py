@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.cases import capped_layer, whole_layer
-from hmoe_megatron.placement import milp
+from benchmarks.cases import Case, capped_layer, whole_layer
+from hmoe_megatron.placement import CostModel, Rank, milp
 from hmoe_megatron.placement.baselines import equal_counts
 from hmoe_megatron.placement.bound import lower_bound
+from hmoe_megatron.placement.lpt import _fullest, improve
 from hmoe_megatron.placement.milp import any_that_fits, fastest
 from tests.rows import mostly_rarely, rarely
 
@@ -39,12 +40,29 @@ def test_the_oracle_against_every_assignment(seed):
     assert lower_bound(problem, whole=True) <= least * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", mostly_rarely(range(100), range(8)))
+# Only 26 needs the best of the many starts.
+@pytest.mark.parametrize("seed", mostly_rarely(range(100), [*range(8), 26]))
 def test_whole_experts_within_half_a_percent_of_the_optimum(seed):
     case = whole_layer(seed)
     found = fastest(case.problem(), NODES)
     assert found.proven
     assert max(case.plan().predicted.time) <= max(case.problem().times(found.held)) * (1 + WITHIN)
+
+
+@pytest.mark.parametrize("seed", mostly_rarely(range(60), range(12)))
+def test_moves_and_swaps_never_make_the_fullest_rank_fuller(seed):
+    """By time or bytes, from an assignment dealt in turn, under caps."""
+    problem = capped_layer(seed).problem()
+    items, target = problem.items(problem.whole), lower_bound(problem, whole=True)
+    dealt = np.arange(len(problem.widths_E)) % problem.ranks
+    assert _fullest(items, improve(items, dealt, target), target) <= _fullest(items, dealt, target)
+
+
+def test_as_many_cuts_as_are_allowed():
+    """Three equal experts on two ranks need one."""
+    case = Case([10.0] * 3, [64] * 3, [Rank()] * 2, CostModel(), max_cuts=1, cut_multiple=16)
+    found = fastest(replace(case.problem(), tile=1), NODES)
+    assert sum(map(len, found.held)) == 4
 
 
 @pytest.mark.parametrize("seed", mostly_rarely(range(12), range(4)))

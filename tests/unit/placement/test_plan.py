@@ -47,6 +47,12 @@ def made(ranks=2, cost=None, stages=()):
     return PlacementPlan(tuple(layers), cost, specs, stages)
 
 
+@pytest.mark.parametrize(("ranks", "ep_size"), [(4, 2), (2, 4)])
+def test_a_plan_for_other_ranks_is_refused(ranks, ep_size):
+    with pytest.raises(ValueError, match=f"made for {ranks} ranks, but --expert-model-parallel-size {ep_size}"):
+        PlacementPlan.from_json(made(ranks).to_json(), ep_size=ep_size)
+
+
 def unequal(layers=2):
     """Three ranks of two nodes, without a cap on the last."""
     return made((Rank(0, 0.5, 1 << 40), Rank(0, 2.0, 10**9), Rank(1)), COST, range(layers))
