@@ -110,7 +110,7 @@ def from_many_starts(items: Items, owner_I: np.ndarray, target: float, starts: i
     """`owner_I` or better: largest first with items' sizes off by up to SPREAD, improved, for few items.
 
     Moves and swaps of two ranks end up to 8 % above the optimum where ranks hold two or three items each; of many
-    starts one ends at it (tests/unit/placement/test_exact.py).
+    starts one ends at it (tests/unit/placement/test_milp.py).
     """
     best, uniform = _fullest(items, owner_I, target), Random(0).random  # the same numbers on every machine
     for _ in range(starts if owner_I.size <= FEW_ITEMS else 0):
