@@ -44,7 +44,10 @@ def convert(*words) -> subprocess.CompletedProcess:
 def _converted(words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = convert_checkpoint.main(words)
+        try:
+            code = convert_checkpoint.main(words)
+        except SystemExit as left:  # argparse's
+            code = left.code
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
