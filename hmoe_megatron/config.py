@@ -215,9 +215,15 @@ def moe_layers(args: argparse.Namespace) -> list[int]:
 
 
 def widths_from_args(args: argparse.Namespace, hmoe: HMoEConfig) -> dict[int, tuple[int, ...]]:
-    """Widths of the experts of each MoE layer: decoder layer (from 0) -> width of each logical expert."""
+    """Widths of the experts of each MoE layer: decoder layer (from 0) -> width of each logical expert.
+
+    Raises ValueError for widths that can't be, and where no layer has experts.
+    """
+    layers = moe_layers(args)
+    if not layers:
+        raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
     widths_LE = layer_widths(hmoe.widths, args.num_layers, args.num_experts, hmoe.total_width, hmoe.width_multiple)
-    return {layer: tuple(widths_LE[layer]) for layer in moe_layers(args)}
+    return {layer: tuple(widths_LE[layer]) for layer in layers}
 
 
 def flags_document() -> str:

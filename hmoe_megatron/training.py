@@ -82,8 +82,6 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
 def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start | None) -> ExpertLayout:
     """Widths, plan, backend and counters of the model that the flags describe."""
     widths = widths_from_args(args, settings)
-    if not widths:
-        raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
     plan = placement_plan(args, settings, widths, start)
     shapes = expert_shapes(args, plan)
     compute, words = choose_compute(settings.gemm_backend, machine.has_gpu(), shapes, settings.keep_hidden)

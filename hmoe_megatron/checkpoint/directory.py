@@ -138,11 +138,6 @@ def publish(path: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def has_replaced(root: Path) -> bool:
-    """Whether a checkpoint was being replaced and `tidy` has not seen to it yet."""
-    return any((match := _LEFTOVER.fullmatch(entry.name)) and match[2] == "replaced" for entry in _entries(root))
-
-
 def tidy(root: Path) -> list[str]:
     """Undo what a killed run left half done; returns what was done, a line each. Only for the one run that saves there.
 

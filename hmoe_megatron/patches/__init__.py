@@ -29,7 +29,10 @@ def apply() -> bool:
     """Let Megatron train without a GPU, on the CPU with gloo. Returns whether the process now runs so: False, and
     nothing changed, where there is a GPU. May come before or after Megatron is imported, and must come before its first
     process group or model."""
-    return not machine.has_gpu() and _run("cpu")
+    needed = not machine.has_gpu()
+    if needed:
+        _run("cpu")
+    return needed
 
 
 def fix() -> None:
@@ -37,8 +40,7 @@ def fix() -> None:
     _run("fix")
 
 
-def _run(kind: str) -> bool:
+def _run(kind: str) -> None:
     for patch in listed().values():
         if patch.kind == kind:
             patch.run()
-    return True

@@ -69,8 +69,6 @@ def model_of(words: Sequence[str], more: Sequence[str]) -> Model:
     args.moe_layer_freq = _layer_pattern(args.moe_layer_freq)
     settings = hmoe_config_from_args(args)
     widths = widths_from_args(args, settings)
-    if not widths:
-        raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
     expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     gpus = args.expert_model_parallel_size * expert_tp
     stages = args.pipeline_model_parallel_size
