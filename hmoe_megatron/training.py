@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ import torch
 from hmoe_megatron import collectives, machine, patches
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
-from hmoe_megatron.exits import RunEnded, SavingFailed
+from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
 from hmoe_megatron.moe import gradient_norm
@@ -27,7 +28,12 @@ from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.telemetry.counters import RoutingStats
-from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments, expert_tensor_parallel_size
+from hmoe_megatron.validate_args import (
+    check_dispatch,
+    check_megatron_arguments,
+    expert_tensor_parallel_size,
+    pad_vocabulary,
+)
 
 
 def prepare() -> None:
@@ -65,6 +71,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     finally:
         sys.argv = given
     settings = hmoe_config_from_args(args)
+    pad_vocabulary(args)
     check_megatron_arguments(args, settings, machine.has_gpu())
     start = starting_checkpoint(args)
     layout = expert_layout(args, settings, start)
@@ -175,6 +182,20 @@ def open_checkpoints(args: argparse.Namespace, layout: ExpertLayout, start: Star
     return checkpoints
 
 
+def start_megatron(args: argparse.Namespace) -> None:
+    """Make the arguments Megatron's and build its tokenizer. Raises DataRefused for one that the model has no rows
+    for."""
+    from megatron.training import get_tokenizer
+    from megatron.training.global_vars import set_global_variables
+
+    set_global_variables(args)
+    if get_tokenizer().vocab_size > (args.padded_vocab_size or math.inf):
+        raise DataRefused(
+            f"the tokenizer has {get_tokenizer().vocab_size} tokens and the model {args.padded_vocab_size} rows for "
+            "them (--padded-vocab-size): give the model's own tokenizer"
+        )
+
+
 def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoints, argv: list[str]) -> None:
     """Train: everything from here on needs the process group, which Megatron starts. ``argv``: the flags as given.
 
@@ -184,13 +205,12 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
 
     from hmoe_megatron.data.batches import datasets_provider, forward_step
     from hmoe_megatron.nan_guard import guard as numeric_guard
     from hmoe_megatron.telemetry.tracker import HMoEMetricsTracker
 
-    set_global_variables(args)
+    start_megatron(args)
     config = model_config(args, layout)
     parameters, run_dir = parameter_counts(args, layout.widths), run_directory(args, layout.settings)
     tracker = HMoEMetricsTracker(

@@ -316,6 +316,16 @@ def _gpu_kernel_problems(args):
             yield "--moe-token-dispatcher-type flex without expert parallelism: nothing is dispatched; use alltoall"
 
 
+def pad_vocabulary(args: argparse.Namespace) -> None:
+    """Round --padded-vocab-size up to a multiple of the tensor-parallel size, which Megatron takes as it is."""
+    if args.padded_vocab_size:
+        args.padded_vocab_size = round_up(args.padded_vocab_size, args.tensor_model_parallel_size)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def expert_tensor_parallel_size(args: argparse.Namespace) -> int:
     """``--expert-tensor-parallel-size``, whose default is the size of tensor parallelism."""
     return args.expert_tensor_parallel_size or args.tensor_model_parallel_size

@@ -109,11 +109,27 @@ class Checkpoints:
             raise
         pretrained = self.args.pretrained_checkpoint
         finetune = self.args.finetune or bool(pretrained and path.parent.absolute() == Path(pretrained).absolute())
-        refused, reported = settings.differences(saved, self.settings, finetune)
-        if refused:
+        found = settings.differences(saved, self.settings, finetune)
+        if found.model:
             raise CheckpointRefused(
-                f"{path} is of another model: {'; '.join(refused)}: give the settings of the run "
+                f"{path} is of another model: {'; '.join(found.model)}: give the settings of the run "
                 "that saved it (another plan, layout or number of ranks is no difference)"
+            )
+        reported = found.reported
+        if finetune or self.args.no_load_optim:
+            reported = [*reported, *found.optimizer]
+        elif found.optimizer:
+            raise CheckpointRefused(
+                f"{path}: its optimizer state can't be read: {'; '.join(found.optimizer)}: give the settings of the "
+                "run that saved it, or --no-load-optim to go on with its weights and new moments"
+            )
+        elif self.args.override_opt_param_scheduler or self.args.use_checkpoint_opt_param_scheduler:
+            reported = [*reported, *found.schedule]
+        elif found.schedule:
+            raise CheckpointRefused(
+                f"{path} has another schedule: {'; '.join(found.schedule)}: give that of the run that saved it, "
+                "--override-opt_param-scheduler to go on with the new one, or --use-checkpoint-opt_param-scheduler to "
+                "keep the old one"
             )
         if reported and collectives.rank() == 0:
             print(f" goes on with other settings: {'; '.join(reported)}", flush=True)

@@ -4,6 +4,7 @@ import argparse
 import enum
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from hmoe_megatron.files import sha256_file
 
@@ -43,18 +44,47 @@ _TRAINING = (
     "moe_router_bias_update_rate moe_router_dtype moe_router_quantile_balancing_ema hmoe_p_penalty_coeff "
     "hmoe_router_entropy_coeff hmoe_load_balance_coeff"
 ).split()
+# The form of the optimizer's state: under another it can't be read.
+_OPTIMIZER = "optimizer bf16 fp16 use_distributed_optimizer use_precision_aware_optimizer no_save_optim".split()
+_SCHEDULE = "lr min_lr lr_decay_style weight_decay_incr_style".split()
 
 
 def model_settings(args: argparse.Namespace, widths: dict[int, tuple[int, ...]]) -> dict:
-    """Name -> JSON value of what a resume is compared by: architecture, every MoE and HMoE setting, tokenizer.
+    """Name -> JSON value of what a resume is compared by: architecture, every MoE and HMoE setting, tokenizer, form of
+    the optimizer's state, schedule.
 
     widths: decoder layer -> width of each logical expert, as laid out; not the flags that gave them.
     """
-    named = [*_STRUCTURE, *_FUNCTION, *sorted(name for name in vars(args) if name.startswith(("moe_", "hmoe_")))]
+    named = [
+        *_STRUCTURE,
+        *_FUNCTION,
+        *_OPTIMIZER,
+        *sorted(name for name in vars(args) if name.startswith(("moe_", "hmoe_"))),
+    ]
     settings = {name: plain(getattr(args, name)) for name in dict.fromkeys(named) if hasattr(args, name)}
     settings["expert_widths"] = {str(layer): list(widths_E) for layer, widths_E in widths.items()}
     settings["tokenizer_sha256"] = tokenizer_sha256(args)
+    settings["schedule"] = schedule(args)
     return settings
+
+
+def schedule(args: argparse.Namespace) -> dict:
+    """Flag -> value of what Megatron's scheduler compares at a resume. It counts samples; steps are for people."""
+    decays = "weight_decay" if args.weight_decay_incr_style == "constant" else "start_weight_decay end_weight_decay"
+    found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in [*_SCHEDULE, *decays.split()]}
+    length = getattr(args, "train_iters", None)
+    if length:
+        unit, batch, of_all = "iters", args.global_batch_size, length
+    else:
+        unit, batch, of_all = "samples", 1, getattr(args, "train_samples", None)
+    decay = getattr(args, f"lr_decay_{unit}", None) or of_all
+    warmup = getattr(args, f"lr_warmup_{unit}", None) or 0
+    if getattr(args, "lr_warmup_fraction", None) is not None:
+        warmup = args.lr_warmup_fraction * (decay or 0)
+    for flag, steps in (("lr-decay", decay), ("lr-warmup", warmup), ("train", of_all)):
+        if steps is not None:
+            found[f"--{flag}-{unit}"] = f"{steps:g} x {batch} samples" if unit == "iters" else f"{steps:g} samples"
+    return found
 
 
 def plain(value):
@@ -82,20 +112,39 @@ def tokenizer_sha256(args: argparse.Namespace) -> str | None:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def differences(saved: dict, current: dict, finetune: bool = False) -> tuple[list[str], list[str]]:
-    """(what forbids to go on, what is only reported), a phrase each: setting, saved value, value now.
+class Differences(NamedTuple):
+    """A phrase each: setting, saved value, value now. model: forbids to go on; optimizer: forbids to take the
+    optimizer's state; schedule: what the user must decide; reported: only said."""
 
-    finetune: weights only are taken, so what they compute may change. A setting that one side does not know is no
-    difference: another version wrote it.
-    """
-    refused, reported = [], []
+    model: list[str]
+    optimizer: list[str]
+    schedule: list[str]
+    reported: list[str]
+
+
+def differences(saved: dict, current: dict, finetune: bool = False) -> Differences:
+    """finetune: weights only are taken, so what they compute may change. A setting that one side does not know is no
+    difference: another version wrote it."""
+    found = Differences([], [], [], [])
     for name in current:
         if name not in saved or name in _FREE or name.startswith(_FREE_PREFIXES) or saved[name] == current[name]:
             continue
-        phrase = _phrase(name, saved[name], current[name])
+        if name == "schedule":
+            found.schedule.extend(
+                _phrase(flag, saved[name].get(flag), value)
+                for flag, value in current[name].items()
+                if saved[name].get(flag) != value
+            )
+            continue
         structure = name in _STRUCTURE or name in ("expert_widths", "tokenizer_sha256")
-        (reported if name in _TRAINING or (finetune and not structure) else refused).append(phrase)
-    return refused, reported
+        kind = found.reported if name in _TRAINING or (finetune and not structure) else found.model
+        if name in _OPTIMIZER and name != "no_save_optim":
+            kind = found.optimizer
+        if name != "no_save_optim":
+            kind.append(_phrase(name, saved[name], current[name]))
+    if saved.get("no_save_optim"):
+        found.optimizer.append("there is none in the checkpoint")
+    return found
 
 
 def _phrase(name: str, saved, current) -> str:
@@ -104,7 +153,7 @@ def _phrase(name: str, saved, current) -> str:
     if name == "expert_widths" and isinstance(saved, dict) and saved.keys() == current.keys():
         layer = next(layer for layer in current if saved[layer] != current[layer])
         return _phrase(f"expert_widths of layer {layer} (--hmoe-widths)", saved[layer], current[layer])
-    shown = name if " " in name else f"--{name.replace('_', '-')}"
+    shown = name if " " in name or name.startswith("--") else f"--{name.replace('_', '-')}"
     return f"{shown}: {_short(saved)} in the checkpoint, {_short(current)} now"
 
 

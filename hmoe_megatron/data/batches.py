@@ -97,6 +97,13 @@ def dataset_config(args) -> GPTDatasetConfig:
     )
 
 
+def leave_out_unread(config: GPTDatasetConfig, num_samples) -> None:
+    """Build nothing for a split of which no sample is wanted: Megatron's blends assert that one is, and a split without
+    documents is counted for ever."""
+    for splits in filter(None, (config.split_matrix, config.blend_per_split)):
+        splits[:] = [None if wanted == 0 else split for split, wanted in zip(splits, num_samples, strict=True)]
+
+
 def datasets_provider(num_samples, vp_stage=None):
     """(train, validation, test) datasets of at least ``num_samples`` each (Megatron's provider interface).
 
@@ -105,9 +112,10 @@ def datasets_provider(num_samples, vp_stage=None):
     args = get_args()
     if args.hmoe_verify_data and not vp_stage:  # once, not for every virtual pipeline stage
         _verify(args)
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    dataset, config = MockGPTDataset if args.mock_data else GPTDataset, dataset_config(args)
+    leave_out_unread(config, num_samples)
     builder = BlendedMegatronDatasetBuilder(
-        dataset, num_samples, lambda: is_first_or_last_pipeline_stage(vp_stage), dataset_config(args)
+        dataset, num_samples, lambda: is_first_or_last_pipeline_stage(vp_stage), config
     )
     try:
         return builder.build()

@@ -3,25 +3,25 @@
 import argparse
 
 from hmoe_megatron.data.data_set import DataSet
+from hmoe_megatron.data.splits import check_splits, given_blends
 from hmoe_megatron.files import file_hashes
 
 
 def data_sets(args: argparse.Namespace) -> list[DataSet]:
     """Those that --data-path and its kin name on this disk, each once."""
-    from megatron.training.utils.common_utils import get_blend_and_blend_per_split
-
     if args.mock_data:
         return []
-    blend, per_split = get_blend_and_blend_per_split(args)
+    blend, per_split = given_blends(args)
     prefixes = [prefix for prefixes, _ in filter(None, [blend, *(per_split or [])]) for prefix in prefixes]
     return [DataSet(prefix) for prefix in dict.fromkeys(prefixes) if "://" not in prefix]
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Lengths of all files, and the tokenizer where a sidecar names one. Raises ValueError."""
+    """Lengths of all files, the tokenizer where a sidecar names one, and that each split has what it will read.
+
+    Raises ValueError.
+    """
     found = data_sets(args)
-    if not found:
-        return
     flags = f"--tokenizer-type {args.tokenizer_type}"
     if args.tokenizer_model:
         flags += f" --tokenizer-model {args.tokenizer_model}"
@@ -29,6 +29,7 @@ def check_data(args: argparse.Namespace) -> None:
     for data in found:
         if sidecar := data.check_lengths():
             data.check_tokenizer(sidecar, args.tokenizer_type, hashes, flags)
+    check_splits(args)
 
 
 def verify_data(args: argparse.Namespace, rank: int, ranks: int) -> None:

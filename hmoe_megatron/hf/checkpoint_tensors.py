@@ -12,14 +12,18 @@ from hmoe_megatron.checkpoint.reader import CheckpointReader, read_metadata
 from hmoe_megatron.exits import CheckpointRefused
 
 _MODEL = ("embedding.", "decoder.", "output_layer.")
+_OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class CheckpointTensors:
     """The model's tensors of one checkpoint; optimizer states are not among them, and are not read."""
 
-    def __init__(self, root: Path, iteration: int | None = None, skip_integrity: bool = False):
-        """root: --save directory of a run. Raises CheckpointRefused as a resume does; nothing is unpickled before
-        every file's SHA-256 was compared."""
+    def __init__(self, root: Path, iteration: int | None = None, skip_integrity: bool = False, rows: int | None = None):
+        """root: --save directory of a run; rows: of the vocabulary, less what tensor parallelism added.
+
+        Raises CheckpointRefused as a resume does; nothing is unpickled before every file's SHA-256 was compared.
+        """
+        self._rows = rows
         self.iteration, self.path = directory.find(root, iteration)
         self.settings = manifest.load_manifest(self.path).settings
         if not skip_integrity:
@@ -38,7 +42,11 @@ class CheckpointTensors:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(kind.size) for key, kind in self._kinds.items()}
+        return {key: self._cut(key, tuple(kind.size)) for key, kind in self._kinds.items()}
+
+    def _cut(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        is_cut = key in _OF_VOCABULARY and self._rows is not None and self._rows < shape[0]
+        return (self._rows, *shape[1:]) if is_cut else shape
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -53,7 +61,7 @@ class CheckpointTensors:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
             load(tensors, storage_reader=CheckpointReader(str(self.path)), no_dist=True)
-        return tensors
+        return {key: tensor[: self.shapes[key][0]] for key, tensor in tensors.items()}
 
 
 def _check_covered(path: Path, key: str, kind: TensorStorageMetadata) -> None:

@@ -18,7 +18,7 @@ from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.hf import card, tokenizer_files
 from hmoe_megatron.hf.architectures import FORMS, Native
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
-from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint
+from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint, last_value
 from hmoe_megatron.hf.shards import ShardWriter, digest_of_all
 from hmoe_megatron.hf.tensors import Part, listed, stored_parts
 
@@ -60,7 +60,9 @@ def to_hf(
     """
     with atomic_directory(output, "--output") as folder:
         flags = run_arguments(root) + (["--tokenizer-model", tokenizer_model] if tokenizer_model else [])
-        exported = _write(CheckpointTensors(root, iteration, skip_integrity), flags, folder, form, dtype)
+        rows = last_value(flags, "--padded-vocab-size")
+        checkpoint = CheckpointTensors(root, iteration, skip_integrity, rows and int(rows))
+        exported = _write(checkpoint, flags, folder, form, dtype)
         proof = check(folder, exported.model, exported.iteration, flags) if check else None
         if proof is not None:
             facts = json.loads((folder / EXPORT_FILE).read_text())

@@ -162,8 +162,8 @@ def from_hf(
             here = tokenizer_flags or _tokenizer(source, folder)
             if "NullTokenizer" not in here:
                 megatron_tokenizer(here)
-            # One multiple: rows that only pad the vocabulary are there again.
-            here += ["--make-vocab-size-divisible-by", str(source.form.model.vocabulary_rows)]
+            # Rows that only pad the vocabulary are there again, whatever the size of tensor parallelism.
+            here += ["--padded-vocab-size", str(source.form.model.vocabulary_rows)]
             dtype = ["--bf16"] if source.dtype == torch.bfloat16 else []
             described = [*megatron_flags(source.form.model), *dtype, *here]
             argv = [*described, *_ALONE, "--save", str(folder)]
@@ -216,11 +216,6 @@ def _build_and_save(source: HFDirectory, argv: list[str], described: list[str]) 
     from hmoe_megatron import training
 
     args, layout, model = build_model(argv)
-    if args.padded_vocab_size != source.form.model.vocabulary_rows:
-        raise ValueError(
-            f"--tokenizer-model: its vocabulary of {args.padded_vocab_size} does not fit the embedding of "
-            f"{source.form.model.vocabulary_rows} rows; give the model's own tokenizer"
-        )
     written = _fill(model, source)
     training.write_run(layout, Path(args.save), described)
     checkpointing.save_checkpoint(ITERATION, [model], None, None, 0)

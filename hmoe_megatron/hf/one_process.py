@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from hmoe_megatron.flag_files import run_arguments
-from hmoe_megatron.training import model_config, open_checkpoints, parse_arguments
+from hmoe_megatron.training import model_config, open_checkpoints, parse_arguments, start_megatron
 
 # One process holds the whole model, whatever layout trained it: checkpoints are by logical expert.
 ONE_PROCESS = (
@@ -37,12 +37,11 @@ def load_model(run_dir: Path, flags: list[str] = (), dropped: tuple[str, ...] = 
 def build_model(argv: list[str]) -> tuple:
     """(Megatron's arguments, layout, the model with the weights it starts with) of flags for one process."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
     args, layout, start = parse_arguments(argv)
     open_checkpoints(args, layout, start)
-    set_global_variables(args)
+    start_megatron(args)
     initialize_megatron()
     config = model_config(args, layout)
     (model,) = config.get_builder_cls()(config).build_distributed_models(

@@ -13,8 +13,8 @@ from hmoe_megatron import machine
 from hmoe_megatron.patches import registry
 
 _MODULES = (
-    "cpu_async_save cpu_cuda cpu_gloo cpu_megatron fix_dataset_helpers fix_optimizer_checkpoints fix_rng_of_ranks "
-    "fix_sequence_parallel_norm fix_torch_adam hooks"
+    "cpu_async_save cpu_cuda cpu_gloo cpu_megatron fix_dataset_helpers fix_learning_rate fix_optimizer_checkpoints "
+    "fix_rng_of_ranks fix_sequence_parallel_norm fix_torch_adam hooks"
 ).split()
 
 

@@ -33,6 +33,14 @@ ORPHAN_S = 90.0
 LOG_TAIL_LINES = 60
 
 
+def run_alone(function, *args, timeout_s=60.0, **kwargs):
+    """function(*args, **kwargs) in a process that is no rank: it may set torch.distributed up by itself."""
+    with _started(None, (function, args, kwargs), timeout_s) as (processes, folder):
+        _wait(processes, timeout_s)
+        _raise_first_error(folder, processes, timeout_s)
+        return _read(folder / "0.result")
+
+
 def run_ranks(world_size, function, *args, timeout_s=60.0, **kwargs):
     """Return [function(*args, **kwargs) on rank 0, on rank 1, ...].
 
@@ -55,7 +63,7 @@ def _started(world_size, call, timeout_s):
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         context = _context()
         shared = world_size, folder, call, dict(os.environ), timeout_s
-        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world_size)]
+        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world_size or 1)]
         try:
             for rank in ranks:
                 rank.start()
@@ -179,16 +187,10 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
     os.dup2(log, 2)
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     os.environ.clear()
-    os.environ.update(
-        environment,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        CUDA_VISIBLE_DEVICES="",
-        OMP_NUM_THREADS="1",
-        TRITON_INTERPRET="1",
-    )
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
+    if world_size:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ.update({name: str(value) for name, value in places.items()})
     try:
         import torch.distributed
 
@@ -197,13 +199,15 @@ def _rank(rank, world_size, folder, call, environment, timeout_s):
         from . import preloaded  # noqa: F401
 
         machine.prepare_environment()
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-        )
+        if world_size:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+            )
         function, args, kwargs = pickle.loads(call)
         _write(folder / f"{rank}.result", function(*args, **kwargs))
         # No rank takes its connections away while another still talks to it.
-        torch.distributed.barrier()
+        if world_size:
+            torch.distributed.barrier()
     except BaseException as error:
         raised_at_s = time.time()
         error.add_note(f"on rank {rank} of {world_size}:\n{traceback.format_exc()}")

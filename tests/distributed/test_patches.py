@@ -401,6 +401,10 @@ TESTS = {
         "distributed/test_patches_optimizer_checkpoints",
         "test_stock_loses_the_step_where_rank_0_holds_no_expert",
     ),
+    "learning_rate_at_a_resume": (
+        "distributed/test_resume",
+        "test_the_learning_rate_changes_at_a_resume_and_the_moments_stay",
+    ),
     "rng_of_ranks": (
         "distributed/test_determinism",
         "test_stock_gives_all_expert_parallel_ranks_the_streams_of_the_first",

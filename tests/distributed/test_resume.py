@@ -4,14 +4,17 @@ import contextlib
 import shutil
 
 import pytest
+import torch
 
 from hmoe_megatron.checkpoint import directory, lock
 from tests.distributed.plans import cut, save_plan
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_run import LAYERS
+from tests.distributed.training_run import LAYERS, steps
+from tests.rows import rarely
 
 STEPS = "--save-interval 2 --override-opt_param-scheduler --train-iters"
+WIDTHS = "--hmoe-widths 16,32,48,64"
 EP2 = "--expert-model-parallel-size 2"
 
 
@@ -118,7 +121,58 @@ def test_another_layout_and_plan_is_no_difference(saved, world):
 def test_another_schedule_is_refused_with_the_flag_that_takes_it(saved):
     (ended,) = run_ranks(1, pretrain, f"--train-iters 6 --load {saved}")
     line = refused([ended])
-    assert "total number of iterations do not match" in line and "--override-opt_param-scheduler for the new" in line
+    assert "--lr-decay-iters: 4 x 8 samples in the checkpoint, 6 x 8 samples now" in line
+    assert "--override-opt_param-scheduler to go on with the new one" in line
+
+
+FORMS = ["", "--bf16", "--use-distributed-optimizer", "--bf16 --use-distributed-optimizer"]
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], *rarely(*FORMS[1:3])])
+def test_the_learning_rate_changes_at_a_resume_and_the_moments_stay(tmp_path, form):
+    flags = f"{WIDTHS} {form} --lr 2e-3 --min-lr 1e-3 --lr-decay-style cosine --adam-beta2 0.99"
+    (before,) = run_ranks(1, steps, f"{flags} --save {tmp_path} --save-interval 1000", 2, save=True)
+    new = "--lr 5e-4 --min-lr 5e-4 --lr-decay-style linear --adam-beta2 0.9"
+    for choice, rates in (("override", [5e-4]), ("use-checkpoint", before["learning_rates"])):
+        given = f"{flags} {new} --{choice}-opt_param-scheduler --load {tmp_path}"
+        (after,) = run_ranks(1, steps, given, 1, skip=2)
+        assert same_states(after["loaded"]["optimizer"], before["optimizer"])
+        assert after["loaded"]["learning_rates"] == pytest.approx(rates, rel=1e-12)
+        assert max(after["adam_steps"]) == 3.0 and after["losses"][0] < before["losses"][0]
+
+
+def same_states(states, others):
+    assert states.keys() == others.keys() and states["exp_avg"]["experts"]
+    return all(
+        torch.equal(value.nan_to_num(), others[kind][part][name].nan_to_num())
+        for kind, parts in states.items()
+        for part in ("dense", "experts")
+        for name, value in parts[part].items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--bf16", "--bf16: False in the checkpoint, True now"),
+        ("--use-distributed-optimizer", "--use-distributed-optimizer: False in the checkpoint, True now"),
+        ("--optimizer sgd", "--optimizer: adam in the checkpoint, sgd now"),
+    ],
+)
+def test_another_form_of_optimizer_is_named_and_the_weights_can_be_taken(saved, flags, said):
+    line = refused(go_on(saved, flags, ranks=1))
+    assert said in line and "or --no-load-optim to go on with its weights" in line
+    (ended,) = go_on(saved, f"{flags} --no-load-optim", ranks=1)
+    assert ended.code == 0 and "iteration        5/" in ended.output, ended.output[-3000:]
+    assert f" goes on with other settings: {said}" in ended.output
+
+
+def test_a_checkpoint_without_optimizer_state(tmp_path):
+    (ended,) = run_ranks(1, pretrain, f"--train-iters 2 --save-interval 2 --no-save-optim --save {tmp_path}")
+    assert ended.code == 0
+    line = refused(go_on(tmp_path, "", ranks=1))
+    assert "its optimizer state can't be read: there is none in the checkpoint" in line and "--no-load-optim" in line
+    assert go_on(tmp_path, "--no-load-optim", ranks=1)[0].code == 0
 
 
 def test_the_plan_of_the_checkpoint(saved):

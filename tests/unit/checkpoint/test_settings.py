@@ -22,6 +22,16 @@ ARGS = {
     "hmoe_placement": "auto",
     "expert_model_parallel_size": 2,
     "lr": 1e-3,
+    "min_lr": 0.0,
+    "lr_decay_style": "cosine",
+    "train_iters": 20,
+    "global_batch_size": 8,
+    "weight_decay": 0.01,
+    "weight_decay_incr_style": "constant",
+    "optimizer": "adam",
+    "bf16": False,
+    "use_distributed_optimizer": False,
+    "no_save_optim": None,
     "tokenizer_model": None,
     "moe_router_score_function": "softmax",
 }
@@ -50,45 +60,76 @@ def settings(widths=WIDTHS, **changed):
     ],
 )
 def test_another_model_is_named(changed, phrase):
-    refused, told = differences(settings(), settings(**changed))
-    assert len(refused) == 1 and phrase in refused[0] and told == []
+    found = differences(settings(), settings(**changed))
+    assert len(found.model) == 1 and phrase in found.model[0] and [*found.optimizer, *found.reported] == []
 
 
 @pytest.mark.parametrize(
     "changed",
+    [{"moe_token_dispatcher_type": "allgather"}, {"hmoe_placement": "plan.json"}, {"expert_model_parallel_size": 4}],
+)
+def test_another_plan_or_layout_is_no_difference(changed):
+    assert differences(settings(), settings(**changed)) == ([], [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "phrase"),
     [
-        {"moe_token_dispatcher_type": "allgather"},
-        {"hmoe_placement": "plan.json"},
-        {"expert_model_parallel_size": 4},
-        {"lr": 1.0},
+        ({"lr": 1.0}, "--lr: 0.001 in the checkpoint, 1.0 now"),
+        ({"train_iters": 24}, "--lr-decay-iters: 20 x 8 samples in the checkpoint, 24 x 8 samples now"),
+        ({"global_batch_size": 16}, "--train-iters: 20 x 8 samples in the checkpoint, 20 x 16 samples now"),
+        ({"lr_warmup_fraction": 0.1}, "--lr-warmup-iters: 0 x 8 samples in the checkpoint, 2 x 8 samples now"),
+        ({"weight_decay": 0.1}, "--weight-decay: 0.01 in the checkpoint, 0.1 now"),
+        ({"train_iters": None, "train_samples": 160}, "--train-samples: None in the checkpoint, 160 samples now"),
     ],
 )
-def test_another_plan_layout_or_schedule_is_no_difference(changed):
-    assert differences(settings(), settings(**changed)) == ([], [])
+def test_another_schedule_is_named_by_its_flags(changed, phrase):
+    found = differences(settings(), settings(**changed))
+    assert phrase in found.schedule and [*found.model, *found.optimizer, *found.reported] == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "phrase"),
+    [
+        ({"bf16": True}, "--bf16: False in the checkpoint, True now"),
+        ({"optimizer": "sgd"}, "--optimizer: adam in the checkpoint, sgd now"),
+        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer: False in the checkpoint, True now"),
+    ],
+)
+def test_another_form_of_the_optimizer_state_is_named(changed, phrase):
+    found = differences(settings(), settings(**changed))
+    assert found.optimizer == [phrase] and [*found.model, *found.schedule, *found.reported] == []
+
+
+def test_a_checkpoint_without_optimizer_state():
+    found = differences(settings(no_save_optim=True), settings())
+    assert found.optimizer == ["there is none in the checkpoint"] and found.model == []
+    assert differences(settings(), settings(no_save_optim=True)) == ([], [], [], [])
 
 
 def test_training_settings_are_told():
-    refused, told = differences(settings(), settings(hmoe_p_penalty_coeff=0.2, moe_z_loss_coeff=1e-3))
-    assert refused == []
-    assert sorted(told) == [
+    found = differences(settings(), settings(hmoe_p_penalty_coeff=0.2, moe_z_loss_coeff=1e-3))
+    assert found.model == []
+    assert sorted(found.reported) == [
         "--hmoe-p-penalty-coeff: 0.1 in the checkpoint, 0.2 now",
         "--moe-z-loss-coeff: None in the checkpoint, 0.001 now",
     ]
 
 
 def test_fine_tuning_may_change_what_the_weights_compute_but_not_what_they_are():
-    refused, told = differences(settings(), settings(moe_router_topk=1, num_layers=3), finetune=True)
-    assert len(refused) == 1 and "--num-layers" in refused[0] and len(told) == 1 and "--moe-router-topk" in told[0]
+    found = differences(settings(), settings(moe_router_topk=1, num_layers=3), finetune=True)
+    ((refused,), (told,)) = found.model, found.reported
+    assert "--num-layers" in refused and "--moe-router-topk" in told
 
 
 def test_all_differences_are_listed():
-    assert len(differences(settings(), settings(num_layers=3, hidden_size=64, hmoe_router="topp"))[0]) == 3
+    assert len(differences(settings(), settings(num_layers=3, hidden_size=64, hmoe_router="topp")).model) == 3
 
 
 def test_a_setting_that_one_side_does_not_know_is_none():
     saved = settings()
     del saved["moe_router_topk"]
-    assert differences(saved, settings()) == ([], [])
+    assert differences(saved, settings()) == ([], [], [], [])
 
 
 def test_every_moe_and_hmoe_setting_is_kept():
@@ -110,7 +151,7 @@ def test_tokenizers(tmp_path):
     (folder / "tokenizer.json").write_text("{ }")
     assert sha256(tokenizer_model=str(model)) != before[0] and sha256(tokenizer_model=str(folder)) != before[1]
     assert sha256() is None and sha256(tokenizer_model="gpt2") is None
-    refused, _ = differences(settings(tokenizer_model=None), settings(tokenizer_model=str(model)))
+    refused = differences(settings(tokenizer_model=None), settings(tokenizer_model=str(model))).model
     assert len(refused) == 1 and refused[0].startswith("tokenizer: SHA-256 None in the checkpoint")
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.pretrain_run import pretrain
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_alone, run_ranks
+from tests.unit.hf.preloaded_logits import fork_ahead
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -37,11 +38,11 @@ def to_hf(run, output, *flags) -> int:
 
 def convert(*words) -> subprocess.CompletedProcess:
     """In a process of its own, which has Megatron imported: Megatron is set up once a process."""
-    (done,) = run_ranks(1, _converted, list(map(str, words)), timeout_s=240)
-    return done
+    return run_alone(_converted, list(map(str, words)), timeout_s=240)
 
 
 def _converted(words):
+    fork_ahead()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

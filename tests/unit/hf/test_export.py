@@ -56,6 +56,12 @@ def test_the_export_computes_what_megatron_computes(run, tmp_path, capsys):
     assert sum(tensor.numel() for tensor in found.values()) == sizes  # every value once, none lost
 
 
+def test_each_model_is_in_a_process_of_its_own(small, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("any")
+    assert to_hf(small, tmp_path / "out", "--text", str(tmp_path / "text.txt")) == 0
+    assert "logits of Megatron and transformers, fp32, 16 tokens: at most" in capsys.readouterr().out
+
+
 def test_experts_keep_their_numbers_and_halves(small, tmp_path):
     assert to_hf(small, tmp_path / "out", "--no-logits") == 0
     found = tensors_of(tmp_path / "out")

@@ -1,6 +1,7 @@
 """There and back: the same tensors to the bit, and stock models of transformers."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
-from hmoe_megatron.hf.importing import HFDirectory
+from hmoe_megatron.hf.importing import ARGS_FILE, HFDirectory
+from tests.distributed.pretrain_run import pretrain
+from tests.distributed.ranks import run_ranks
 from tests.rows import mostly_rarely
-from tests.unit.hf.conversions import ROOT, TIED, assert_same_logits, from_hf, tensors_of, to_hf, train
+from tests.unit.hf.conversions import ROOT, STEPS, TIED, assert_same_logits, from_hf, tensors_of, to_hf, train
 
 KINDS = {
     "cuts, unequal": (2, "--expert-model-parallel-size 2 --hmoe-widths 16,32,48,160", ("native", "padded")),
@@ -55,6 +58,33 @@ def test_a_run_goes_on_from_it_under_another_layout(tmp_path):
     assert from_hf(tmp_path / "out", tmp_path / "back").returncode == 0
     flags = f"--expert-model-parallel-size 2 --load {tmp_path / 'back'} --finetune"
     assert CheckpointTensors(train(tmp_path / "next", 2, flags)).iteration == 2
+
+
+@pytest.mark.parametrize("rows", [96, 97])
+def test_a_vocabulary_keeps_its_rows_under_tensor_parallelism(rows, tmp_path):
+    """Of any size; a table that must be divided gets a row, which the next export leaves out."""
+    run = train(tmp_path / "run", 1, f"--vocab-size {rows} --make-vocab-size-divisible-by 1")
+    assert to_hf(run, tmp_path / "out", "--no-logits") == 0
+    assert from_hf(tmp_path / "out", tmp_path / "back").returncode == 0
+    described = (tmp_path / "back" / ARGS_FILE).read_text()
+    assert f"--padded-vocab-size {rows}\n" in described
+    losses = {}
+    for ranks in (1, 2):
+        flags = f"--padded-vocab-size {rows} --vocab-size {rows} --tensor-model-parallel-size {ranks}"
+        flags += f" --load {tmp_path / 'back'} --finetune --save {tmp_path / str(ranks)} {STEPS}"
+        ended = run_ranks(ranks, pretrain, flags, timeout_s=240)[-1]
+        assert ended.code == 0, ended.output
+        losses[ranks] = float(re.search(r"iteration +1/.*lm loss: (\S+)", ended.output)[1])
+        shape = CheckpointTensors(tmp_path / str(ranks)).shapes["output_layer.weight"]
+        assert shape[0] == -(-rows // ranks) * ranks
+        assert to_hf(tmp_path / str(ranks), tmp_path / f"out {ranks}", "--no-logits") == 0
+        assert json.loads((tmp_path / f"out {ranks}" / "config.json").read_text())["vocab_size"] == rows
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5 if rows % 2 == 0 else 2 / rows)
+
+
+def test_a_tokenizer_of_more_tokens_than_rows_is_refused():
+    (ended,) = run_ranks(1, pretrain, "--train-iters 1 --padded-vocab-size 64")
+    assert ended.code == 2 and "and the model 64 rows for them (--padded-vocab-size)" in ended.errors()[0]
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
