@@ -28,12 +28,9 @@ from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts, report_real_widths
 from hmoe_megatron.telemetry.counters import RoutingStats
-from hmoe_megatron.validate_args import (
-    check_dispatch,
-    check_megatron_arguments,
-    expert_tensor_parallel_size,
-    pad_vocabulary,
-)
+from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments
+from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, pad_vocabulary
+from hmoe_megatron.validate_args.unread import unread_problems
 
 
 def prepare() -> None:
@@ -70,6 +67,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
         args = parse_args(add_hmoe_arguments)
     finally:
         sys.argv = given
+    if unread := list(unread_problems(argv)):
+        raise ValueError("\n".join(unread))
     settings = hmoe_config_from_args(args)
     pad_vocabulary(args)
     check_megatron_arguments(args, settings, machine.has_gpu())

@@ -94,6 +94,11 @@ def dataset_config(args) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         # Attention is causal without a mask; a mask is built only where documents must not see each other.
         create_attention_mask=args.reset_attention_mask,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        object_storage_cache_path=args.object_storage_cache_path,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
 
 

@@ -88,6 +88,8 @@ def good_arguments(**changes):
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
+    values |= {"train_iters": 10, "train_samples": None, "lr": 1e-3, "min_lr": 0.0, "save": None, "world_size": 2}
+    values |= {"pipeline_model_parallel_size": 1, "sequence_parallel": False}
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
 

@@ -1,0 +1,103 @@
+"""What of Megatron's flags does not go with unequal experts, and what to do instead."""
+
+import argparse
+from importlib.util import find_spec
+
+from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.moe.slots import most_slots, slot2expert
+from hmoe_megatron.validate_args.required import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES
+from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, layout_problems, number_problems
+
+DEEPEP_MOST_SLOTS = 32  # of a token, over the expert-tensor-parallel ranks: a warp's lanes in DeepEP's kernels
+
+
+def _unwrapped(value):
+    """Megatron parses some flags to lists; one entry counts as itself."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu: bool = False) -> None:
+    """Refuse what HMoE can't run, before any process group starts. ``has_gpu``: whether the run will use GPUs.
+
+    Raises ValueError listing every problem with its remedy, not the first only.
+    """
+    problems = [*number_problems(args), *layout_problems(args)]
+    if args.num_experts is None:
+        problems.append("--num-experts is missing: give the number of logical experts of a layer (the paper uses 8)")
+    required = REQUIRED
+    if hmoe.router == "topp":
+        required += REQUIRED_TOPP
+    elif hmoe.loss_coeffs:
+        required += REQUIRED_WITH_LOSSES
+    for name, allowed, given, remedy in required:
+        value = _unwrapped(getattr(args, name, None))
+        if not hasattr(args, name) or (isinstance(value, list) or value not in allowed):
+            problems.append(f"{given} ({name} = {value!r}): {remedy}")
+    if has_gpu and hmoe.router == "topp" and args.deterministic_mode:
+        problems.append(
+            "--deterministic-mode contradicts --hmoe-router topp on a GPU, where torch has no deterministic cumulative "
+            "sum of floats: remove it, or use --hmoe-router topk"
+        )
+    if args.eval_interval is None:
+        problems.append("--eval-interval is missing: give it (Megatron counts the validation samples by it)")
+    if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
+        problems.append(
+            "--use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable: in Megatron's default format a "
+            "resume without Transformer Engine is wrong in silence, and one under another plan always: add the flag"
+        )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        problems.append("--async-save without --use-persistent-ckpt-worker: Megatron would save synchronously: add it")
+    if args.async_save and args.async_strategy == "nvrx" and not find_spec("nvidia_resiliency_ext"):
+        problems.append(
+            "--async-save with --async-strategy nvrx, the default, and nvidia-resiliency-ext is not installed: install "
+            "it, or use --async-strategy mcore"
+        )
+    if args.num_experts and hmoe.router == "topk" and args.moe_router_topk > args.num_experts:
+        problems.append(f"--moe-router-topk {args.moe_router_topk} exceeds --num-experts {args.num_experts}: lower it")
+    if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):
+        problems.append("--recompute-modules moe_act: it needs grouped experts; use moe (the whole layer) instead")
+    if args.num_experts and (hmoe.max_experts_per_token or 0) > args.num_experts:
+        problems.append(
+            f"--hmoe-max-experts-per-token {hmoe.max_experts_per_token} exceeds --num-experts {args.num_experts}: "
+            "lower it"
+        )
+    problems += _gpu_kernel_problems(args)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _gpu_kernel_problems(args):
+    """What Transformer Engine's features and the flex dispatcher need, and Megatron would ignore or fail in late."""
+    if args.transformer_impl == "local":
+        for flag, wanted in (
+            (f"--context-parallel-size {args.context_parallel_size}", args.context_parallel_size > 1),
+            (f"--fp8-format {args.fp8}", args.fp8),
+        ):
+            if wanted:
+                yield f"{flag} contradicts --transformer-impl local: use --transformer-impl transformer_engine"
+    if "layernorm" in (args.recompute_modules or ()) and not find_spec("transformer_engine"):
+        yield (
+            "--recompute-modules layernorm: without Transformer Engine Megatron 0.19.2 fails in it (NameError: "
+            "FP8GlobalStateManager): leave layernorm out"
+        )
+    if args.moe_token_dispatcher_type == "flex":
+        if not args.bf16:
+            yield "--moe-token-dispatcher-type flex without --bf16: DeepEP and HybridEP move bf16 only: add --bf16"
+        if args.expert_model_parallel_size * expert_tensor_parallel_size(args) == 1:
+            yield "--moe-token-dispatcher-type flex without expert parallelism: nothing is dispatched; use alltoall"
+
+
+def check_dispatch(args: argparse.Namespace, layout) -> None:
+    """Refuse a plan whose tokens fill more slots than DeepEP's kernels can move. ``layout``: ExpertLayout."""
+    if args.moe_token_dispatcher_type != "flex" or args.moe_flex_dispatcher_backend != "deepep":
+        return
+    ranks = expert_tensor_parallel_size(args)
+    for layer in layout.layers:
+        slots = slot2expert(layout.pieces(layer), args.num_experts)
+        most = ranks * most_slots(slots, args.num_experts, layout.settings, args.moe_router_topk)
+        if most > DEEPEP_MOST_SLOTS:
+            raise ValueError(
+                f"--moe-flex-dispatcher-backend deepep: a token can fill {most} slots in layer {layer}, its kernels "
+                f"move {DEEPEP_MOST_SLOTS} at most: use hybridep or alltoall, --hmoe-max-experts-per-token, or "
+                "--hmoe-max-cuts 0"
+            )
