@@ -34,7 +34,8 @@ def rank() -> int:
     """This process's rank, also before process groups: by torchrun's environment, else mpirun's, else 0."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return int(os.environ.get("RANK") or (process_of(os.environ) or (0,))[0])
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isdecimal() else (process_of(os.environ) or (0,))[0]
 
 
 def world_size() -> int:

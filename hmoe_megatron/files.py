@@ -34,9 +34,26 @@ def read_text(path: str | os.PathLike, max_bytes: int) -> str:
             raise ValueError("not UTF-8 text") from None
 
 
+def is_utf8(word: str) -> bool:
+    """Whether a word of the command line was UTF-8: other bytes come in it as halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
+
+
+def check_output(path: str | Path, flag: str) -> None:
+    """Raises ValueError for a name under which no file can come to be, also after its folders are made."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: a directory; give a file")
+    folder = next(folder for folder in path.parents if folder.exists() or folder.is_symlink())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: {folder} is no directory that this user can write to")
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name in the same directory, on the disk, then rename: never half a file."""
+    """Write ``data`` under a temporary name in the same directory, which is made if it is not there, on the disk, then
+    rename: never half a file."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -58,8 +75,8 @@ def atomic_directory(path: str | Path, flag: str) -> Iterator[Path]:
     path = Path(path).absolute()
     if path.exists() or path.is_symlink():
         raise ValueError(f"{flag} {path}: exists already; give another, or remove it")
-    if not path.parent.is_dir():
-        raise ValueError(f"{flag} {path}: its parent directory does not exist")
+    check_output(path, flag)
+    path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.writing")
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

@@ -18,6 +18,7 @@ from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_fro
 from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
+from hmoe_megatron.launch.process import check_rank_environment
 from hmoe_megatron.moe import gradient_norm
 from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
@@ -35,7 +36,8 @@ from hmoe_megatron.validate_args.unread import unread_problems
 
 def prepare() -> None:
     """What must happen before Megatron is used: this process's place among the ranks, patches for a machine without a
-    GPU, repairs. ValueError where mpirun's ranks are not known."""
+    GPU, repairs. ValueError where the ranks are not known."""
+    check_rank_environment()
     if not set_environment_from_mpi():
         alone_without_torchrun()
     patches.apply()

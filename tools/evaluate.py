@@ -12,7 +12,7 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.files import atomic_write
+from hmoe_megatron.files import atomic_write, check_output
 from hmoe_megatron.tools.evaluation import benchmarks, inputs
 from hmoe_megatron.tools.evaluation.report import difference, table
 from hmoe_megatron.tools.evaluation.work import Work, evaluate_apart
@@ -85,8 +85,8 @@ def write_results(args: argparse.Namespace, results: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
-        if args.output and not args.output.parent.is_dir():
-            raise ValueError(f"--output {args.output}: no such directory: make it first")
+        if args.output:
+            check_output(args.output, "--output")
         sources, work, results = sources_of(args), work_of(args), []
         for source in sources:
             print(f"evaluating {source.path}", file=sys.stderr)

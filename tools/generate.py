@@ -16,6 +16,7 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.files import atomic_write, check_output, is_utf8
 from hmoe_megatron.tools.evaluation.inputs import Source, go_offline
 
 
@@ -43,8 +44,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--tokens must be at least 1, --temperature at least 0, --top-p over 0 and at most 1")
     if given.top_k is not None and given.top_k < 1:
         parser.error("--top-k must be at least 1")
-    if given.output and not given.output.absolute().parent.is_dir():
-        parser.error(f"--output {given.output}: its directory does not exist")
+    if not is_utf8(given.prompt):
+        parser.error("--prompt: not UTF-8: give the text in a UTF-8 terminal or script")
     if given.hf and given.flags:
         parser.error("flags after -- are for --load")
     return given
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         source = Source(kind, path, tuple(given.flags), given.trust_remote_code)
         source.check()
+        if given.output:
+            check_output(given.output, "--output")
         from hmoe_megatron.tools.evaluation import text as drawing
         from hmoe_megatron.tools.evaluation.models import open_model
 
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     wall_s = time.monotonic() - started_s
     print(f"{len(drawn)} tokens in {wall_s:.1f} s, {len(drawn) / wall_s:.1f} tokens/s", file=sys.stderr)
     if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
+        atomic_write(given.output, (text + "\n").encode())
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hmoe_megatron.data.data_set import DataSet
+from hmoe_megatron.files import check_output
 from hmoe_megatron.tools.data_prep.inspection import Summary, draw_lengths, read_document, summarise
 
 SHOWN_CHARS = 600
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     """Raises ValueError for a wrong flag, and for a data set that is damaged."""
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples}: give 0 or more")
-    if args.picture and not Path(args.picture).absolute().parent.is_dir():
-        raise ValueError(f"--picture {args.picture}: its folder does not exist; make it first")
+    if args.picture:
+        check_output(args.picture, "--picture")
     data = DataSet(args.prefix.removesuffix(".bin").removesuffix(".idx"))
     args.prefix = data.prefix
     sidecar = data.check_lengths()

@@ -27,6 +27,7 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.files import check_output
 from hmoe_megatron.launch.mpi import process_of, start_mpi
 from hmoe_megatron.tools.data_prep.publish import is_output
 from hmoe_megatron.tools.data_prep.runs import run_alone, run_under_mpi
@@ -58,8 +59,9 @@ def check_flags(args: argparse.Namespace, megatron_flags: list[str]) -> list[Sou
     if len(keys) > 1 and (texts := [source.path for source in sources if source.kind in SAMPLE_BY]):
         raise ValueError(f"--json-keys {' '.join(keys)}: {texts[0]} is plain text and has no keys; give one key")
     prefix = Path(args.output_prefix)
-    if not prefix.name or prefix.is_dir() or not prefix.absolute().parent.is_dir():
-        raise ValueError(f"--output-prefix {prefix}: give a name in a folder that exists, such as data/train")
+    if not prefix.name or prefix.is_dir():
+        raise ValueError(f"--output-prefix {prefix}: a folder; give a name in it, such as data/train")
+    check_output(prefix, "--output-prefix")
     if args.shard and args.merge:
         raise ValueError("--shard and --merge: first run every shard, then merge them")
     if args.merge is not None and not 2 <= args.merge <= MAX_SHARDS:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.files import check_output
+from hmoe_megatron.launch.process import check_rank_environment
 
 MAX_SIZE = 65_536
 MAX_SECONDS = 3600
@@ -48,17 +50,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--seconds {args.seconds:g}: give a number over 0, at most {MAX_SECONDS}")
 
 
-def check_output(path: Path) -> None:
-    """Raises ValueError for what no file can be written to."""
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--output {path}: give a file in a folder that exists and that you may write to")
-
-
 def run(args: argparse.Namespace, rank: int, ranks: int) -> None:
     """Measures on all ranks, writes and prints on rank 0. Raises ValueError for a wrong flag."""
     check_flags(args)
     if rank == 0:  # other nodes may not have the folder
-        check_output(args.output)
+        check_output(args.output, "--output")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron misses when it is imported is the doctor's affair
         from hmoe_megatron import machine
@@ -144,11 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--widths", **sizes, help="of an expert, two or more; default: " + default["widths"])
     parser.add_argument("--seconds", metavar="S", type=float, default=20.0, help="to time the compute; default: 20")
     args = parser.parse_args(argv)
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     from hmoe_megatron import machine
 
     machine.prepare_environment()
+    rank = 0
     try:
+        check_rank_environment()
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         run(args, rank, ranks)
     except (ValueError, OSError) as error:
         if rank == 0:

@@ -20,13 +20,14 @@ the same bytes.
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.files import atomic_write
+from hmoe_megatron.files import atomic_write, check_output, is_utf8
 from hmoe_megatron.tools.data_prep.sources import SAMPLE_BY, find_sources
 from hmoe_megatron.tools.data_prep.tokenizer_training import KINDS, measure, sample, texts_of
 
@@ -43,9 +44,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-train-bytes {args.max_train_bytes}: give a positive number of bytes")
     if len(set(args.special_tokens)) != len(args.special_tokens) or not all(map(str.strip, args.special_tokens)):
         raise ValueError(f"--special-tokens {' '.join(args.special_tokens)}: give each once, none empty")
+    if not all(map(is_utf8, args.special_tokens)):
+        raise ValueError("--special-tokens: not UTF-8: give the text in a UTF-8 terminal or script")
     sources = find_sources(args.input, args.sample_by)
-    if not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: its folder does not exist; make it first")
+    check_output(f"{args.output}.report.json", "--output")
     start_s = time.monotonic()
     texts, seen = sample(texts_of(sources, args.json_key), args.max_train_bytes, args.seed)
     if not texts:
@@ -55,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         tokenizer = kind.train(texts, args.vocab_size, args.special_tokens)
     except RuntimeError as error:
+        said = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"--vocab-size {args.vocab_size}: the trainer refused: {str(error).splitlines()[-1].strip()}; "
-            f"give a smaller vocabulary or more text than {sum(map(len, texts)):,} characters"
+            f"--vocab-size {args.vocab_size}: the trainer refused: {said}; {_remedy(said, texts)}"
         ) from error
     found = measure(tokenizer, held_out or texts)
     report = {
@@ -71,15 +73,22 @@ def run(args: argparse.Namespace) -> None:
     }
     files = tokenizer.files() | {".report.json": (json.dumps(report, indent=1) + "\n").encode()}
     for name, data in files.items():
-        path = Path(f"{args.output}{name}")
-        path.parent.mkdir(exist_ok=True)
-        atomic_write(path, data)
+        atomic_write(f"{args.output}{name}", data)
     where = f"{len(held_out)} held-out documents" if held_out else f"the text itself (under {HELD_OUT_EVERY} documents)"
     print(
         f"{args.output}: {args.vocab_size} entries from {len(texts)} of {seen} documents "
         f"in {time.monotonic() - start_s:.1f} s; {found.bytes_per_token:.3f} bytes a token, {found.fallback_share:.2%} "
         f"of the tokens parts of a character, on {where}\nuse it: {kind.flags.format(prefix=args.output)}"
     )
+
+
+def _remedy(said: str, texts: list[str]) -> str:
+    """What to give instead, from what SentencePiece says."""
+    if least := re.search(r"required_chars\D+\d+ vs (\d+)", said):
+        return f"the characters of the text need --vocab-size {least[1]} or more"
+    most = re.search(r"(?:value <=|the text gives) (\d+)", said)
+    smaller = f"--vocab-size {most[1]} or less" if most else "a smaller vocabulary"
+    return f"give {smaller}, or more text than {sum(map(len, texts)):,} characters"
 
 
 def main(argv: list[str] | None = None) -> int:

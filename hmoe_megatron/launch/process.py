@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -17,6 +17,22 @@ def handle_signals(handler: Callable) -> None:
 def leave(number: int, frame) -> None:
     """The handler while there are no ranks."""
     sys.exit(128 + number)
+
+
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def check_rank_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """An empty variable of a rank counts as not set. Raises ValueError for one that is no number, or half of them."""
+    for name in OF_A_RANK:
+        value = environment.get(name)
+        if value is not None and not value.strip():
+            del environment[name]
+        elif value is not None and not value.isdecimal():
+            raise ValueError(f"{name}={value!r:.40} in the environment is no number: unset it, or start with torchrun")
+    if ("RANK" in environment) != ("WORLD_SIZE" in environment):
+        one, other = ("RANK", "WORLD_SIZE") if "RANK" in environment else ("WORLD_SIZE", "RANK")
+        raise ValueError(f"{one} is in the environment without {other}: unset it, or start with torchrun")
 
 
 def set_environment(ranks: int) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hmoe_megatron.files import atomic_directory, atomic_write
+from hmoe_megatron.files import atomic_directory, atomic_write, check_output, is_utf8
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -44,3 +44,25 @@ def test_a_directory_that_came_to_be_meanwhile_is_kept(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/precious").write_text("x")
     assert (tmp_path / "out/precious").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folders_of_a_file_are_made(tmp_path):
+    check_output(tmp_path / "a/b/c", "--output")
+    assert list(tmp_path.iterdir()) == []  # by the writing
+    atomic_write(tmp_path / "a/b/c", b"x")
+    assert (tmp_path / "a/b/c").read_bytes() == b"x"
+    with atomic_directory(tmp_path / "d/e", "--output") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "d/e/file").exists()
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_work(tmp_path):
+    with pytest.raises(ValueError, match=f"--output {tmp_path}: a directory; give a file"):
+        check_output(tmp_path, "--output")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output .*: .*/file is no directory that this user can write to"):
+        check_output(tmp_path / "file/of/it", "--output")
+
+
+def test_words_of_the_command_line_that_were_no_utf8():
+    assert is_utf8("ü😀") and not is_utf8(b"a\xff".decode(errors="surrogateescape"))

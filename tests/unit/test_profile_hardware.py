@@ -157,7 +157,7 @@ def no_measuring(*args):
         ("--seconds 0", "--seconds 0"),
         ("--seconds inf", "--seconds inf"),
         ("--output .", "--output .: "),
-        ("--output no/such/folder.json", "exists"),
+        ("--output /dev/null/folder.json", "/dev/null is no directory"),
         ("--output=", "--output .: "),
         ("--hidden-size 60000 --rows 1 2 --widths 1 60000", "fewer or smaller"),
     ],

@@ -45,7 +45,7 @@ def folder_of(prefix: str | Path, shard: int = 0, shards: int = 1) -> Path:
 def _locked(folder: Path) -> int:
     """A lock on the folder, which is made if it is not there. Raises ValueError if another run has it."""
     while True:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """The inputs of the data tools, read in order, in bounded blocks: JSON lines, plain text, Parquet. Imports no torch.
 
 A format follows from the file's name: .parquet; .jsonl, .ndjson, .json: a record a line; everything
-else is plain text. Plain files may end in .gz or .zst.
+else is plain text. Plain files may end in .gz or .zst. Capitals count as small letters.
 """
 
 import glob
@@ -18,6 +18,7 @@ import numpy as np
 
 BLOCK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+NOT_READ = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz", ".zstd", ".gzip")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SAMPLE_BY = ("document", "paragraph", "line")
 SEPARATORS = {"json": (b"\n",), "line": (b"\n",), "paragraph": (b"\n\n", b"\n\r\n"), "document": ()}
@@ -95,12 +96,16 @@ def _source(path: str, sample_by: str) -> Source:
         raise ValueError(f"--input {path}: no such file; give the path of a file, not of a folder")
     if not os.access(path, os.R_OK):
         raise ValueError(f"--input {path}: not readable by this user; change its permissions")
-    name = Path(path)
+    name = Path(path.lower())
     compression = COMPRESSIONS.get(name.suffix)
     suffix = Path(name.stem).suffix if compression else name.suffix
     if suffix == ".parquet" and compression:
         raise ValueError(f"--input {path}: Parquet compresses itself; decompress the file first")
+    if other := next((end for end in (name.suffix, suffix) if end in NOT_READ), None):
+        raise ValueError(f"--input {path}: {other} is not read; unpack the file, or compress it as .gz or .zst")
     kind = "parquet" if suffix == ".parquet" else "json" if suffix in JSON_SUFFIXES else sample_by
+    if (compression or kind == "parquet") and not os.path.getsize(path):
+        raise ValueError(f"--input {path}: holds 0 bytes, a download that was cut short; fetch the file again")
     if kind == "parquet" or compression == "zstd":
         _pyarrow(path)
     return Source(path, kind, compression, os.path.getsize(path))
@@ -194,9 +199,14 @@ def _readable(source: Source):
         # pyarrow's ArrowInvalid is a ValueError and its input/output errors an OSError without a number
         if error.errno is not None or source.compression != "zstd" and source.kind != "parquet":
             raise
+        said = str(error).strip().splitlines()[0]
+        if "too much memory" in said:  # zstd's words for a window above 128 MB
+            raise ValueError(
+                f"{source.path}: was compressed with a window above 128 MB (zstd --long or --ultra); unpack it with "
+                "zstd -d --long=31"
+            ) from error
         raise ValueError(
-            f"{source.path}: damaged or cut {source.compression or source.kind} data "
-            f"({str(error).strip().splitlines()[0]}); fetch the file again"
+            f"{source.path}: damaged or cut {source.compression or source.kind} data ({said}); fetch the file again"
         ) from error
     except (ValueError, KeyError) as error:
         if type(error).__module__ != "pyarrow.lib" and not isinstance(error, UnicodeDecodeError | KeyError):

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, atomic_write
+from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE, atomic_write, check_output
 from hmoe_megatron.flag_files import read_args, run_arguments
 from hmoe_megatron.placement.baselines import CONTIGUOUS, baselines
 from hmoe_megatron.placement.cost import CostModel
@@ -56,12 +56,11 @@ def run(given: argparse.Namespace, model_flags: list[str]) -> str:
 
 
 def _check_outputs(given: argparse.Namespace) -> None:
-    paths = [Path(path).absolute() for path in (given.output, given.plot) if path is not None]
-    for path in paths:
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
-        if path.is_dir():
-            raise ValueError(f"{path}: a directory; give a file")
+    named = {"--output": given.output, "--plot": given.plot}
+    paths = [Path(path).absolute() for path in named.values() if path is not None]
+    for flag, path in named.items():
+        if path is not None:
+            check_output(path, flag)
     if len({*paths}) < len(paths):
         raise ValueError(f"--output and --plot {paths[0]}: give two files")
 

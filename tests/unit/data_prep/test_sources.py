@@ -169,6 +169,42 @@ def test_patterns_are_sorted_and_formats_follow_from_names(tmp_path):
     assert [source.compression for source in found] == [None, "gzip", None, None, "zstd"]
 
 
+def test_capitals_count_as_small_letters(tmp_path):
+    for name in ("a.JSONL", "b.Parquet", "c.jsonl.GZ", "d.TXT.Zst"):
+        (tmp_path / name).write_bytes(b"x")
+    found = find_sources([str(tmp_path / "*")])
+    assert [(source.kind, source.compression) for source in found] == [
+        ("json", None),
+        ("parquet", None),
+        ("json", "gzip"),
+        ("document", "zstd"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.XZ", "a.tar.gz", "a.zip", "a.tgz"])
+def test_a_compression_that_is_not_read_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"any")
+    with pytest.raises(ValueError, match=rf"{name}: \.\w+ is not read; unpack the file"):
+        find_sources([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.GZ", "a.parquet"])
+def test_a_compressed_file_of_no_bytes_is_a_download_that_was_cut(name, tmp_path):
+    (tmp_path / name).touch()
+    (tmp_path / "good.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match=rf"{name}: holds 0 bytes, a download that was cut short"):
+        find_sources([str(tmp_path / "good.jsonl"), str(tmp_path / name)])
+
+
+def test_a_window_that_is_too_large_is_no_damage(tmp_path):
+    path, text = tmp_path / "a.txt.zst", b"some text"
+    header = b"\x28\xb5\x2f\xfd\x00\xa8"  # a frame of window 2^31, its size not said
+    path.write_bytes(header + (len(text) << 3 | 1).to_bytes(3, "little") + text)
+    with pytest.raises(ValueError, match=r"a\.txt\.zst: .*window above 128 MB.*zstd -d --long=31"):
+        for span in spans(find_sources([str(path)])):
+            read(span)
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("a.jsonl.gz", "damaged or cut gzip"), ("a.jsonl.zst", "zst"), ("a.parquet", "parquet")]
 )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import random
 import sys
 
@@ -133,13 +134,20 @@ def test_sample_is_bounded_seeded_in_order_and_uniform():
     assert abs(sum(means) / 50 - 499.5) < 20  # standard error: 289 / sqrt(5000) = 4
 
 
+def test_the_least_vocabulary_is_the_one_that_is_named(tmp_path, capsys):
+    corpus = write_jsonl(tmp_path / "in.jsonl", make_texts(100))
+    assert train(corpus, tmp_path / "tok", 262) == 2
+    least = int(re.search(r"need --vocab-size (\d+) or more", capsys.readouterr().err)[1])
+    assert train(corpus, tmp_path / "tok", least - 1) == 2 and train(corpus, tmp_path / "tok", least) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "content", "message"),
     [
         (["--vocab-size", "200"], b'{"text": "a"}\n', "need 261 or more"),
         (["--vocab-size", "200", "--type", "byte-level-bpe"], b'{"text": "a"}\n', "need 258 or more"),
-        (["--vocab-size", "4000"], b'{"text": "a b"}\n', "smaller vocabulary or more text"),
-        (["--vocab-size", "4000", "--type", "byte-level-bpe"], b'{"text": "a b"}\n', "smaller vocabulary or more text"),
+        (["--vocab-size", "4000"], b'{"text": "a b"}\n', "or less, or more text than"),
+        (["--vocab-size", "4000", "--type", "byte-level-bpe"], b'{"text": "a b"}\n', "--vocab-size 258 or less"),
         (["--vocab-size", "300"], b'{"text": "a"}\n{"text": 3}\n', "in.jsonl:2: not_a_string"),
         (["--vocab-size", "300"], b"", "no text"),
         (["--vocab-size", "300", "--max-train-bytes", "0"], b'{"text": "a"}\n', "positive"),

@@ -1,0 +1,47 @@
+"""What a process finds in its environment about the rank it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hmoe_megatron.launch.process import check_rank_environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_empty_variable_is_not_set():
+    environment = {"RANK": "", "WORLD_SIZE": " ", "LOCAL_RANK": "", "HOME": ""}
+    check_rank_environment(environment)
+    assert environment == {"HOME": ""}
+    whole = {"RANK": "1", "WORLD_SIZE": "2"}
+    check_rank_environment(whole)
+    assert whole == {"RANK": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK='one' in the environment is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"RANK": "0"}, "RANK is in the environment without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is in the environment without RANK"),
+    ],
+)
+def test_what_names_no_rank_is_refused(environment, said):
+    with pytest.raises(ValueError, match=said):
+        check_rank_environment(environment)
+
+
+@pytest.mark.parametrize("words", [["pretrain_hmoe.py"], ["tools/profile_hardware.py", "--output", "any.json"]])
+def test_the_commands_say_it_in_one_line(words, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, ROOT / words[0], *words[1:]]
+    ended = subprocess.run(command, env=environment | {"RANK": "x"}, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert [line for line in ended.stderr.splitlines() if "error: " in line or "profile_hardware: " in line] == [
+        next(line for line in ended.stderr.splitlines() if "RANK='x' in the environment is no number" in line)
+    ]
+    assert "Traceback" not in ended.stderr and list(tmp_path.iterdir()) == []
