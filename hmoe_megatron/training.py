@@ -228,15 +228,18 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
     if args.rank == 0:
         announce(args, layout, parameters)
-        if run_dir:
+    written = args.rank != 0 or not run_dir
+
+    def step(data_iterator, model):
+        """Model, checkpoint and data are there by now: a start that fails before leaves the files of the run before."""
+        nonlocal written
+        if not written:
+            written = True
             write_run(layout, run_dir, argv)
+        return forward_step(data_iterator, model)
+
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, config),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+        pretrain(pretrain_cfg_container_from_args(args, config), datasets_provider, ModelType.encoder_or_decoder, step)
     except SystemExit as left:  # Megatron leaves so after a signal, --exit-interval, --exit-duration-in-mins
         if not left.code:
             checkpoints.end()

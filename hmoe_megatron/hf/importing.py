@@ -5,6 +5,7 @@ The checkpoint is by logical expert, so any layout and plan loads it: with --fin
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -26,6 +27,7 @@ from hmoe_megatron.hf.tokenizer_files import COPIED, has_the_ids_of, megatron_to
 MAX_JSON_BYTES = 64 << 20
 ARGS_FILE = "model.args"
 ITERATION = 1  # a checkpoint has a number of at least 1
+_ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 class Header(NamedTuple):
@@ -90,6 +92,7 @@ class HFDirectory:
                     packed = self.form.pack(name, torch.empty(shape, device="meta"))
                     wanted[self.form.name(name)] = tuple(packed.shape)
         self._drop_the_tied_head()
+        self._drop_rotary_tables()
         check_complete(
             sorted(wanted.keys() - self._headers.keys()), sorted(self._headers.keys() - wanted.keys()), str(self.folder)
         )
@@ -109,6 +112,21 @@ class HFDirectory:
                 if not torch.equal(ours[:], theirs[:]):
                     raise ValueError(f"{self.folder}: tie_word_embeddings, but {head} is not {embedding}")
             del self._headers[head]
+
+    def _drop_rotary_tables(self) -> None:
+        """transformers wrote them until 2023, as Llama 2's files have them; the configuration says what they are.
+
+        Raises ValueError for frequencies that it does not say.
+        """
+        model = self.form.model
+        expected = model.rope_theta ** -(torch.arange(0, model.head_dim, 2) / model.head_dim)
+        for name in [name for name in self._headers if _ROTARY_TABLE.fullmatch(name)]:
+            if name.endswith("inv_freq"):
+                with self.opened(name) as rows:
+                    found = rows[:].float()
+                if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2):  # of bf16
+                    raise ValueError(f"{self.folder}: {name} is not that of rope_theta {model.rope_theta:g}")
+            del self._headers[name]
 
     def tensors(self) -> Iterator[tuple[Part, torch.Tensor]]:
         """Every Megatron tensor, one at a time. Raises ValueError for one that is not finite."""

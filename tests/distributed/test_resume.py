@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hmoe_megatron.checkpoint import directory, lock
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE
 from tests.distributed.plans import cut, save_plan
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
@@ -77,6 +78,22 @@ def test_damage_is_named_and_the_checkpoint_before_it_loads(copy, damage, said):
 
 def alter(path, change):
     path.write_bytes(change(path.read_bytes()))
+
+
+def test_a_start_that_fails_leaves_the_files_of_the_run(copy):
+    def files():
+        return {name: (copy / name).read_bytes() for name in (PLAN_FILE, RUN_ARGUMENTS_FILE, directory.TRACKER_FILE)}
+
+    before, path = files(), directory.checkpoint_path(copy, 4) / "__0_0.distcp"
+    whole = path.read_bytes()
+    flags = f"{EP2} --save {copy} --hmoe-placement contiguous"
+    path.write_bytes(whole[:5000] + bytes(64) + whole[5064:])
+    assert "altered" in refused(go_on(copy, flags)) and files() == before
+    path.write_bytes(whole)
+    assert [rank.code for rank in go_on(copy, f"{flags} --data-cache-path /dev/null --train-data-path no")] != [0, 0]
+    assert files() == before
+    assert [rank.code for rank in go_on(copy, flags)] == [0, 0]
+    assert all(files()[name] != before[name] for name in before)
 
 
 def test_the_impatient_load_it_unchecked(copy):

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
 from hmoe_megatron.hf.modeling_hmoe import top_k_routing, top_p_routing
@@ -118,6 +120,27 @@ def test_every_neuron_goes_to_one_expert_unchanged(folder):
     routers = [source.read(f"model.layers.{layer}.mlp.gate.weight") for layer in range(2)]
     assert not torch.equal(*routers) and all(0.2 < router.std() < 0.4 for router in routers)
     assert torch.equal(routers[0], source.read("model.layers.0.mlp.gate.weight"))
+
+
+def with_tensors(folder, copy, more):
+    """A copy of the dense directory with more tensors in its file."""
+    shutil.copytree(folder / "dense", copy)
+    save_file(tensors_of(copy) | more, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_rotary_tables_of_the_configuration_are_no_weights(folder, tmp_path):
+    """Llama 2's published files hold them."""
+    table = 10000 ** -(torch.arange(0, 8, 2) / 8)
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in (0, 1)] + ["model.rotary_emb.inv_freq"]
+    more = {name: table.to(torch.bfloat16) for name in names} | {"model.rotary_emb.cos_cached": torch.ones(4, 8)}
+    settings = ROUTERS["Top-K"] | {"experts_per_token": 2}
+    source = Upcycled(with_tensors(folder, tmp_path / "old", more), WIDTHS, settings)
+    assert source.dtype == torch.float32
+    assert len(list(source.tensors())) == len(list(Upcycled(folder / "dense", WIDTHS, settings).tensors()))
+    other = with_tensors(folder, tmp_path / "other", {names[0]: table / 2})
+    with pytest.raises(ValueError, match="rotary_emb.inv_freq is not that of rope_theta 10000"):
+        Upcycled(other, WIDTHS, settings)
 
 
 def test_halves_are_scaled_in_fp32(tmp_path):
