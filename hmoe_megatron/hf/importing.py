@@ -202,15 +202,7 @@ def _args_text(flags: list[str]) -> str:
 _ALONE = [
     word for word in ONE_PROCESS if word not in ("--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint")
 ]
-_ALONE += [
-    "--save-interval",
-    "1",
-    "--lr",
-    "1e-4",
-    "--no-save-optim",
-    "--no-save-rng",
-    "--dist-ckpt-optim-fully-reshardable",
-]
+_ALONE += ["--save-interval", "1", "--no-save-optim", "--no-save-rng", "--dist-ckpt-optim-fully-reshardable"]
 
 
 def _tokenizer(source: HFDirectory, root: Path) -> list[str]:

@@ -11,7 +11,8 @@ from hmoe_megatron.training import model_config, open_checkpoints, parse_argumen
 ONE_PROCESS = (
     "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1 "
     "--expert-tensor-parallel-size 1 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 0 "
-    "--eval-interval 1 --no-load-optim --no-load-rng --exit-on-missing-checkpoint --hmoe-placement auto"
+    "--eval-interval 1 --lr 1e-4 --min-lr 0 --no-load-optim --no-load-rng --exit-on-missing-checkpoint "
+    "--hmoe-placement auto"
 ).split()
 # Flags of the run that make no sense there, dropped with their values.
 DROPPED = (

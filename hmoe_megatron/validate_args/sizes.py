@@ -76,6 +76,10 @@ def layout_problems(args: argparse.Namespace) -> Iterator[str]:
                 f"torchrun --nproc-per-node {needed} pretrain_hmoe.py ... (with --nnodes on several machines), or "
                 "give a smaller size"
             )
+    if tensor > 1 and not args.sequence_parallel:
+        yield (
+            f"--tensor-model-parallel-size {tensor} without --sequence-parallel: Megatron trains no experts so: add it"
+        )
     if context > 1 and args.seq_length and args.seq_length % (2 * context):
         yield (
             f"--seq-length {args.seq_length} does not divide by twice the --context-parallel-size {context}: give a "

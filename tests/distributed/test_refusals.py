@@ -61,6 +61,7 @@ CASES = [
         ["--expert-model-parallel-size 8 needs 8 ranks", "there is one", TORCHRUN],
     ),
     (f"{WIDTHS} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", ["needs 4 ranks or a multiple"]),
+    (f"{WIDTHS} --tensor-model-parallel-size 2", ["without --sequence-parallel"]),
     (f"{WIDTHS} --expert-tensor-parallel-size 3", ["--expert-tensor-parallel-size 3 needs 3 ranks"]),
     (f"{WIDTHS} --train-iters -3", ["--train-iters -3: give a number of at least 1"]),
     (f"{WIDTHS} --lr=-1e-3 --micro-batch-size 0", ["--lr -0.001: give a number above 0", "--micro-batch-size 0: give"]),

@@ -70,7 +70,9 @@ def test_a_vocabulary_keeps_its_rows_under_tensor_parallelism(rows, tmp_path):
     assert f"--padded-vocab-size {rows}\n" in described
     losses = {}
     for ranks in (1, 2):
-        flags = f"--padded-vocab-size {rows} --vocab-size {rows} --tensor-model-parallel-size {ranks}"
+        flags = (
+            f"--padded-vocab-size {rows} --vocab-size {rows} --tensor-model-parallel-size {ranks} --sequence-parallel"
+        )
         flags += f" --load {tmp_path / 'back'} --finetune --save {tmp_path / str(ranks)} {STEPS}"
         ended = run_ranks(ranks, pretrain, flags, timeout_s=240)[-1]
         assert ended.code == 0, ended.output
