@@ -65,10 +65,10 @@ def patch(kind: str, each: bool = False):
 
 
 def replace(owner, attribute: str, after) -> None:
-    """Set owner.attribute, also where a Megatron module already took the old value by `from x import y`."""
+    """Set owner.attribute; that of a module also where one of Megatron's took the old value by `from x import y`."""
     before = getattr(owner, attribute)
     bindings = [(owner, attribute)]
-    for name, module in list(sys.modules.items()):
+    for name, module in [] if isinstance(owner, type) else list(sys.modules.items()):
         if name.startswith("megatron."):
             bindings += [
                 (module, key)
