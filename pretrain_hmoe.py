@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 pretrain_hmoe.py --num-experts 8 --hmoe-widths arithmetic:9:23 ...
     mpirun -n 2 python pretrain_hmoe.py ...
 
-Flags: Megatron's own and ``--hmoe-*`` (``--help``). Without a GPU it runs on the CPU with gloo by itself.
+Flags: Megatron's own and ``--hmoe-*`` (``--help``; ``--help-all``: Megatron's too). Without a GPU it runs on the CPU
+with gloo by itself.
 """
 
 import sys
@@ -13,13 +14,22 @@ import sys
 
 def main() -> int:
     """Exit code: 0, 2 for settings that can't work, those of hmoe_megatron/exits.py."""
-    argv = sys.argv[1:]
-    from hmoe_megatron import machine
+    argv = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
+    try:
+        from hmoe_megatron import machine
+        from hmoe_megatron.command_line import short_help
 
-    machine.prepare_environment()  # before torch and Megatron read it
-    from hmoe_megatron import training
-    from hmoe_megatron.data.checks import check_data
-    from hmoe_megatron.exits import RunEnded
+        if {"--help", "-h"} & {*sys.argv[1:]}:
+            print(short_help(), end="")
+            return 0
+        machine.prepare_environment()  # before torch and Megatron read it
+        from hmoe_megatron import training
+        from hmoe_megatron.data.checks import check_data
+        from hmoe_megatron.exits import RunEnded
+    except ModuleNotFoundError as error:
+        remedy = "take the Python that has it (.venv/bin/python after `make`), or pip install -e . here"
+        print(f"pretrain_hmoe.py: error: {sys.executable} has no {error.name!r}: {remedy}", file=sys.stderr)
+        return 2
 
     try:
         training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine
@@ -32,6 +42,8 @@ def main() -> int:
         training.train(args, layout, checkpoints, argv)  # model, data, telemetry, Megatron's loop
     except RunEnded as error:
         return training.refuse(error)
+    except KeyboardInterrupt:  # before the first step, or with --hmoe-default-signals: nothing is saved
+        return training.interrupted()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import math
 import typing
 
@@ -92,6 +93,11 @@ class HMoEConfig:
         "Compare the SHA-256 of the data's files with what tools/preprocess_data.py noted, before the first step; the "
         "ranks share the reading. Lengths and the tokenizer are always compared.",
     )
+    default_signals: bool = _setting(
+        False,
+        "Leave SIGTERM and Ctrl-C as Python has them: the run ends at once and saves nothing. Unless given, they end "
+        "it after its step, with a checkpoint where --save is given (Megatron's --exit-signal-handler, which is on).",
+    )
     max_failed_saves: int = _setting(
         3,
         "Failed saves in a row that end the run. Before that a failed save is reported and training goes on; the last "
@@ -107,12 +113,12 @@ class HMoEConfig:
         for name in ("p_penalty_coeff", "load_balance_coeff", "router_entropy_coeff"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                yield f"{_flag(name)} {value}: give a finite number, 0 or more (0 turns the loss off)"
+                yield f"{flag_of(name)} {value}: give a finite number, 0 or more (0 turns the loss off)"
         counts = "total_width width_multiple max_experts_per_token cut_multiple idle_expert_steps max_failed_saves"
         for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
-                yield f"{_flag(name)} {value}: give a whole number of at least 1"
+                yield f"{flag_of(name)} {value}: give a whole number of at least 1"
         if self.max_cuts is not None and self.max_cuts < 0:
             yield f"--hmoe-max-cuts {self.max_cuts}: give 0 or more"
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -123,7 +129,7 @@ class HMoEConfig:
             for name in ("top_p", "max_experts_per_token"):
                 if getattr(self, name) is not None:
                     yield (
-                        f"{_flag(name)} {getattr(self, name)} has no effect with --hmoe-router topk: "
+                        f"{flag_of(name)} {getattr(self, name)} has no effect with --hmoe-router topk: "
                         f"remove it, or use --hmoe-router topp"
                     )
             if self.router_entropy_coeff:
@@ -164,7 +170,8 @@ class HMoEConfig:
         return {name: coeff for name, coeff in zip(LOSS_NAMES, coeffs, strict=True) if coeff}
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The command line's name of a field."""
     return "--hmoe-" + name.replace("_", "-")
 
 
@@ -180,14 +187,16 @@ class _Help(argparse.HelpFormatter):
 
 def add_hmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one ``--hmoe-*`` flag for each field of HMoEConfig (Megatron's ``extra_args_provider``)."""
-    parser.formatter_class = _Help
+    from hmoe_megatron.command_line import say_what_is_wrong
+
+    parser.formatter_class, parser.error = _Help, functools.partial(say_what_is_wrong, parser)
     group = parser.add_argument_group("hmoe", "heterogeneous mixture of experts")
     hints = typing.get_type_hints(HMoEConfig)
     for field in dataclasses.fields(HMoEConfig):
         kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
         takes = {"action": "store_true"} if kind is bool else {"type": kind, "choices": field.metadata["choices"]}
         group.add_argument(
-            _flag(field.name),
+            flag_of(field.name),
             dest=f"hmoe_{field.name}",
             default=field.default,
             help=field.metadata["help"].replace("%", "%%"),
@@ -231,7 +240,7 @@ def flags_document() -> str:
     lines = ["# `--hmoe-*` flags", "", "Made by `python -m hmoe_megatron.config > docs/flags.md`.", ""]
     for field in dataclasses.fields(HMoEConfig):
         default = "not set" if field.default is None else f"`{field.default}`"
-        lines += [f"## `{_flag(field.name)}`", f"{field.metadata['help']} Default: {default}.", ""]
+        lines += [f"## `{flag_of(field.name)}`", f"{field.metadata['help']} Default: {default}.", ""]
     return "\n".join(lines)
 
 

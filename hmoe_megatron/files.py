@@ -65,6 +65,13 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_new(path: Path, flag: str) -> None:
+    """Raises ValueError for the name of a directory that is there, or can't come to be."""
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{flag} {path}: exists already; give another, or remove it")
+    check_output(path, flag)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, flag: str) -> Iterator[Path]:
     """An empty directory beside ``path``, which gets that name, on the disk, if the block ends well, and is removed if
@@ -73,9 +80,7 @@ def atomic_directory(path: str | Path, flag: str) -> Iterator[Path]:
     flag: that names `path`. Raises ValueError if `path` exists, can't be made, or another process is making it.
     """
     path = Path(path).absolute()
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{flag} {path}: exists already; give another, or remove it")
-    check_output(path, flag)
+    check_new(path, flag)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.writing")
     folder.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
 from hmoe_megatron.launch.process import check_rank_environment
+from hmoe_megatron.launch.stop import end_after_the_step
 from hmoe_megatron.moe import gradient_norm
 from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
@@ -27,7 +29,12 @@ from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
-from hmoe_megatron.telemetry.accounting import expected_active_width, parameter_counts, report_real_widths
+from hmoe_megatron.telemetry.accounting import (
+    expected_active_width,
+    expert_parameters,
+    parameter_counts,
+    report_real_widths,
+)
 from hmoe_megatron.telemetry.counters import RoutingStats
 from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, pad_vocabulary
@@ -73,6 +80,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
         raise ValueError("\n".join(unread))
     settings = hmoe_config_from_args(args)
     pad_vocabulary(args)
+    args.exit_signal_handler |= not settings.default_signals
     check_megatron_arguments(args, settings, machine.has_gpu())
     start = starting_checkpoint(args)
     layout = expert_layout(args, settings, start)
@@ -206,6 +214,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import get_signal_handler
 
     from hmoe_megatron.data.batches import datasets_provider, forward_step
     from hmoe_megatron.nan_guard import guard as numeric_guard
@@ -223,6 +232,8 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     numeric_guard.install(layout.stats)
+    if args.exit_signal_handler:
+        end_after_the_step(get_signal_handler(), args)
     fell_back = layout.settings.gemm_backend == "auto" and machine.has_gpu() and "triton" not in layout.computed_by
     if fell_back and args.rank != 0:  # rank 0 says it below
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
@@ -248,12 +259,14 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
 
 
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:
-    """Print what will be trained, and where."""
+    """Print what will be trained, and where. Activated parameters are those of even routing."""
+    width = sum(expected_active_width(layout.settings, args.moe_router_topk, of) for of in layout.widths.values())
+    active = parameters.always_active + expert_parameters(args.hidden_size, width)
     print(f" {machine.machine_line(args)}\n experts computed by {layout.computed_by}")
     print(plan_table(layout.plan))
     print(
-        f" parameters: {parameters.total / 1e6:.2f} M, of them in experts {parameters.experts / 1e6:.2f} M, "
-        f"active in every token {parameters.always_active / 1e6:.2f} M",
+        f" parameters: {parameters.total / 1e6:,.2f} M, of them {parameters.experts / 1e6:,.2f} M in experts and "
+        f"{parameters.always_active / 1e6:,.2f} M outside; {active / 1e6:,.2f} M active in a token",
         flush=True,
     )
 
@@ -279,6 +292,13 @@ def refuse(error: Exception) -> int:
         where = f"rank {rank}: " if rank else ""
         print(f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}", file=sys.stderr, flush=True)
     return error.exit_code if ended else 2
+
+
+def interrupted() -> int:
+    """Say that Ctrl-C ended the run; the exit code, as a shell has it."""
+    if collectives.rank() == 0:
+        print("pretrain_hmoe.py: Ctrl-C: ended at once, nothing was saved", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT
 
 
 def asserted(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """JSON from outside and back: parsed within limits, every field there, of its type and in its range; checksums."""
 
+import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
 
@@ -81,6 +83,13 @@ def shown(value) -> str:
     if type(value) is int and abs(value) >= 10**300:
         return "of over 300 digits"
     return f"{value!r:.80}" if type(value) in (str, int, float, bool, type(None)) else type(value).__name__
+
+
+def near(word: str, known: Iterable[str], folder: str = "") -> str:
+    """ "; did you mean X?" for the known word that is closest, whatever its case; "" where none is."""
+    words = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), words, 1, 0.75)
+    return f"; did you mean {folder}{words[found[0]]}?" if found else ""
 
 
 def canonical(value) -> str:

@@ -86,6 +86,16 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_paths(args: argparse.Namespace) -> None:
+    """What is cheap to see, before torch is imported. Raises ValueError."""
+    from hmoe_megatron.files import check_new
+
+    flag, path = ("--output", args.output) if args.command == "to-hf" else ("--save", args.save)
+    check_new(path, flag)
+    if args.text and not args.text.is_file():
+        raise ValueError(f"--text {args.text}: no such file")
+
+
 def export(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError or CheckpointRefused; then --output is not there."""
     from hmoe_megatron.hf.export import to_hf
@@ -182,11 +192,11 @@ def text_of(args: argparse.Namespace) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     from hmoe_megatron import machine
-
-    machine.prepare_environment()
     from hmoe_megatron.exits import RunEnded
 
+    machine.prepare_environment()
     try:
+        check_paths(args)
         (export if args.command == "to-hf" else bring_back)(args)
     except (ValueError, RunEnded) as error:  # also text that is not UTF-8
         print(f"convert_checkpoint: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hmoe_megatron.data.tokenizer_flags import check_tokenizer_file
 from hmoe_megatron.files import check_output
 from hmoe_megatron.launch.mpi import process_of, start_mpi
 from hmoe_megatron.tools.data_prep.publish import is_output
@@ -43,6 +44,9 @@ def check_flags(args: argparse.Namespace, megatron_flags: list[str]) -> list[Sou
     sources = find_sources(args.input, args.sample_by, lambda p: is_output(p, args.output_prefix, args.json_keys))
     if megatron_flags and not megatron_flags[0].startswith("--"):
         raise ValueError(f"{megatron_flags[0]}: belongs to no flag; give files as --input FILE...")
+    check_tokenizer_file(args.tokenizer_type, args.tokenizer_model)
+    if not any(source.bytes for source in sources):
+        raise ValueError(f"--input {' '.join(args.input)}: holds 0 bytes; give files with text")
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: give 1 or more")
     if not 1 <= args.max_doc_bytes <= MAX_DOC_BYTES:

@@ -91,6 +91,10 @@ def find(
     tracker named it. None if there is nothing yet and `may_be_new`. Raises CheckpointRefused with what to do.
     """
     root = Path(root)
+    if (match := _CHECKPOINT.fullmatch(root.name)) and (root / MANIFEST_FILE).exists():
+        raise CheckpointRefused(
+            f"--load {root} is one checkpoint: give its run, --load {root.parent} --ckpt-step {int(match[1])}"
+        )
     if not root.is_dir():
         if may_be_new and not root.exists():
             return None

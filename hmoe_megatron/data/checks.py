@@ -4,6 +4,7 @@ import argparse
 
 from hmoe_megatron.data.data_set import DataSet
 from hmoe_megatron.data.splits import check_splits, given_blends
+from hmoe_megatron.data.tokenizer_flags import check_tokenizer_file
 from hmoe_megatron.files import file_hashes
 
 
@@ -22,6 +23,7 @@ def check_data(args: argparse.Namespace) -> None:
     Raises ValueError.
     """
     found = data_sets(args)
+    check_tokenizer_file(args.tokenizer_type, args.tokenizer_model)
     flags = f"--tokenizer-type {args.tokenizer_type}"
     if args.tokenizer_model:
         flags += f" --tokenizer-model {args.tokenizer_model}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hmoe_megatron.files import read_text, sha256_file
+from hmoe_megatron.untrusted import near
 
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, document borders: megatron's indexed_dataset
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
@@ -104,7 +105,9 @@ class DataSet:
             with open(self.idx, "rb") as file:
                 data = file.read(HEADER.size)
         except OSError as error:
-            raise ValueError(f"{self.idx}: {error.strerror}; --data-path takes the name without .idx") from None
+            raise ValueError(
+                f"{self.idx}: {error.strerror}{self._near()}; --data-path takes the name without .idx"
+            ) from None
         if len(data) < HEADER.size or data[:9] != MAGIC:
             raise ValueError(f"{self.idx}: is no index of Megatron's; {AGAIN}")
         _, version, code, sequences, borders = HEADER.unpack(data)
@@ -115,6 +118,13 @@ class DataSet:
         if actual not in (expected, expected + sequences):  # multimodal ones hold a byte a sequence more
             raise ValueError(f"{self.idx}: has {actual} bytes, with {sequences} sequences it has {expected}; {AGAIN}")
         return DTYPES[code], sequences, borders
+
+    def _near(self) -> str:
+        """; did you mean NAME? where the folder holds one: tools/preprocess_data.py adds the key to a name."""
+        folder, name = self.idx.parent, Path(self.prefix).name
+        held = [path.stem for path in sorted(folder.glob("*.idx"))] if folder.is_dir() else []
+        longer = [other for other in held if other.startswith(f"{name}_")]
+        return f"; did you mean {folder / longer[0]}?" if longer else near(name, held, f"{folder}/")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(lengths, offsets in bytes, document borders), mapped from the index."""

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 from hmoe_megatron.files import atomic_write, read_text
-from hmoe_megatron.untrusted import checked_fields, is_text, names_of, parsed, plain, range_problems, shown
+from hmoe_megatron.untrusted import checked_fields, is_text, names_of, near, parsed, plain, range_problems, shown
 
 SCHEMA = 1
 UNITS = ("s", "FLOPs")
@@ -114,7 +114,8 @@ def profile_named(name_or_path: str | os.PathLike) -> Profile:
         return Profile.load(name_or_path)
     except ValueError as error:
         raise ValueError(
-            f"hardware profile {error}; give {', '.join(PROFILES)}, or a file by tools/profile_hardware.py"
+            f"hardware profile {error}{near(str(name_or_path), PROFILES)}; give {', '.join(PROFILES)}, or a file by "
+            "tools/profile_hardware.py"
         ) from None
 
 

@@ -174,8 +174,12 @@ def _last_resort(problem: LayerProblem) -> list[dict[int, int]]:
 
 def _shortage(problem: LayerProblem, needed: float, lacking: dict[int, float], certain: bool) -> str:
     """What each rank lacks if they are filled alike, and what would help."""
-    named = [f"rank {r} lacks {missing:,.0f}" for r, missing in list(lacking.items())[:MAX_NAMED]]
-    named += [f"{len(lacking) - MAX_NAMED} more"] * (len(lacking) > MAX_NAMED)
+    most, least = max(lacking.values()), min(lacking.values())
+    if len(lacking) == problem.ranks > MAX_NAMED and most <= 1.01 * least:
+        named = [f"each of the {problem.ranks} ranks lacks {size_text(most)}"]
+    else:
+        named = [f"rank {r} lacks {size_text(missing)}" for r, missing in list(lacking.items())[:MAX_NAMED]]
+        named += [f"{len(lacking) - MAX_NAMED} ranks more"] * (len(lacking) > MAX_NAMED)
     remedies = [
         "more ranks (--expert-model-parallel-size)",
         "a smaller micro-batch (--micro-batch-size)",
@@ -184,10 +188,15 @@ def _shortage(problem: LayerProblem, needed: float, lacking: dict[int, float], c
     if problem.max_cuts < problem.ranks - 1:
         remedies.insert(0, f"more cuts than {problem.max_cuts} (--hmoe-max-cuts)")
     return (
-        f"experts of {needed:,.0f} bytes {'do not fit' if certain else 'were not made to fit'} under the caps of "
-        f"{problem.ranks} ranks, {problem.cap_R.sum():,.0f} bytes in all; filled alike, {', '.join(named)} bytes. "
+        f"experts of {size_text(needed)} {'do not fit' if certain else 'were not made to fit'} under the caps of "
+        f"{problem.ranks} ranks, {size_text(problem.cap_R.sum())} in all; filled alike, {', '.join(named)}. "
         f"What would help: {', '.join(remedies)}"
     )
+
+
+def size_text(size_bytes: float) -> str:
+    """For people: exact where it is small."""
+    return f"{size_bytes:,.0f} bytes" if size_bytes < 1 << 24 else f"{size_bytes / 2**30:,.2f} GiB"
 
 
 def contiguous(widths: Sequence[int], ranks: int) -> list[dict[int, int]]:

@@ -13,8 +13,8 @@ MAX_ROWS = 16  # ranks of a layer shown; more lose their middle
 _COLUMN = 10
 
 
-def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
-    """The plan, or that decoder layer of it, as a table of at most 100 columns.
+def plan_table(plan: PlacementPlan | LayerPlan, layer: int | None = None) -> str:
+    """The plan, that decoder layer of it, or the plan of one layer under FLOPs, as a table of at most 100 columns.
 
     A whole expert is its number, a piece is `5[0:96)`. Percent are of the sum over ranks; tokens count a cut expert's
     rows on each rank that computes them; with a hardware profile, microseconds and MiB are predicted. Layers in a row
@@ -22,6 +22,8 @@ def plan_table(plan: PlacementPlan, layer: int | None = None) -> str:
     ones are one line. The last line of a block: slowest rank over the mean, cuts, the bound on it over the mean, and
     the gap between the two.
     """
+    if isinstance(plan, LayerPlan):
+        plan = PlacementPlan((plan,))
     if layer is not None:
         return _block(f"layer {layer}", plan.layers[plan.index(layer)], plan.cost.unit)
     blocks, first = [], 0

@@ -206,6 +206,10 @@ def test_nothing_to_load(tmp_path):
     assert f"--load {tmp_path}/nowhere does not exist: give the directory" in line
     line = refused(go_on(tmp_path, "", ranks=1))
     assert f"--load {tmp_path}: no checkpoint is there" in line
+    (tmp_path / "iter_0000024").mkdir()
+    (tmp_path / "iter_0000024" / directory.MANIFEST_FILE).touch()
+    line = refused(go_on(tmp_path / "iter_0000024", "", ranks=1))
+    assert f"is one checkpoint: give its run, --load {tmp_path} --ckpt-step 24" in line
     (tmp_path / directory.TRACKER_FILE).write_text("")
     line = refused(go_on(tmp_path, f"--save {tmp_path}", ranks=1))
     assert "latest_checkpointed_iteration.txt is empty: write the number" in line

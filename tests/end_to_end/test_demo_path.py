@@ -191,7 +191,7 @@ def test_a_killed_run_starts_again_from_its_last_checkpoint(data, tmp_path):
 
 @pytest.mark.campaign
 def test_help_shows_our_flags():
-    output = command(sys.executable, "pretrain_hmoe.py", "--help")
+    output = command(sys.executable, "pretrain_hmoe.py", "--help-all")
     assert "--hmoe-p-penalty-coeff" in output and "--num-layers" in output
 
 

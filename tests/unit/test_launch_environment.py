@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hmoe_megatron.launch.nodes import gpus_here
 from hmoe_megatron.launch.process import check_rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -45,3 +46,14 @@ def test_the_commands_say_it_in_one_line(words, tmp_path):
         next(line for line in ended.stderr.splitlines() if "RANK='x' in the environment is no number" in line)
     ]
     assert "Traceback" not in ended.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_gpus_are_counted_by_their_files_and_by_what_is_visible(tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    devices = str(tmp_path / "nvidia[0-9]*")
+    counts = {None: 3, "": 0, "0,2": 2, "-1": 0, "1,-1,2": 1, "0,1,2,3": 3, " GPU-1f, GPU-2e ": 2}
+    for visible, count in counts.items():
+        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        assert gpus_here(environment, devices) == count, visible
+    assert gpus_here({"CUDA_VISIBLE_DEVICES": "0"}, str(tmp_path / "none*")) == 0

@@ -241,6 +241,24 @@ def test_pipeline_stages_and_layers_without_experts(capsys):
     assert model_of([], [*MODEL, "--recompute-granularity", "full"]).live_micro_batches == 0
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        ("([0]*3+[1]*5)", range(3, 8)),
+        ("2*[0,1]+[1]*4", [1, 3, 4, 5, 6, 7]),
+        ("([1]*3+[0])*2", [0, 1, 2, 4, 5, 6]),
+        ("2", [0, 2, 4, 6]),
+    ],
+)
+def test_layers_of_a_pattern_are_those_of_megatron(pattern, layers):
+    from megatron.training.arguments import moe_freq_type
+
+    model = model_of([*map(str, MODEL), "--num-layers", "8", f"--moe-layer-freq={pattern}"], [])
+    assert model.layers == tuple(layers)
+    stock = moe_freq_type(pattern)
+    assert model.layers == tuple(n for n in range(8) if (n % stock == 0 if isinstance(stock, int) else stock[n]))
+
+
 def test_layers_are_numbered_as_the_decoders(capsys, tmp_path):
     model = [*map(str, MODEL), "--num-layers", "4", "--moe-layer-freq", "[0,0,1,1]"]
     assert plan_placement.main([*model, "--compare", "--output", str(tmp_path / "plan.json")]) == 0
@@ -325,7 +343,10 @@ def test_the_picture(capsys, tmp_path, words):
         ([*MODEL, "--nonsense", "3"], "--nonsense 3: not a flag"),
         ([*MODEL, "--num-layers", "three"], "--num-layers: invalid int value"),
         ([*MODEL, "--num-layers", "0"], "--num-layers 0: give a whole number"),
-        ([*MODEL, "--moe-layer-freq", "[1]*3"], "give a number or a list of 0 and 1"),
+        ([*MODEL, "--moe-layer-freq", "[1]*3+[2]"], "give a number, or 0 and 1"),
+        ([*MODEL, "--moe-layer-freq", "[1]*9**9"], "give a number, or 0 and 1"),
+        ([*MODEL, "--moe-layer-freq", "[1]*99999*99999"], "give a number, or 0 and 1"),
+        ([*MODEL, "--moe-layer-freq", "print(1)"], "give a number, or 0 and 1"),
         ([*MODEL, "--hmoe-max-cuts", "-1"], "--hmoe-max-cuts -1"),
         ([*MODEL, "--profile", "h1000"], "h1000"),
         ([*MODEL[:-4], "--profile", "h100"], "--hidden-size: --profile h100 predicts seconds"),
@@ -340,7 +361,7 @@ def test_the_picture(capsys, tmp_path, words):
         ([*MODEL, "--last", "1" + "0" * 30], "--last 1"),
         ([*MODEL, "--seq-length", "1" + "0" * 400], "--seq-length of over 300 digits: give a whole number"),
         ([*MODEL, "--expert-model-parallel-size", "100000000"], "--expert-model-parallel-size 100000000: give a whole"),
-        ([*MODEL, "--moe-layer-freq", "[" * 100_000], "give a number or a list of 0 and 1"),
+        ([*MODEL, "--moe-layer-freq", "[" * 100_000], "give a number, or 0 and 1"),
         ([*MODEL, "--hmoe-placement", "contiguous"], "--hmoe-placement: not a flag"),
         ([*MODEL, "--output", "/tmp"], "/tmp: a directory"),
         ([*MODEL, "--output", "same.file", "--plot", "same.file"], "give two files"),

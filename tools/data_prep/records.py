@@ -155,7 +155,11 @@ def parse_record(line: bytes, keys: Sequence[str]) -> list[str]:
 
 def _text_under(key: str, record: dict) -> str:
     if key not in record:
-        raise BadRecord("missing_key", f"no key {key!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+        texts = [name for name, value in record.items() if isinstance(value, str)]
+        other = f": give --json-keys {texts[0]}" if texts else ""
+        raise BadRecord(
+            "missing_key", f"no key {key!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}{other}"
+        )
     text = record[key]
     if text is None:
         raise BadRecord("null", f"{key!r} is null")

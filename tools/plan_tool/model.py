@@ -3,7 +3,7 @@
 Letters: L MoE layers, E logical experts.
 """
 
-import json
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from hmoe_megatron.tools.plan_tool.model_flags import SIZES, parse
 from hmoe_megatron.untrusted import shown
 
 MAX_SIZE = 1 << 40
+MAX_PATTERN = 1 << 16  # layers, and characters of --moe-layer-freq
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,32 @@ def model_of(words: Sequence[str], more: Sequence[str]) -> Model:
 
 
 def _layer_pattern(text: str) -> int | list[int]:
-    """--moe-layer-freq as a number or a list; Megatron also takes expressions, which would have to be evaluated."""
+    """--moe-layer-freq as Megatron takes it: a number, or an expression of lists such as ([0]*3+[1]*58)."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = _value(ast.parse(text.strip()[:MAX_PATTERN], mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         value = None
-    if type(value) is int and value >= 1 or type(value) is list and all(x in (0, 1) for x in value):
+    if type(value) is int and value >= 1 or type(value) is list and value and all(x in (0, 1) for x in value):
         return value
-    raise ValueError(f"--moe-layer-freq {text:.80}: give a number or a list of 0 and 1 here, such as [0,1,1,1]")
+    raise ValueError(f"--moe-layer-freq {text:.80}: give a number, or 0 and 1 for the layers, such as [0]*3+[1]*58")
+
+
+def _value(node: ast.expr) -> int | list[int]:
+    """Of whole numbers, lists of them, + and *; nothing is evaluated. Raises ValueError for all else."""
+    match node:
+        case ast.Constant(value=int(number)) if type(number) is int:
+            return number
+        case ast.List(elts=items):
+            return [_value(item) for item in items]
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            first, second = _value(left), _value(right)
+            if type(first) is type(second) is list:
+                return first + second
+        case ast.BinOp(op=ast.Mult(), left=left, right=right):
+            items, times = sorted((_value(left), _value(right)), key=lambda value: type(value) is int)
+            if type(items) is list and type(times) is int and len(items) * times <= MAX_PATTERN:
+                return items * times
+    raise ValueError
 
 
 def _stages(layers: tuple[int, ...], num_layers: int, stages: int) -> tuple[int, ...]:

@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
+import typing
 
 import numpy as np
 import pytest
 
 from hmoe_megatron.data import checks as data_checks
 from hmoe_megatron.data.data_set import DTYPES, HEADER, DataSet, smallest_dtype
+from hmoe_megatron.data.tokenizer_flags import TYPES
 from hmoe_megatron.tools.data_prep.inspection import bin_edges, read_document
 from tests.unit.data_prep.calls import ROOT, make_texts, preprocess, read_data_set, write_jsonl
 
@@ -31,6 +33,9 @@ def run_args(data, model, **changed):
         "split": "1,0,0",
         "mock_data": False,
         "multiple_validation_sets": False,
+        "full_validation": False,
+        "eval_iters": 0,
+        "seq_length": 16,
         "tokenizer_type": "SentencePieceTokenizer",
         "tokenizer_model": str(model),
     }
@@ -137,6 +142,28 @@ def test_megatrons_blends_are_all_checked(data, sp_model, tmp_path):
     with pytest.raises(ValueError, match="none.idx: No such file"):
         data_checks.check_data(args)
     assert data_checks.data_sets(run_args(data, sp_model, mock_data=True, data_path=None)) == []
+
+
+def test_a_name_that_is_nearly_right(data, sp_model, tmp_path):
+    for name in ("out", "out_text_documents", "Out_text_document"):
+        with pytest.raises(ValueError, match=rf"did you mean {tmp_path}/out_text_document\?"):
+            data_checks.check_data(run_args(data, sp_model, data_path=[str(tmp_path / name)]))
+
+
+def test_a_tokenizer_that_is_not_there(data, sp_model):
+    for changed, said in (
+        ({"tokenizer_model": "nowhere"}, "--tokenizer-model nowhere: no such file"),
+        ({"tokenizer_model": None}, "--tokenizer-model is missing"),
+        ({"tokenizer_type": "Sentencepiecetokenizer"}, "did you mean SentencePieceTokenizer"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            data_checks.check_data(run_args(data, sp_model, **changed))
+
+
+def test_types_of_tokenizers_are_megatrons():
+    from megatron.training.config import TokenizerConfig
+
+    assert set(TYPES) == set(typing.get_args(typing.get_type_hints(TokenizerConfig)["tokenizer_type"]))
 
 
 def test_inspection_says_what_is_there(data, tmp_path, capsys):

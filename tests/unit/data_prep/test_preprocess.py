@@ -361,7 +361,9 @@ def test_deep_nesting_is_broken_json_and_no_crash():
         (["--json-keys", "../a"], "--json-keys ../a"),
         (["--input", __file__, "--json-keys", "a", "b"], "is plain text and has no keys"),
         (["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "none.model"], "none.model"),
-        (["--output-prefix", "/none/out"], "--output-prefix /none/out"),
+        (["--output-prefix", "/dev/null/out"], "--output-prefix /dev/null/out: /dev/null is no directory"),
+        (["--tokenizer-type", "SentencePiece"], "--tokenizer-type SentencePiece: no such type"),
+        (["--input", "/dev/null"], "/dev/null"),
         (["--input", "/none.jsonl"], "--input /none.jsonl: no such file"),
         (["--input", "/none/*.jsonl"], "--input /none/*.jsonl: no such file"),
         (["--input", "/tmp"], "not of a folder"),
@@ -389,7 +391,7 @@ def test_shards_are_numbered_from_0(word, tmp_path, capsys):
 
 def test_a_run_that_keeps_no_document_is_refused(tmp_path, capsys):
     corpus = tmp_path / "in.jsonl"
-    for number, (content, message) in enumerate(((b"", "in 0 records"), (b"\n\n", "blank_line 2"))):
+    for number, (content, message) in enumerate(((b"", "holds 0 bytes"), (b"\n\n", "blank_line 2"))):
         corpus.write_bytes(content)
         assert preprocess(corpus, prefix=tmp_path / f"out{number}", flags=("--on-bad-record", "skip")) == 2
         assert message in capsys.readouterr().err

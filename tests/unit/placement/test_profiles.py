@@ -106,6 +106,8 @@ def test_named():
     assert profile_named("h100") is PROFILES["h100"]
     with pytest.raises(ValueError, match="hardware profile h300: No such file.* flops, .*h100.*profile_hardware.py"):
         profile_named("h300")
+    with pytest.raises(ValueError, match=r"hardware profile H100: .*; did you mean h100\?"):
+        profile_named("H100")
 
 
 def test_errors_list_all_problems():

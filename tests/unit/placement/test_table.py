@@ -2,7 +2,15 @@
 
 import pytest
 
-from hmoe_megatron.placement import CostModel, PlacementPlan, Profile, contiguous_plan, plan_model, plan_table
+from hmoe_megatron.placement import (
+    CostModel,
+    PlacementPlan,
+    Profile,
+    contiguous_plan,
+    plan_layer,
+    plan_model,
+    plan_table,
+)
 from hmoe_megatron.widths import expert_widths, layer_widths
 
 MAIN = "arithmetic:9:23"
@@ -34,6 +42,11 @@ def test_layers_of_one_plan_fold_and_one_can_be_picked():
     for layer in (-1, 6):
         with pytest.raises(ValueError, match="layers 0-5"):
             plan_table(plan, layer)
+
+
+def test_the_plan_of_one_layer_is_a_table_too():
+    layer = plan_layer([100, 50, 25], (8, 16, 32), 2)
+    assert plan_table(layer) == plan_table(PlacementPlan((layer,))) and "3 experts on 2 ranks" in plan_table(layer)
 
 
 @pytest.mark.parametrize("E, ranks", [(1, 1), (2, 5), (8, 16), (64, 17), (4096, 2), (512, 1024)])

@@ -1,0 +1,52 @@
+"""What pretrain_hmoe.py says of its flags by itself: a short help, and what is wrong with a word. Imports no torch."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import textwrap
+
+from hmoe_megatron.config import HMoEConfig, flag_of
+from hmoe_megatron.untrusted import near
+
+COLUMNS = 100
+_NAME_COLUMNS = 32
+_HEAD = """\
+usage: torchrun --nproc-per-node RANKS pretrain_hmoe.py FLAG ...
+       python examples/run.py FILE.args FLAG ...        flags from a file; prints the torchrun line
+
+Trains a language model whose experts differ in width, on Megatron-Core. Needed: --num-layers,
+--hidden-size, --num-attention-heads, --seq-length, --micro-batch-size, --num-experts,
+--train-iters, --lr, --eval-interval, and --data-path or --mock-data. Without a GPU it runs on the
+CPU.
+
+Flags of unequal experts (in full: docs/flags.md):
+"""
+_FOOT = """
+All other flags are Megatron's: --help-all lists them, with these, on some 4,000 lines.
+"""
+
+
+def short_help() -> str:
+    lines = []
+    for field in dataclasses.fields(HMoEConfig):
+        first, _, rest = (field.metadata["help"] + " ").partition(". ")
+        more = " ..." if rest.strip() else ""
+        text = textwrap.wrap(first.strip() + more, COLUMNS - _NAME_COLUMNS - 2)
+        lines.append(f"  {flag_of(field.name):<{_NAME_COLUMNS}}{text[0]}")
+        lines += [" " * (_NAME_COLUMNS + 2) + line for line in text[1:]]
+    return _HEAD + "\n".join(lines) + "\n" + _FOOT
+
+
+def say_what_is_wrong(parser: argparse.ArgumentParser, message: str) -> None:
+    """In place of argparse's error, which prints all of Megatron's flags. Ends the process; rank 0 speaks."""
+    lines = [f"pretrain_hmoe.py: error: {message:.1000}"]
+    if message.startswith("unrecognized arguments: "):
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        flags = [word.partition("=")[0] for word in shlex.split(message.partition(": ")[2]) if word.startswith("--")]
+        lines += [f"  {flag}: no such flag{near(flag, known)}" for flag in flags[:3]]
+    lines.append("--help: the flags of unequal experts; --help-all: all")
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(2)
