@@ -91,17 +91,17 @@ def _layouts(in_suite: str, campaign: str) -> list[Layout]:
 # Equal widths, --hmoe-gemm-backend reference, no P-Penalty: Megatron's own MoE with SequentialMLP under the same flags.
 AGAINST_STOCK = _layouts(
     """
-    2: TP2
     2: TP2 EP2 ETP1
-    2: PP2
     2: 4-layers PP2 VPP2
     2: EP2 bf16
-    2: DO
     4: TP2 EP2 ETP2 alltoall
-    4: PP2 EP2
     4: EP2 DO overlap alltoall bf16
     """,
     """
+    2: TP2
+    2: PP2
+    2: DO
+    4: PP2 EP2
     2: EP2 alltoall
     2: EP2 allgather
     2: EP2 recompute-full
@@ -139,13 +139,13 @@ AGAINST_ONE_RANK = _layouts(
     """
     2: EP2 alltoall
     2: Top-P EP2 allgather
-    2: 4-layers PP2 VPP2
     4: Top-P TP2 EP2 ETP2 alltoall
     4: PP2 EP2 recompute-full
-    4: Top-P EP2 DO overlap alltoall
     8: Top-P TP2 PP2 EP2 ETP1 DO overlap alltoall
     """,
     """
+    2: 4-layers PP2 VPP2
+    4: Top-P EP2 DO overlap alltoall
     2: TP2
     2: TP2 ETP1
     2: PP2

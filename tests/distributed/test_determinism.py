@@ -107,7 +107,7 @@ def test_dropout_and_jitter_draw_random_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("seed", seeds(1, 20))
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("ep", [2, *rarely(1, 4)])
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, ep, seed):
     """Its first half is also the same run twice."""
     flags, plan = f"{NOISE} --seed {100 * ep + seed}", random_plan(seed, ep)
@@ -153,7 +153,7 @@ def test_a_checkpoint_with_streams_of_one_rank_only(tmp_path):
 # --- plans of whole experts
 
 # (router, expert-parallel size, ranks, clipped): in the suite one plan of each of these, in the campaign ten of all.
-SUITE = {("Top-2", 2, 4, True), ("Top-P", 4, 4, True)}
+SUITE = {("Top-P", 4, 4, True)}
 CASES = [
     pytest.param(*case, seed, marks=[] if seed == 0 and case in SUITE else [pytest.mark.campaign])
     for case in (

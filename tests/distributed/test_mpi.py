@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.commands import FLAGS, TORCHRUN, finish, start, steps
+from tests.distributed.commands import FLAGS, finish, start, steps
+from tests.distributed.pretrain_run import pretrain
+from tests.distributed.ranks import run_ranks
 from tests.rows import rarely
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -18,7 +20,8 @@ LINE = "pretrain_hmoe.py: error: mpirun started 2 processes and mpi4py sees 1"
 def test_mpirun_trains_as_torchrun_does():
     flags = ["pretrain_hmoe.py", *FLAGS, "--train-iters", "3"]
     by_mpi = steps(finish(start(MPIRUN if MPIRUN.exists() else "mpirun", "-n", "2", sys.executable, *flags)))
-    by_torchrun = steps(finish(start(*TORCHRUN, "--standalone", "--nproc-per-node", "2", *flags)))
+    ranks = run_ranks(2, pretrain, "--expert-model-parallel-size 2 --train-iters 3")
+    by_torchrun = steps("\n".join(rank.output for rank in ranks))  # the environment that torchrun sets
     assert len(by_mpi) == 3 and by_mpi == by_torchrun
 
 

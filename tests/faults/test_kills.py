@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults.harness import check_finished, check_lasting, check_little_lost, run
 from tests.faults.inside import kill_after, kill_at_operation
+from tests.rows import rarely
 
 KILLS, SEEDED_KILLS = int(os.environ.get("FAULTS_KILLS", "100")), 3  # on two ranks, and as many on four
 OPERATIONS_OF_A_SAVE = 30  # on files of --save, by rank 0
@@ -57,7 +58,7 @@ def tell(told, what, phases, told_to_end):
     )
 
 
-@pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("ranks", ["two", *rarely("four")])
 def test_seeded_kills(ranks, request, tmp_path, told):
     tell(told, f"{ranks} ranks, the suite's", *kill_often(request.getfixturevalue(ranks), SEEDED_KILLS, tmp_path, 1))
 

@@ -1,7 +1,12 @@
 """README and docs say what the code does: flags, make targets, paths, generated pages."""
 
 import argparse
+import json
+import os
+import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,9 +57,8 @@ def test_every_make_target_in_the_documents_exists():
         assert named <= targets, f"{path}: {named - targets}"
 
 
-def test_the_map_of_the_readme_is_whole():
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("## Where things are") :]
+def test_the_map_of_the_package_is_whole():
+    table = (ROOT / "CONTRIBUTING.md").read_text()
     named = set(re.findall(r"`([a-z_]+(?:/[a-z_.]+)*\.py|[a-z_/]+/)`", table))
     for path in named:
         assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
@@ -62,6 +66,35 @@ def test_the_map_of_the_readme_is_whole():
     modules = {f"hmoe_megatron/{p.name}" for p in package.glob("*.py") if p.name != "__init__.py"}
     packages = {f"hmoe_megatron/{p.parent.name}/" for p in package.glob("*/__init__.py")}
     assert modules | packages <= named
+
+
+def blocks(language):
+    """Of the README, as they stand."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_planner_from_python_as_the_readme_has_it():
+    (block,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "layer 0: 4 experts on 2 ranks" in done.stdout and done.stdout.splitlines()[-1].endswith(" 1.0")
+
+
+@pytest.mark.campaign
+def test_training_on_ones_own_text_as_the_readme_has_it(tmp_path):
+    """All commands of the block, in a directory that has the project's files and a corpus.jsonl."""
+    (block,) = blocks("bash")
+    for path in ROOT.iterdir():
+        if path.name in ("tools", "examples", "hmoe_megatron", "pretrain_hmoe.py"):
+            (tmp_path / path.name).symlink_to(path)
+    words = "once upon a time there was an expert whose width was not that of the others".split()
+    texts = [" ".join(random.Random(seed).choices(words, k=60)) for seed in range(400)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", block.replace("--vocab-size 1024", "--vocab-size 320")]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs/a/latest_checkpointed_iteration.txt").read_text() == "20"
 
 
 def test_links_lead_somewhere():
