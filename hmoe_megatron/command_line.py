@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import sys
 import textwrap
 
-from hmoe_megatron.config import HMoEConfig, flag_of
+from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, flag_of
 from hmoe_megatron.untrusted import near
 
 COLUMNS = 100
@@ -39,7 +40,13 @@ def short_help() -> str:
     return _HEAD + "\n".join(lines) + "\n" + _FOOT
 
 
-def say_what_is_wrong(parser: argparse.ArgumentParser, message: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Ours, and short errors (Megatron's ``extra_args_provider``)."""
+    parser.error = functools.partial(_say_what_is_wrong, parser)
+    return add_hmoe_arguments(parser)
+
+
+def _say_what_is_wrong(parser: argparse.ArgumentParser, message: str) -> None:
     """In place of argparse's error, which prints all of Megatron's flags. Ends the process; rank 0 speaks."""
     lines = [f"pretrain_hmoe.py: error: {message:.1000}"]
     if message.startswith("unrecognized arguments: "):

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import math
 import typing
 
@@ -187,9 +186,7 @@ class _Help(argparse.HelpFormatter):
 
 def add_hmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one ``--hmoe-*`` flag for each field of HMoEConfig (Megatron's ``extra_args_provider``)."""
-    from hmoe_megatron.command_line import say_what_is_wrong
-
-    parser.formatter_class, parser.error = _Help, functools.partial(say_what_is_wrong, parser)
+    parser.formatter_class = _Help
     group = parser.add_argument_group("hmoe", "heterogeneous mixture of experts")
     hints = typing.get_type_hints(HMoEConfig)
     for field in dataclasses.fields(HMoEConfig):

@@ -41,10 +41,9 @@ def is_utf8(word: str) -> bool:
 
 def check_output(path: str | Path, flag: str) -> None:
     """Raises ValueError for a name under which no file can come to be, also after its folders are made."""
-    path = Path(path).absolute()
-    if path.is_dir():
+    if Path(path).is_dir():
         raise ValueError(f"{flag} {path}: a directory; give a file")
-    folder = next(folder for folder in path.parents if folder.exists() or folder.is_symlink())
+    folder = next(folder for folder in Path(path).absolute().parents if folder.exists() or folder.is_symlink())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{flag} {path}: {folder} is no directory that this user can write to")
 

@@ -15,7 +15,8 @@ import torch
 
 from hmoe_megatron import collectives, machine, patches
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
-from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
+from hmoe_megatron.command_line import add_arguments
+from hmoe_megatron.config import HMoEConfig, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
@@ -73,7 +74,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     given = sys.argv
     sys.argv = [given[0], *machine.machine_argv(argv)]
     try:
-        args = parse_args(add_hmoe_arguments)
+        args = parse_args(add_arguments)
     finally:
         sys.argv = given
     if unread := list(unread_problems(argv)):

@@ -46,12 +46,18 @@ def pretrain(flags: str, prepare=None, *given, without: tuple[str, ...] = ()) ->
         prepare(*given)
     tiny = [flag for flag in TINY if flag not in without]
     sys.argv = ["pretrain_hmoe.py", *tiny, *MODEL.split(), *flags.split()]
+    code, output = said_by(pretrain_hmoe.main)
+    from megatron.training.global_vars import _GLOBAL_ARGS as args
+
+    return Ended(code, output, getattr(args, "curr_iteration", 0))
+
+
+def said_by(main) -> tuple[int, str]:
+    """(exit code of `main`, what it printed); the rank's log has it too."""
     output = _Tee(sys.stdout)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            code = pretrain_hmoe.main()
+            code = main()
         except SystemExit as left:
             code = left.code or 0
-    from megatron.training.global_vars import _GLOBAL_ARGS as args
-
-    return Ended(code, output.getvalue(), getattr(args, "curr_iteration", 0))
+    return code, output.getvalue()

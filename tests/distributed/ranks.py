@@ -119,19 +119,25 @@ def _members(group):
     return found
 
 
+def forked(function, *args):
+    """A started process that has torch and Megatron imported; its body is function(*args), its streams are ours."""
+    process = _context().Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def _context():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.preloaded"])
     # The server does not take over sys.path before Python 3.12.5.
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    ours = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # a peer that left is no warning
+    before = dict(os.environ)
+    os.environ.update(ours)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        os.environ.clear()
+        os.environ.update(before)
     return context
 
 

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from hmoe_megatron.placement.plan import PlacementPlan
+from hmoe_megatron.tools import generate
 from hmoe_megatron.tools.report.scalars import read_scalars
+from tests.distributed.ranks import run_alone, run_ranks
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, DOCUMENTS, RANKS = 600, 40, 2
@@ -125,13 +127,22 @@ def test_training_prints_plan_losses_and_telemetry(whole_run):
     assert [sum(widths) for widths in plan.widths] == [128, 128]
 
 
+def start(argv):
+    """pretrain_hmoe.py in a rank that has Megatron imported."""
+    import pretrain_hmoe
+    from tests.distributed.pretrain_run import said_by
+
+    sys.argv = ["pretrain_hmoe.py", *argv, "--num-workers", "0"]
+    return said_by(pretrain_hmoe.main)
+
+
 def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
     run, _ = whole_run
     resumed = tmp_path / "resumed"
     shutil.copytree(run / "iter_0000003", resumed / "iter_0000003")
     (resumed / "latest_checkpointed_iteration.txt").write_text("3")
-    output = command(*torchrun(*flags(data, resumed, 6, "--load", resumed)))
-    assert "at iteration 3" in output
+    ended = run_ranks(RANKS, start, list(map(str, flags(data, resumed, 6, "--load", resumed))), timeout_s=120)
+    assert [code for code, _ in ended] == [0] * RANKS and "at iteration 3" in ended[0][1]
     expected, losses = (read_scalars(r / "tensorboard", [])["lm loss"] for r in (run, resumed))
     assert losses.x.tolist() == [4, 5, 6]
     assert losses.y.tolist() == expected.y[3:].tolist()
@@ -161,11 +172,11 @@ def tensors(checkpoint):
 
 def test_generate_loads_any_layout_in_one_process(whole_run, tmp_path):
     run, _ = whole_run
-    words = ("generate", "--load", run, "--prompt", "ROMEO", "--tokens", "80", "--output", tmp_path / "text")
-    tool(*words)
+    words = ["--load", str(run), "--prompt", "ROMEO", "--tokens", "80", "--output", str(tmp_path / "text")]
+    tool("generate", *words)
     text = (tmp_path / "text").read_text()
     assert text.startswith("ROMEO") and len(text) > 10
-    tool(*words)
+    assert run_alone(generate.main, words) == 0
     assert (tmp_path / "text").read_text() == text, "the same seed must give the same text"
 
 
@@ -203,26 +214,19 @@ def test_no_flags_at_all_names_what_is_missing():
 
 def test_data_of_another_tokenizer_is_refused_before_any_process_group_starts(data, tmp_path):
     (tmp_path / "other.model").write_bytes((data / "tok.model").read_bytes() + b"\0")
-    words = flags(data, tmp_path / "run", 1, "--tokenizer-model", tmp_path / "other.model")
-    output = command(sys.executable, "pretrain_hmoe.py", *words, code=2)
+    words = flags(
+        data, tmp_path / "run", 1, "--tokenizer-model", tmp_path / "other.model", "--expert-model-parallel-size", 1
+    )
+    code, output = run_alone(start, list(map(str, words)))
+    assert code == 2
     assert "was made with --tokenizer-type SentencePieceTokenizer" in output and "Traceback" not in output
     assert "initializing torch distributed" not in output and not (tmp_path / "run").exists()
 
 
 def test_a_wrong_flag_ends_before_any_process_group_starts():
     """The messages themselves: tests/distributed/test_refusals.py."""
-    output = command(
-        sys.executable,
-        "pretrain_hmoe.py",
-        *TINY,
-        "--mock-data",
-        "--tokenizer-model",
-        "x",
-        "--train-iters",
-        "1",
-        "--hmoe-top-p",
-        "1.5",
-        code=2,
-    )
+    wrong = "--mock-data --tokenizer-model x --train-iters 1 --hmoe-top-p 1.5".split()
+    code, output = run_alone(start, [*TINY, *wrong])
+    assert code == 2
     assert "pretrain_hmoe.py: error: --hmoe-top-p 1.5: give a probability above 0, at most 1" in output
     assert "initializing torch distributed" not in output and "Traceback" not in output

@@ -191,8 +191,10 @@ def start(tmp_path):
 
 @pytest.mark.parametrize(
     ("packages", "words"),
-    [(HALF, "transformer-engine-cu13 2.9.0, but its torch part is missing"), (PYRAMIDS, "not installed")],
-    ids=["half an engine", "no engine, another apex"],
+    [
+        pytest.param(HALF, "transformer-engine-cu13 2.9.0, but its torch part is missing", id="half an engine"),
+        pytest.param(PYRAMIDS, "not installed", id="no engine, another apex", marks=pytest.mark.campaign),
+    ],
 )
 def test_a_start_without_the_kernels(start, packages, words):
     found = start(packages)

@@ -16,6 +16,7 @@ import pytest
 
 from hmoe_megatron.launch.nodes import reserved_port
 from tests.rows import rarely
+from tests.unit.forked_launcher import ForkedLauncher
 
 LAUNCH = Path(__file__).parents[2] / "tools" / "launch.py"
 TIMEOUT_S = 120  # to import torch takes a launcher ten seconds on two busy cores
@@ -67,6 +68,12 @@ def free_port():
         return free.getsockname()[1]
 
 
+def by_itself(words, environment):
+    """The command as a user starts it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(LAUNCH), *words], env=environment, **pipes)
+
+
 class Run:
     """Launchers of one run on this host, and what its ranks wrote."""
 
@@ -75,13 +82,12 @@ class Run:
         (folder / "rank.py").write_text(RANK)
         (folder / "plan.json").write_text(json.dumps(plan))
 
-    def launch(self, *flags, node=0, ranks=2, nodes=None, **environment):
+    def launch(self, *flags, node=0, ranks=2, nodes=None, start=ForkedLauncher, **environment):
         names = {"NNODES": nodes or self.nodes, "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
         environment = os.environ | {name: str(value) for name, value in (names | environment).items()}
-        command = [sys.executable, LAUNCH, "--nproc-per-node", ranks, "--backoff", "0.1", *flags]
-        command += [self.folder / "rank.py", "--save", self.folder, "--load", self.folder]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        launcher = subprocess.Popen(list(map(str, command)), env=environment, **pipes)
+        words = ["--nproc-per-node", ranks, "--backoff", "0.1", *flags]
+        words += [self.folder / "rank.py", "--save", self.folder, "--load", self.folder]
+        launcher = start(list(map(str, words)), environment)
         self.launchers[launcher.pid] = launcher
         return launcher
 
@@ -152,7 +158,7 @@ def test_ranks_of_two_nodes_know_where_they_are(start):
 
 def test_a_killed_rank_starts_all_again_with_one_line(start):
     run = start({"0": ["together:2 exit:1", ""], "1": ["together:2 kill:9", ""]})
-    code, lines = ended(run.launch())
+    code, lines = ended(run.launch(start=by_itself))
     assert (code, len(lines)) == (0, 1), lines
     assert lines[0].startswith("launch: rank ") and socket.gethostname() in lines[0]
     assert lines[0].endswith("restart 1 of 10 from the beginning in 0.1 s")

@@ -366,7 +366,7 @@ def test_the_picture(capsys, tmp_path, words):
         ([*MODEL, "--output", "/tmp"], "/tmp: a directory"),
         ([*MODEL, "--output", "same.file", "--plot", "same.file"], "give two files"),
         ([*MODEL, "--layer", "3"], "layer 3: the plan has layers 0-2"),
-        ([*MODEL, "--output", "/nowhere/plan.json"], "there is no directory /nowhere"),
+        ([*MODEL, "--output", "/dev/null/plan.json"], "--output /dev/null/plan.json: /dev/null is no directory"),
         ([*MODEL, "--old-plan", "/nowhere/plan.json"], "/nowhere/plan.json"),
         ([*MODEL, "--args", "/nowhere/x.args"], "/nowhere/x.args"),
         ([*MODEL, "--args", "a", "--run", "b"], "--args and --run: give one"),

@@ -1,5 +1,6 @@
 """tools/profile_hardware.py: the fit on times that are known exactly, flags, table, and the tool on this machine."""
 
+import contextlib
 import os
 import re
 import time
@@ -211,6 +212,8 @@ def test_only_rank_0_writes_and_only_when_all_is_measured(tmp_path, monkeypatch,
     assert profile_hardware.main(flags) == 2 and output.read_text() == "old"
     monkeypatch.setattr(machine, "measure", lambda fit, apart, seconds: made(CPU_GRID))
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(profile_hardware, "job", contextlib.nullcontext)
     capsys.readouterr()
     assert profile_hardware.main(flags) == 0 and output.read_text() == "old"
     assert profile_hardware.main([*flags, "--seconds", "0"]) == 2

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hmoe_megatron.tools.data_prep import encoding, shard
+from tests.rows import rarely
 from tests.unit.data_prep.calls import (
     ROOT,
     argv_of,
@@ -87,7 +88,7 @@ def work(tmp_path, monkeypatch, small_blocks):
     return argv_of(tmp_path / "*.jsonl", prefix=tmp_path / "out", flags=flags), contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [2, *rarely(1)])
 def test_killed_at_random_moments(workers, work, tmp_path):
     """After each kill the same command goes on; whenever a run ends by itself its bytes are those of a whole one."""
     argv, whole = work[0] + ["--workers", str(workers)], work[1]
@@ -278,22 +279,28 @@ def test_line_numbers_of_a_shard_are_those_of_the_file(work, tmp_path):
             assert Path(record["file"]).read_text().splitlines()[record["line"] - 1] == record["raw"]
 
 
-@pytest.mark.skipif(
-    shutil.which("mpirun") is None and not (Path(sys.executable).parent / "mpirun").exists(),
-    reason="no mpirun is installed",
-)
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+NO_MPIRUN = MPIRUN is None
+
+
+def by_mpirun(argv):
+    command = [MPIRUN, "-n", "2", sys.executable, str(ROOT / "tools/preprocess_data.py"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.skipif(NO_MPIRUN, reason="no mpirun is installed")
 def test_mpirun_makes_the_same_bytes(work, tmp_path):
     argv, whole = work
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    command = [mpirun, "-n", "2", sys.executable, str(ROOT / "tools/preprocess_data.py"), *argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = by_mpirun(argv)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == whole
-    for name in left_in(tmp_path):
-        (tmp_path / name).unlink()
-    stop = [word if word != "quarantine" else "stop" for word in command]
-    done = subprocess.run(stop, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(NO_MPIRUN, reason="no mpirun is installed")
+def test_mpirun_ends_on_every_process_where_one_meets_a_bad_record(work, tmp_path):
+    done = by_mpirun([word if word != "quarantine" else "stop" for word in work[0]])
     assert done.returncode != 0 and ".jsonl:" in done.stderr and "correct the record" in done.stderr
     assert not any(name.endswith(".idx") for name in left_in(tmp_path))
 

@@ -62,7 +62,10 @@ TEXT = "--tasks none --input DIR/held.txt"
         (f"{ALL} --tasks piqa,piqa", "name each benchmark once"),
         (f"--load DIR/run {TEXT} --limit 0", "--limit 0: give at least 1"),
         (f"--load DIR/run {TEXT} --batch-tokens -3", "--batch-tokens -3: give at least 1"),
-        (f"--load DIR/run {TEXT} --output DIR/none/a.json", "--output DIR/none/a.json: no such directory"),
+        (
+            f"--load DIR/run {TEXT} --output DIR/held.txt/a.json",
+            "--output DIR/held.txt/a.json: DIR/held.txt is no directory",
+        ),
     ],
 )
 def test_wrong_flags_and_files(refused, words, said):

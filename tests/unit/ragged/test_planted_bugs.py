@@ -11,6 +11,7 @@ import torch
 from hmoe_megatron.moe.compute import ragged
 from hmoe_megatron.moe.compute.ragged.self_test import Case, drawn, problem
 from tests.distributed.ranks import run_ranks
+from tests.rows import rarely
 from tests.unit.ragged import cases
 
 pytestmark = cases.INTERPRETED
@@ -152,14 +153,14 @@ def second_pass(package) -> str:
 
 
 @pytest.mark.parametrize(
-    "bugs", [BUGS[::2], pytest.param(BUGS[1::2], marks=pytest.mark.campaign)], ids=["every other", "the others"]
+    "bugs", [BUGS[::3], *rarely(BUGS[1::3], BUGS[2::3])], ids=["every third", "the next", "the last"]
 )
 def test_every_planted_bug_is_found(tmp_path, bugs):
     assert found_by(ragged) == ""
     how = {bug.name: in_a_process_of_its_own(tmp_path, number, bug) for number, bug in enumerate(bugs)}
     print(f"{sum(map(bool, how.values()))} of {len(bugs)} planted bugs found")
     print("\n".join(f"{name}: {found or 'NOT FOUND'}" for name, found in how.items()))
-    assert len(bugs) >= 10 and all(how.values()), [name for name, found in how.items() if not found]
+    assert len(bugs) >= 7 and all(how.values()), [name for name, found in how.items() if not found]
 
 
 def test_every_bug_can_be_planted(tmp_path):
