@@ -18,18 +18,33 @@ def main() -> int:
     try:
         from hmoe_megatron import machine
         from hmoe_megatron.command_line import short_help
+        from hmoe_megatron.telemetry import console
 
         if {"--help", "-h"} & {*sys.argv[1:]}:
             print(short_help(), end="")
             return 0
-        machine.prepare_environment()  # before torch and Megatron read it
-        from hmoe_megatron import training
-        from hmoe_megatron.data.checks import check_data
-        from hmoe_megatron.exits import RunEnded
     except ModuleNotFoundError as error:
-        remedy = "take the Python that has it (.venv/bin/python after `make`), or pip install -e . here"
-        print(f"pretrain_hmoe.py: error: {sys.executable} has no {error.name!r}: {remedy}", file=sys.stderr)
-        return 2
+        return missing(error)
+    with console.of_run(sys.argv[1:]):
+        try:
+            machine.prepare_environment()  # before torch and Megatron read it
+            from hmoe_megatron import training
+        except ModuleNotFoundError as error:
+            return missing(error)
+        return run(argv, training)
+
+
+def missing(error: ModuleNotFoundError) -> int:
+    """Say what this Python lacks."""
+    remedy = "take the Python that has it (.venv/bin/python after `make`), or pip install -e . here"
+    print(f"pretrain_hmoe.py: error: {sys.executable} has no {error.name!r}: {remedy}", file=sys.stderr)
+    return 2
+
+
+def run(argv: list[str], training) -> int:
+    """The run that the flags describe."""
+    from hmoe_megatron.data.checks import check_data
+    from hmoe_megatron.exits import RunEnded
 
     try:
         training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine

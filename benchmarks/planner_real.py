@@ -75,6 +75,8 @@ def train(name: str, placement: str, steps: int) -> Path:
         1,
         "--eval-iters",
         0,
+        "--hmoe-console",
+        "megatron",
     ]
     log = directory / "train.log"
     with log.open("w") as file:

@@ -29,7 +29,8 @@ MODEL = (
     "--untie-embeddings-and-output-weights --num-experts 4 --moe-router-topk 2 --hmoe-widths 16,32,48,64 "
     "--hidden-dropout 0 --attention-dropout 0 --expert-model-parallel-size 2 --micro-batch-size 2 "
     "--global-batch-size 4 --lr 1e-3 --lr-decay-style constant --train-iters 100000 --save-interval 5 --log-interval 1 "
-    "--eval-interval 100000 --eval-iters 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --seed 1"
+    "--eval-interval 100000 --eval-iters 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --seed 1 "
+    "--hmoe-console megatron"
 ).split()
 STEP = re.compile(r" iteration +(\d+)/ ")
 RESTART = re.compile(r"launch: rank (\d) on \S+ .* restart \d+ of \d+ from step (\d+) in ([0-9.]+) s")

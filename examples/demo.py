@@ -24,9 +24,9 @@ EXAMPLE = ROOT / "examples" / "tiny_cpu" / "hmoe_topp.args"
 STEPS, RESUMED_STEPS, TOKENS, VOCABULARY = 240, 10, 200, 4096
 PROMPT = "ROMEO. "
 
-ITERATION = re.compile(r" iteration +(\d+)/ *(\d+) .* lm loss: ([0-9.E+-]+)")
-VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: ([0-9.E+-]+)")
-RESUMED = re.compile(r"successfully loaded checkpoint .* at iteration (\d+)")
+ITERATION = re.compile(r"^ step +(\d+)/(\d+) \| loss ([0-9.]+)")
+VALIDATION = re.compile(r"^ step +(\d+) \| validation loss ([0-9.]+), perplexity [0-9.]+$")
+RESUMED = re.compile(r"^ goes on from .*, step (\d+)")
 
 
 def tool(name: str, *arguments) -> list[str]:

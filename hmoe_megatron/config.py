@@ -82,6 +82,12 @@ class HMoEConfig:
     run_dir: str | None = _setting(
         None, "Directory for the placement plan and telemetry.jsonl; default: --save, without it nothing is written."
     )
+    console: str = _setting(
+        "short",
+        "short: what is trained and where, a line every --log-interval steps, what is saved, what goes wrong; "
+        "Megatron's own output goes to megatron.log in the run's directory. megatron: all of it.",
+        ("short", "megatron"),
+    )
     skip_integrity: bool = _setting(
         False,
         "Load a checkpoint without comparing the SHA-256 of its files (a read of all of them), also one without a "

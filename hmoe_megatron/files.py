@@ -13,6 +13,7 @@ from typing import BinaryIO
 PLAN_FILE = "placement_plan.json"
 RUN_ARGUMENTS_FILE = "run_arguments.json"
 TELEMETRY_FILE = "telemetry.jsonl"
+LOG_FILE = "megatron.log"
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:

@@ -30,6 +30,7 @@ from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
 from hmoe_megatron.placement.table import plan_table
+from hmoe_megatron.telemetry import console
 from hmoe_megatron.telemetry.accounting import (
     expected_active_width,
     expert_parameters,
@@ -233,6 +234,8 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     numeric_guard.install(layout.stats)
+    if screen := console.current():
+        screen.run_is(args.seq_length, partial(step_flops, args), machine.peak_flops(args.world_size))
     if args.exit_signal_handler:
         end_after_the_step(get_signal_handler(), args)
     fell_back = layout.settings.gemm_backend == "auto" and machine.has_gpu() and "triton" not in layout.computed_by
@@ -240,14 +243,17 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
     if args.rank == 0:
         announce(args, layout, parameters)
-    written = args.rank != 0 or not run_dir
+    started = False
 
     def step(data_iterator, model):
         """Model, checkpoint and data are there by now: a start that fails before leaves the files of the run before."""
-        nonlocal written
-        if not written:
-            written = True
-            write_run(layout, run_dir, argv)
+        nonlocal started
+        if not started:
+            started = True
+            if args.rank == 0 and run_dir:
+                write_run(layout, run_dir, argv)
+            if screen:
+                screen.log_to(run_dir)
         return forward_step(data_iterator, model)
 
     try:
@@ -257,6 +263,13 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
             checkpoints.end()
         raise
     checkpoints.end()
+
+
+def step_flops(args: argparse.Namespace, samples: int) -> float:
+    """Of one step on all ranks, forward and backward, by the widths that tokens activated."""
+    from megatron.training import training as stock
+
+    return stock.num_floating_point_operations(args, samples)
 
 
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:

@@ -11,7 +11,7 @@ from tests.distributed.training_run import TINY
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-FLAGS = [*TINY, *"--hmoe-widths 16,32,48,64 --expert-model-parallel-size 2".split()]
+FLAGS = [*TINY, *"--hmoe-widths 16,32,48,64 --expert-model-parallel-size 2 --hmoe-console megatron".split()]
 # Megatron prints the mean since its last line: of one step, but of two in the second step after a start.
 STEP = re.compile(r" iteration +(\d+)/ .* lm loss: ([0-9.E+-]+) .* grad norm: ([0-9.]+)")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tests.distributed.training_run import TINY
 
 # Ranks come from a fork server, whose children can't start loader processes of their own.
-MODEL = "--hmoe-widths 16,32,48,64 --num-workers 0"
+MODEL = "--hmoe-widths 16,32,48,64 --num-workers 0 --hmoe-console megatron"
 
 
 class Ended(NamedTuple):

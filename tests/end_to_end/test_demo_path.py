@@ -110,9 +110,13 @@ def whole_run(data, tmp_path_factory):
 
 def test_training_prints_plan_losses_and_telemetry(whole_run):
     run, output = whole_run
-    assert "parameters: 0.0" in output and "idle" in output
+    lines = output.splitlines()
+    assert "parameters: 0.0" in output and "idle" in output and max(map(len, lines)) < 400
+    assert next(number for number, line in enumerate(lines) if "experts on 2 ranks" in line) < 20
+    assert len([line for line in lines if line.startswith(" step ") and "tokens/s" in line]) == 6
+    assert "-- arguments --" not in output and "-- arguments --" in (run / "megatron.log").read_text()
     assert output.count(" data: SHA-256 of all files compared") == 1
-    found = re.findall(r"validation loss at iteration \d+ \| lm loss value: ([0-9.E+-]+)", output)
+    found = re.findall(r" step +\d+ \| validation loss ([0-9.]+)", output)
     losses = [float(loss) for loss in found]
     assert len(losses) >= 2 and losses[-1] < losses[0]
     records = [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
@@ -142,7 +146,7 @@ def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
     shutil.copytree(run / "iter_0000003", resumed / "iter_0000003")
     (resumed / "latest_checkpointed_iteration.txt").write_text("3")
     ended = run_ranks(RANKS, start, list(map(str, flags(data, resumed, 6, "--load", resumed))), timeout_s=120)
-    assert [code for code, _ in ended] == [0] * RANKS and "at iteration 3" in ended[0][1]
+    assert [code for code, _ in ended] == [0] * RANKS and ", step 3" in ended[0][1]
     expected, losses = (read_scalars(r / "tensorboard", [])["lm loss"] for r in (run, resumed))
     assert losses.x.tolist() == [4, 5, 6]
     assert losses.y.tolist() == expected.y[3:].tolist()
@@ -152,7 +156,11 @@ def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
 def test_asynchronous_saves_equal_synchronous_ones(data, whole_run, tmp_path):
     """Written by a worker beside the training loop, which imports the entry point again and ends with its rank."""
     run, _ = whole_run
-    output = command(*torchrun(*flags(data, tmp_path, 6, "--async-save", "--use-persistent-ckpt-worker")))
+    output = command(
+        *torchrun(
+            *flags(data, tmp_path, 6, "--async-save", "--use-persistent-ckpt-worker", "--hmoe-console", "megatron")
+        )
+    )
     assert output.count("scheduled an async checkpoint save") == 2
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
     for name in ("iter_0000003", "iter_0000006"):
@@ -195,7 +203,7 @@ def test_a_killed_run_starts_again_from_its_last_checkpoint(data, tmp_path):
     assert launcher.wait(timeout=60) != 0
     saved = int(tracker.read_text())
     output = command(*torchrun(*flags(data, run, saved + 3, "--load", run, "--override-opt_param-scheduler")))
-    assert f"at iteration {saved}" in output
+    assert f", step {saved}" in output
     iterations = [json.loads(line)["iteration"] for line in (run / "telemetry.jsonl").read_text().splitlines()]
     assert iterations == list(range(1, saved + 4))
 

@@ -25,6 +25,8 @@ FLAGS = {
     "--hmoe-gemm-backend",
     "--hmoe-keep-hidden",
     "--hmoe-run-dir",
+    "--hmoe-console",
+    "--hmoe-default-signals",
     "--hmoe-idle-expert-steps",
     "--hmoe-skip-integrity",
     "--hmoe-verify-data",
