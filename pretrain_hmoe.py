@@ -46,6 +46,8 @@ def run(argv: list[str], training) -> int:
     from hmoe_megatron.data.checks import check_data
     from hmoe_megatron.exits import RunEnded
 
+    if "--hmoe-check-only" in argv:
+        return training.check_only(argv)
     try:
         training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine
         args, layout, start = training.parse_arguments(argv)  # flags, checkpoint, plan; nothing has started yet

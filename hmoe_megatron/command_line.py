@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
 
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, flag_of
 from hmoe_megatron.untrusted import near
@@ -43,7 +44,19 @@ def short_help() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Ours, and short errors (Megatron's ``extra_args_provider``)."""
     parser.error = functools.partial(_say_what_is_wrong, parser)
-    return add_hmoe_arguments(parser)
+    add_hmoe_arguments(parser)
+    parser.add_argument("--world-size", type=int, dest="checked_ranks", help="ranks, for --hmoe-check-only")
+    return parser
+
+
+def checked_ranks(argv: Sequence[str]) -> int | None:
+    """Of --world-size; None where this machine's own ranks are meant. Raises ValueError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--world-size")
+    given = parser.parse_known_args(argv)[0].world_size
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        raise ValueError(f"--world-size {given:.40}: give the number of ranks, 1 or more")
+    return given and int(given)
 
 
 def _say_what_is_wrong(parser: argparse.ArgumentParser, message: str) -> None:

@@ -82,6 +82,11 @@ class HMoEConfig:
     run_dir: str | None = _setting(
         None, "Directory for the placement plan and telemetry.jsonl; default: --save, without it nothing is written."
     )
+    check_only: bool = _setting(
+        False,
+        "Check everything, print the plan, the parameters and the memory of the fullest rank, and stop; nothing is "
+        "written. With --world-size N for N ranks with GPUs, whatever this machine has.",
+    )
     console: str = _setting(
         "short",
         "short: what is trained and where, a line every --log-interval steps, what is saved, what goes wrong; "

@@ -15,8 +15,9 @@ import torch
 
 from hmoe_megatron import collectives, machine, patches
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
-from hmoe_megatron.command_line import add_arguments
+from hmoe_megatron.command_line import add_arguments, checked_ranks
 from hmoe_megatron.config import HMoEConfig, hmoe_config_from_args, widths_from_args
+from hmoe_megatron.data.checks import check_data, data_is_here
 from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
@@ -26,6 +27,7 @@ from hmoe_megatron.moe import gradient_norm
 from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.patches import hooks
+from hmoe_megatron.patches.as_if_gpu import transformer_engine_is_there
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
@@ -39,6 +41,7 @@ from hmoe_megatron.telemetry.accounting import (
 )
 from hmoe_megatron.telemetry.counters import RoutingStats
 from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments
+from hmoe_megatron.validate_args.memory import fullest_rank, memory_lines
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, pad_vocabulary
 from hmoe_megatron.validate_args.unread import unread_problems
 
@@ -78,12 +81,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
         args = parse_args(add_arguments)
     finally:
         sys.argv = given
-    if unread := list(unread_problems(argv)):
-        raise ValueError("\n".join(unread))
-    settings = hmoe_config_from_args(args)
+    settings = checked_settings(args, argv)
     pad_vocabulary(args)
     args.exit_signal_handler |= not settings.default_signals
-    check_megatron_arguments(args, settings, machine.has_gpu())
     start = starting_checkpoint(args)
     layout = expert_layout(args, settings, start)
     check_dispatch(args, layout)
@@ -95,6 +95,22 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     args.num_experts = logical
     core_transformer_config_from_args(args)  # for its checks, before anything starts
     return args, layout, start
+
+
+def checked_settings(args: argparse.Namespace, argv: list[str]) -> HMoEConfig:
+    """Of parsed arguments. Raises ValueError with all that is wrong with the flags by themselves."""
+    problems, settings = list(unread_problems(argv)), HMoEConfig()
+    try:
+        settings = hmoe_config_from_args(args)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        check_megatron_arguments(args, settings, machine.has_gpu())
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return settings
 
 
 def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start | None) -> ExpertLayout:
@@ -205,6 +221,44 @@ def start_megatron(args: argparse.Namespace) -> None:
             f"the tokenizer has {get_tokenizer().vocab_size} tokens and the model {args.padded_vocab_size} rows for "
             "them (--padded-vocab-size): give the model's own tokenizer"
         )
+
+
+def check_only(argv: list[str]) -> int:
+    """What --hmoe-check-only does; the exit code. Writes nothing."""
+    try:
+        ranks = checked_ranks(argv)
+        prepare()
+        if ranks:
+            machine.assume_gpus(ranks)
+            transformer_engine_is_there()
+        args, layout, start = parse_arguments(argv)
+        if there := data_is_here(args):
+            check_data(args)
+        if start:
+            Checkpoints(args, layout, start).compare(start.path)
+        if args.padded_vocab_size is None:
+            pad_vocabulary_of_tokenizer(args)
+    except (ValueError, AssertionError, RunEnded) as error:
+        return refuse(error)
+    announce(args, layout, parameter_counts(args, layout.widths))
+    print("\n".join(memory_lines(fullest_rank(args, layout))))
+    print(f" {args.world_size} ranks: all that can be checked without them is in order, nothing was written")
+    if not there:
+        print(" the data is not on this machine and was not looked at")
+    return 0
+
+
+def pad_vocabulary_of_tokenizer(args: argparse.Namespace) -> None:
+    """As Megatron will when it has built the tokenizer. Raises ValueError where that is not on this machine."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    try:
+        build_tokenizer(args)
+    except Exception as error:
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: {type(error).__name__}: {error!s:.200}: give "
+            "--padded-vocab-size where the tokenizer is not on this machine"
+        ) from None
 
 
 def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoints, argv: list[str]) -> None:

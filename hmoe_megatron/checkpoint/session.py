@@ -74,7 +74,7 @@ class Checkpoints:
             self._take(Path(self.args.save))
         if self.start:
             self.start.wait()
-            self._compare(self.start.path)
+            self.compare(self.start.path)
         if self.args.save and not self._goes_on_in_save():
             self._keep_others(Path(self.args.save))
 
@@ -99,7 +99,7 @@ class Checkpoints:
                 f"this run does not go on from them: add --load {root}, or give another --save"
             )
 
-    def _compare(self, path: Path) -> None:
+    def compare(self, path: Path) -> None:
         """Raises CheckpointRefused with every setting that differs and matters; says the others."""
         try:
             saved = load_manifest(path).settings

@@ -17,6 +17,12 @@ def data_sets(args: argparse.Namespace) -> list[DataSet]:
     return [DataSet(prefix) for prefix in dict.fromkeys(prefixes) if "://" not in prefix]
 
 
+def data_is_here(args: argparse.Namespace) -> bool:
+    """Whether any file of the data is on this machine, or none is named."""
+    found = data_sets(args)
+    return not found or any(data.idx.exists() or data.bin.exists() for data in found)
+
+
 def check_data(args: argparse.Namespace) -> None:
     """Lengths of all files, the tokenizer where a sidecar names one, and that each split has what it will read.
 

@@ -10,7 +10,7 @@ import sys
 
 from hmoe_megatron.machine import optional
 from hmoe_megatron.machine.flags import cpu_argv, gpu_argv
-from hmoe_megatron.machine.fused_kernels import summary
+from hmoe_megatron.machine.fused_kernels import APEX, GRADIENT_ACCUMULATION, MASKED_SOFTMAX, Kernels, summary
 
 # Megatron asks for it with tensor parallelism, whatever the device: kernels then start in the order of their calls.
 # CUDA reads it when it starts.
@@ -29,6 +29,24 @@ def has_gpu():
     import torch
 
     return torch.cuda.is_available()
+
+
+def assume_gpus(ranks: int) -> None:
+    """For `--hmoe-check-only`: from now on this is rank 0 of so many on GPUs that lack nothing."""
+    global has_gpu
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, 8))}
+    has_gpu = _assumed
+    modules = frozenset((*GRADIENT_ACCUMULATION, *MASKED_SOFTMAX, APEX))
+    optional.kernels = lambda: Kernels("of the GPU machine", "", modules, True)
+
+
+def is_assumed() -> bool:
+    """Whether there is no GPU of which this process says that there is one."""
+    return has_gpu is _assumed
+
+
+def _assumed() -> bool:
+    return True
 
 
 def prepare_environment():

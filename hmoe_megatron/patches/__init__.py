@@ -2,6 +2,7 @@
 
     cpu_*   what Megatron needs of a machine without a GPU: stand-ins for CUDA, gloo's gaps
     fix_*   defects of Megatron 0.19.2 that every machine has
+    as_if_* what a configuration for GPUs needs to be checked where there is none
     hooks   where the run's own code goes into Megatron's, which has no seam there
 
 `apply` runs the first kind, `fix` the second; the features install their hooks. A new Megatron is checked here.
@@ -13,8 +14,8 @@ from hmoe_megatron import machine
 from hmoe_megatron.patches import registry
 
 _MODULES = (
-    "cpu_async_save cpu_cuda cpu_gloo cpu_megatron fix_dataset_helpers fix_learning_rate fix_optimizer_checkpoints "
-    "fix_rng_of_ranks fix_sequence_parallel_norm fix_torch_adam hooks"
+    "as_if_gpu cpu_async_save cpu_cuda cpu_gloo cpu_megatron fix_dataset_helpers fix_learning_rate "
+    "fix_optimizer_checkpoints fix_rng_of_ranks fix_sequence_parallel_norm fix_torch_adam hooks"
 ).split()
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 KINDS = {
     "cpu": "only where there is no GPU",
     "fix": "always: a defect of this Megatron, where it is there",
+    "check": "only for --hmoe-check-only --world-size",
     "hook": "always: Megatron has no seam for it",
 }
 

@@ -415,6 +415,7 @@ TESTS = {
     ),
     "optimizer_is_built": ("distributed/test_determinism", "test_the_norm_with_cut_experts_is_that_of_whole_ones"),
     "reports_of_flops_and_memory": ("unit/test_accounting", "test_flops_use_the_measured_activated_width"),
+    "transformer_engine_is_there": ("unit/test_check_only", "test_a_configuration_for_gpus_is_checked_without_one"),
     "training_step": ("distributed/test_numeric_faults", "test_stock_saves_the_step_and_locks_out"),
     "checkpoints": ("distributed/test_saving", "test_a_save_that_fails_once_is_tried_again"),
     "unpadded_flex_dispatcher": ("unit/test_slots", "test_no_dispatcher_pads_rows_for_fp8_kernels"),

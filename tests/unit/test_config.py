@@ -25,6 +25,7 @@ FLAGS = {
     "--hmoe-gemm-backend",
     "--hmoe-keep-hidden",
     "--hmoe-run-dir",
+    "--hmoe-check-only",
     "--hmoe-console",
     "--hmoe-default-signals",
     "--hmoe-idle-expert-steps",

@@ -27,7 +27,7 @@ def second_rank(tmp_path, monkeypatch):
         if not (path / directory.MANIFEST_FILE).is_file():
             raise CheckpointRefused(f"{path}: no manifest")
 
-    monkeypatch.setattr(Checkpoints, "_compare", compare)
+    monkeypatch.setattr(Checkpoints, "compare", compare)
     monkeypatch.setattr("hmoe_megatron.checkpoint.settings.model_settings", lambda *_: {})
     args = arguments(tmp_path)
 

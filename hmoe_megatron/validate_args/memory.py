@@ -1,0 +1,189 @@
+"""Bytes that a rank will hold: weights, gradients and optimizer state exactly, activations about.
+
+Legend: h hidden size, e bytes of an element, V rows of the vocabulary. Attention is taken to keep its scores where
+Megatron computes it itself (`--transformer-impl local`), and not where Transformer Engine does.
+"""
+
+import argparse
+from typing import NamedTuple
+
+from hmoe_megatron.moe.layout import ExpertLayout
+from hmoe_megatron.telemetry.accounting import expected_active_width
+from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
+
+
+class RankMemory(NamedTuple):
+    """Bytes of one rank. stage, rank: of the pipeline and of the expert-parallel group. attention, experts, logits: of
+    activations, with what stands beside the first two in a layer."""
+
+    stage: int
+    rank: int
+    weights: int
+    gradients: int
+    optimizer: int
+    attention: float
+    experts: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(self[2:])
+
+
+class _Copies(NamedTuple):
+    """Bytes that a parameter takes: its weight, its gradient, its optimizer state."""
+
+    weight: float
+    gradient: float
+    optimizer: float
+
+
+def fullest_rank(args: argparse.Namespace, layout: ExpertLayout) -> RankMemory:
+    """args: Megatron's, validated. Even routing is assumed."""
+    stages, ranks = args.pipeline_model_parallel_size, layout.plan.ranks
+    found = [of_rank(args, layout, stage, rank) for stage in range(stages) for rank in range(ranks)]
+    return max(found, key=lambda memory: memory.total)
+
+
+def of_rank(args: argparse.Namespace, layout: ExpertLayout, stage: int, rank: int) -> RankMemory:
+    """Of one pipeline stage and expert-parallel rank."""
+    layers = layers_of(args, stage)
+    dense = _dense_parameters(args, layout, stage, layers)
+    held = _expert_width(layout, layers, rank)
+    experts = 3 * args.hidden_size * held // expert_tensor_parallel_size(args)
+    replicas = args.data_parallel_size * args.context_parallel_size
+    expert_replicas = args.world_size // (
+        args.pipeline_model_parallel_size * layout.plan.ranks * expert_tensor_parallel_size(args)
+    )
+    of_dense, of_experts = _copies(args, replicas), _copies(args, expert_replicas)
+    live = _live_micro_batches(args, stage)
+    attention, routed = _activations(args, layout, layers, rank)
+    return RankMemory(
+        stage,
+        rank,
+        *(round(dense * one + experts * other) for one, other in zip(of_dense, of_experts, strict=True)),
+        live * attention,
+        live * routed,
+        _logits(args) if stage == args.pipeline_model_parallel_size - 1 else 0.0,
+    )
+
+
+def layers_of(args: argparse.Namespace, stage: int) -> range:
+    """Decoder layers of a pipeline stage. With virtual stages their numbers are others, their count is this."""
+    stages, first, last = (
+        args.pipeline_model_parallel_size,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+    )
+    counts = [None] * stages
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    rest = counts.count(None)
+    share = (args.num_layers - sum(filter(None, counts))) // rest if rest else 0
+    counts = [share if count is None else count for count in counts]
+    return range(sum(counts[:stage]), sum(counts[: stage + 1]))
+
+
+def _expert_width(layout: ExpertLayout, layers: range, rank: int) -> int:
+    return sum(piece.width for layer in layers if layer in layout.widths for piece in layout.pieces(layer)[rank])
+
+
+def _dense_parameters(args, layout, stage: int, layers: range) -> int:
+    """Of the stage on one tensor-parallel rank: what is divided, and what every one holds whole."""
+    h, tensor = args.hidden_size, args.tensor_model_parallel_size
+    heads_width = args.num_attention_heads * args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    qkv = heads_width + 2 * groups * args.kv_channels
+    norm = h * (1 if args.normalization == "RMSNorm" else 2)
+    divided, whole = len(layers) * (h * (qkv + heads_width) + (qkv if args.add_qkv_bias else 0)), 2 * len(layers) * norm
+    if args.qk_layernorm:
+        whole += len(layers) * 2 * args.kv_channels * norm // h
+    for layer in layers:
+        if layer in layout.widths:
+            whole += h * len(layout.widths[layer])
+            divided += 3 * h * (args.moe_shared_expert_intermediate_size or 0)
+            whole += h if args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size else 0
+        else:
+            divided += 3 * h * args.ffn_hidden_size
+    is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
+    vocabulary = args.padded_vocab_size * h
+    divided += vocabulary if is_first else 0
+    if is_last:
+        whole += norm
+        divided += vocabulary if args.untie_embeddings_and_output_weights or not is_first else 0
+    if is_first and args.position_embedding_type == "learned_absolute":
+        whole += args.max_position_embeddings * h
+    return divided // tensor + whole
+
+
+def _copies(args, replicas: int) -> _Copies:
+    """Adam's; of fewer moments with other optimizers."""
+    is_half = args.bf16 or args.fp16
+    weight = 2 if is_half else 4
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not is_half else 2
+    moments = {"adam": 8, "lion": 4, "sgd": 4 if args.sgd_momentum else 0}[args.optimizer]
+    state = moments + (4 if is_half else 0)  # and the fp32 weight
+    return _Copies(weight, gradient, state / (replicas if args.use_distributed_optimizer else 1))
+
+
+def _live_micro_batches(args, stage: int) -> float:
+    """Whose activations a stage holds at once: 1F1B, or interleaved over virtual stages."""
+    stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
+    count = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    if chunks == 1:
+        return min(count, stages - stage)
+    return min(count * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
+
+
+def _activations(args, layout, layers: range, rank: int) -> tuple[float, float]:
+    """(attention and norms, experts and what leads to them) of one micro-batch through the layers, in bytes."""
+    e = 2 if args.bf16 or args.fp16 else 4
+    h, tensor = args.hidden_size, args.tensor_model_parallel_size
+    sequence = args.seq_length // args.context_parallel_size
+    tokens = sequence * args.micro_batch_size
+    here = tokens / tensor  # with sequence parallelism
+    if args.recompute_granularity == "full":
+        return len(layers) * here * h * e, 0.0
+    heads = args.num_attention_heads / tensor
+    groups = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) / tensor
+    selected = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
+    attention = here * h * 2 * e + tokens * args.kv_channels * (2 * heads + 2 * groups) * e
+    if args.transformer_impl == "local" and "core_attn" not in selected:
+        attention += 2 * heads * sequence * tokens * e  # scores and their softmax
+    routed = 0.0
+    for layer in layers:
+        routed += here * h * 2 * e
+        if layer not in layout.widths:
+            routed += 3 * tokens * args.ffn_hidden_size / tensor * e
+            continue
+        if "moe" in selected:
+            continue
+        widths = layout.widths[layer]
+        routed += here * len(widths) * 3 * 4 + 3 * tokens * (args.moe_shared_expert_intermediate_size or 0) / tensor * e
+        chosen = expected_active_width(layout.settings, args.moe_router_topk, widths) * len(widths) / sum(widths)
+        rows = here * chosen / len(widths) * layout.plan.ranks  # of one expert, from all ranks
+        pieces, share = layout.pieces(layer)[rank], expert_tensor_parallel_size(args)
+        kept = 3 if layout.settings.keep_hidden else 2
+        routed += sum(rows * share * (2 * h + kept * piece.width / share) * e for piece in pieces)
+    return len(layers) * attention, routed
+
+
+def _logits(args) -> float:
+    """In the model's type, their softmax and its gradient in fp32; the last micro-batch of the last stage."""
+    e = 2 if args.bf16 or args.fp16 else 4
+    tokens = args.seq_length // args.context_parallel_size * args.micro_batch_size
+    return tokens * args.padded_vocab_size / args.tensor_model_parallel_size * (e + 8)
+
+
+def memory_lines(memory: RankMemory) -> list[str]:
+    """For people, at most 100 columns."""
+    gib = {name: value / 2**30 for name, value in zip(memory._fields[2:], memory[2:], strict=True)}
+    return [
+        f" memory of the fullest rank, {memory.total / 2**30:.2f} GiB with even routing (pipeline stage "
+        f"{memory.stage}, expert-parallel rank {memory.rank}):",
+        f"   weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer {gib['optimizer']:.2f}; "
+        f"activations about {gib['attention'] + gib['experts'] + gib['logits']:.2f} "
+        f"(attention {gib['attention']:.2f}, experts {gib['experts']:.2f}, logits {gib['logits']:.2f})",
+    ]
