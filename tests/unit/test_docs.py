@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hmoe_megatron.config import add_hmoe_arguments, flags_document
+from hmoe_megatron.command_line import add_arguments
+from hmoe_megatron.config import flags_document
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -23,7 +24,7 @@ TOOL_FLAGS = re.compile(r"add(?:_argument)?\(\s*\"(--[a-z-]+)\"")
 def known_flags():
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = add_hmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     flags = {option for action in parser._actions for option in action.option_strings}
     for source in [*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]:
         flags |= set(TOOL_FLAGS.findall(source.read_text()))
