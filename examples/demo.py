@@ -187,7 +187,8 @@ def main() -> None:
         "generate.log",
     )
     print((DEMO / "sample.txt").read_text(), flush=True)
-    run("Report", tool("run_report.py", RUN, "--output", DEMO / "report.html", "--png", DEMO / "figures"), "report.log")
+    page = ("--output", DEMO / "report.html", "--png", DEMO / "figures", "--sample", DEMO / "sample.txt")
+    run("Report", tool("run_report.py", RUN, *page), "report.log")
     (first_step, first), (last_step, last) = losses[0], losses[-1]
     print(f"\nValidation loss {first:.3f} at step {first_step}, {last:.3f} at step {last_step}.")
     print(f"Placement plan  {(RUN / 'placement_plan.json').relative_to(ROOT)}")

@@ -1,10 +1,13 @@
 """The report of a training run: losses, experts, ranks, and the plan. Imports no torch."""
 
 import os
+import shlex
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+from hmoe_megatron.files import RUN_ARGUMENTS_FILE, read_text
+from hmoe_megatron.flag_files import run_arguments
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.tools.report import training_pictures
 from hmoe_megatron.tools.report.drawing import draw
@@ -18,6 +21,7 @@ PICTURES = {
     "activated_parameters.png": training_pictures.activated_parameters,
     "rank_balance.png": training_pictures.rank_balance,
 }
+MAX_SAMPLE_BYTES = 1 << 16
 HEADS = ("expert", "width", "share of tokens", "share of FLOPs", "")
 
 
@@ -26,11 +30,13 @@ def write_report(
     output: str | os.PathLike | None = None,
     png_dir: str | os.PathLike | None = None,
     tensorboard_dir: str | os.PathLike | None = None,
+    sample: str | os.PathLike | None = None,
 ) -> list[Path]:
     """Write the page and its pictures; returns their paths, the page first.
 
     output: default report.html in the run directory; png_dir: default figures/ beside the page; tensorboard_dir:
-    default tensorboard/ in the run directory. Raises ValueError with file and line for what cannot be read.
+    default tensorboard/ in the run directory; sample: a file of text that the model wrote. Raises ValueError with file
+    and line for what cannot be read.
     """
     run_dir, notes = Path(run_dir), []
     run = read_run(run_dir, notes)
@@ -40,9 +46,20 @@ def write_report(
     sections = [("", figures(drawn)), (f"Experts at iteration {run.last['iteration']:,}", _expert_tables(run))]
     if run.plan:
         sections.append(("Placement of the experts", f"<pre>{escape(plan_table(run.plan))}</pre>"))
+    if (run_dir / RUN_ARGUMENTS_FILE).exists():
+        sections.append(("Flags", f'<pre class="text">{escape(shlex.join(run_arguments(run_dir)))}</pre>'))
+    if sample:
+        sections.append(("Sampled text", f'<pre class="text">{escape(_text(Path(sample)))}</pre>'))
     html = html_page(f"HMoE: {run_dir.absolute().name}", _facts(run), notes, sections)
     page = Path(output or run_dir / "report.html")
     return write_files(page, html, Path(png_dir or page.parent / "figures"), drawn, PICTURES)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, MAX_SAMPLE_BYTES)[:MAX_SAMPLE_BYTES]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _facts(run: Run) -> dict[str, str]:

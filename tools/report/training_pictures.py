@@ -15,8 +15,9 @@ BALANCE_LOOKS = {
 }
 
 
-def _at_point(axes, text: str, x: float, y: float, colour: str, above: bool) -> None:
-    place = {"xytext": (0, 9 if above else -9), "ha": "right", "va": "bottom" if above else "top"}
+def _beside_the_end(axes, text: str, x: float, y: float, colour: str, above: bool) -> None:
+    """Right of the axes, where no curve is."""
+    place = {"xytext": (8, 7 if above else -7), "ha": "left", "va": "center", "annotation_clip": False}
     axes.annotate(text, (x, y), textcoords="offset points", color=colour, fontweight="bold", zorder=4, **place)
 
 
@@ -26,7 +27,14 @@ def loss(run: Run) -> Figure:
     figure = Figure(figsize=(9, 4.2 + 2 * bool(small)), layout="constrained")
     rows = figure.add_gridspec(2 if small else 1, max(1, len(small)), height_ratios=[2.2, 1] if small else [1])
     axes = figure.add_subplot(rows[0, :])
-    points = {"linestyle": "", "marker": "o", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
+    points = {
+        "linestyle": "",
+        "marker": "o",
+        "markersize": 6,
+        "markeredgecolor": "white",
+        "zorder": 3,
+        "clip_on": False,
+    }
     looks = {
         TRAINING: ("training", drawing.BLUE, {"linewidth": 0.9}),
         VALIDATION: ("validation", drawing.VERMILLION, points),
@@ -34,8 +42,8 @@ def loss(run: Run) -> Figure:
     shown = sorted((run.losses[tag].y[-1], *looks[tag], run.losses[tag]) for tag in looks if tag in run.losses)
     for place, (last, name, colour, look, curve) in enumerate(shown):
         axes.plot(curve.x, curve.y, label=name, color=colour, **(drawing.marker(len(curve.x)) | look))
-        _at_point(axes, f"{name} {last:.3f}", curve.x[-1], last, colour, above=place == len(shown) - 1)
-    axes.margins(y=0.12)
+        _beside_the_end(axes, f"{name} {last:.3f}", curve.x[-1], last, colour, above=place == len(shown) - 1)
+    axes.margins(x=0, y=0.12)
     axes.set(title="Language-model loss", xlabel=drawing.X_LABEL, ylabel="loss (nats a token)")
     if shown:
         axes.legend()
@@ -83,7 +91,7 @@ def activated_parameters(run: Run) -> Figure:
         all_of_them, color=drawing.GREY, linestyle="--", linewidth=1.2, label=f"all parameters, {all_of_them:.4g}"
     )
     share = run.active_N[-1] / max(run.total_parameters, 1)
-    _at_point(total, f"{last:.4g} ({share:.0%} of all)", x_N[-1], last, drawing.BLUE, above=share < 0.5)
+    _beside_the_end(total, f"{last:.4g} ({share:.0%} of all)", x_N[-1], last, drawing.BLUE, above=share < 0.5)
     total.set(title="Parameters a token activates, whole model", ylabel=label)
     total.legend()
     unit, label = drawing.parameter_unit(run.active_NL.max())

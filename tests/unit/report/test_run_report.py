@@ -172,6 +172,16 @@ def test_the_page_stands_alone(run_dir):
     assert not re.search(r"//|<script|<link|<iframe|src=|href=|@import|url\(", text)
 
 
+def test_flags_and_sampled_text_are_on_the_page(run_dir, tmp_path):
+    (run_dir / files.RUN_ARGUMENTS_FILE).write_text(json.dumps(["--lr", "1e-3", "--save", "a <b> c"]))
+    (tmp_path / "sample.txt").write_text("ROMEO: <i>thou</i>\n")
+    text = write_report(run_dir, sample=tmp_path / "sample.txt")[0].read_text()
+    assert "<h2>Flags</h2>" in text and "--lr 1e-3 --save &#x27;a &lt;b&gt; c&#x27;" in text
+    assert "<h2>Sampled text</h2>" in text and "ROMEO: &lt;i&gt;thou&lt;/i&gt;" in text
+    with pytest.raises(ValueError, match="none.txt: No such file"):
+        write_report(run_dir, sample=tmp_path / "none.txt")
+
+
 def test_all_text_is_escaped(tmp_path):
     run_dir = make_run(tmp_path / "<img src=x onerror=alert(1)>&'\"")
     text = write_report(run_dir, tensorboard_dir=run_dir / "<b>none")[0].read_text()
