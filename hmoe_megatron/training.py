@@ -22,7 +22,7 @@ from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
 from hmoe_megatron.launch.process import check_rank_environment
-from hmoe_megatron.launch.stop import end_after_the_step
+from hmoe_megatron.launch.stop import end_after_the_step, end_at_once
 from hmoe_megatron.moe import gradient_norm
 from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
@@ -291,7 +291,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     if screen := console.current():
         screen.run_is(args.seq_length, partial(step_flops, args), machine.peak_flops(args.world_size))
     if args.exit_signal_handler:
-        end_after_the_step(get_signal_handler(), args)
+        end_at_once(get_signal_handler())
     fell_back = layout.settings.gemm_backend == "auto" and machine.has_gpu() and "triton" not in layout.computed_by
     if fell_back and args.rank != 0:  # rank 0 says it below
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
@@ -304,6 +304,8 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         nonlocal started
         if not started:
             started = True
+            if args.exit_signal_handler:
+                end_after_the_step(get_signal_handler(), args)
             if args.rank == 0 and run_dir:
                 write_run(layout, run_dir, argv)
             if screen:

@@ -11,8 +11,14 @@ import torch
 SAME_S = 2.0
 
 
+def end_at_once(handler) -> None:
+    """Until the first step: nothing can be saved, and a rank that waits for a dead one must not wait longer. handler:
+    Megatron's DistributedSignalHandler, in force since the arguments were made global."""
+    signal.signal(handler.sig, handler.original_handler)
+
+
 def end_after_the_step(handler, args: argparse.Namespace) -> None:
-    """handler: Megatron's DistributedSignalHandler, which its loop asks after every step on all ranks together."""
+    """From the first step on. handler: as above; Megatron's loop asks it after every step on all ranks together."""
     handler.signals_received = lambda: [_anywhere(handler._signal_received)]
     first_s = None
 

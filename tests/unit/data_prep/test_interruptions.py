@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from hmoe_megatron.tools.data_prep import encoding, shard
 from tests.rows import rarely
@@ -35,6 +37,7 @@ def forked(argv: list[str], before=lambda: None) -> multiprocessing.Process:
     """The tool in a process of its own; `before` is called there first."""
 
     def call():
+        tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and a killed one may hold it
         before()
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  lives as long as the process
         os._exit(preprocess_data.main(argv))
