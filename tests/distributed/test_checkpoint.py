@@ -54,7 +54,7 @@ def flags(run, plan, layout):
     )
 
 
-RUNS_OF_THE_SUITE = ("adam, expert bias", "distributed, many buckets, Top-P", "bf16 distributed, Top-P")
+RUNS_OF_THE_SUITE = ("adam, expert bias", "bf16 distributed, Top-P")
 
 
 @pytest.fixture(scope="module", params=mostly_rarely(RUNS, RUNS_OF_THE_SUITE))

@@ -42,9 +42,8 @@ def test_without_expert_parallelism_megatrons_own_choice_of_optimizer_differs_in
 @pytest.mark.parametrize(
     "scaling",
     [
-        "",
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
-        *rarely("--calculate-per-token-loss"),
+        *rarely("", "--calculate-per-token-loss"),
     ],
 )
 @pytest.mark.parametrize("loss", ["p-penalty", *rarely("load-balance")])
@@ -68,8 +67,8 @@ def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss, scali
         "--moe-z-loss-coeff 1e-2",
         "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none",
         "--calculate-per-token-loss",
-        "--moe-router-dtype fp32",
         *rarely(
+            "--moe-router-dtype fp32",
             "--moe-shared-expert-intermediate-size 24",
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             "--recompute-granularity selective --recompute-modules moe",

@@ -1,6 +1,7 @@
 """What a run does with the checkpoint that --load names: goes on, or says in one line why it can't."""
 
 import contextlib
+import functools
 import shutil
 
 import pytest
@@ -58,12 +59,16 @@ def test_a_resume_says_what_it_checked(copy):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [  # other damage: tests/faults
-        (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file"),
+        pytest.param(
+            lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file", marks=pytest.mark.campaign
+        ),
         (
             lambda path: alter(path / "__0_0.distcp", lambda text: text[:5000] + bytes(64) + text[5064:]),
             "__0_0.distcp is altered (SHA-256 does not match)",
         ),
-        (lambda path: alter(path / ".metadata", lambda text: text[:-1]), ".metadata has "),
+        pytest.param(
+            lambda path: alter(path / ".metadata", lambda text: text[:-1]), ".metadata has ", marks=pytest.mark.campaign
+        ),
         (lambda path: (path / directory.MANIFEST_FILE).unlink(), "hmoe_manifest.json is missing: not a complete"),
         (lambda path: shutil.rmtree(path), "iter_0000004: missing, and latest_checkpointed_iteration.txt names it"),
     ],
@@ -228,10 +233,15 @@ def test_the_checkpoints_of_another_run_are_not_overwritten(saved):
     assert "holds the checkpoints of a run (the last: iteration 4)" in refused([ended], code=2)
 
 
+def wait_a_second():
+    """And not ten for a run that may be about to end."""
+    lock.hold = functools.partial(lock.hold, wait_s=1.0)
+
+
 def test_a_second_run_into_one_directory_is_refused(copy):
     held = lock.hold(copy)
     with contextlib.closing(held):
-        (ended,) = run_ranks(1, pretrain, f"{STEPS} 6 --load {copy} --save {copy}")
+        (ended,) = run_ranks(1, pretrain, f"{STEPS} 6 --load {copy} --save {copy}", wait_a_second)
     assert f"--save {copy} is in use by process" in refused([ended], code=5)
     assert [rank.code for rank in go_on(copy, f"--save {copy}", ranks=1)] == [0]
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from hmoe_megatron.placement.plan import PlacementPlan
-from hmoe_megatron.tools import generate
+from hmoe_megatron.tools import generate, preprocess_data
 from hmoe_megatron.tools.report.scalars import read_scalars
 from tests.distributed.ranks import run_alone, run_ranks
 
@@ -66,8 +66,7 @@ def data(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     tool("train_tokenizer", "--input", folder / "train.jsonl", "--vocab-size", VOCABULARY, "--output", folder / "tok")
     for name in ("train", "valid"):
-        tool(
-            "preprocess_data",
+        words = [
             "--input",
             folder / f"{name}.jsonl",
             "--output-prefix",
@@ -77,7 +76,8 @@ def data(tmp_path_factory):
             "SentencePieceTokenizer",
             "--tokenizer-model",
             folder / "tok.model",
-        )
+        ]
+        assert run_alone(preprocess_data.main, list(map(str, words)), timeout_s=120) == 0
     return folder
 
 

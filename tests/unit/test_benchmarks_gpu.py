@@ -269,6 +269,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
     assert "torch finds no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.campaign
 def test_steps_beside_megatrons(tmp_path):
     found, sides = [], steps.start(False, steps.TINY, tmp_path)["tiny"]
     sides["broken"] = Side("broken", "ours", "", tmp_path / "broken.log", 1, "no_such_module")

@@ -215,6 +215,7 @@ def test_a_start_with_the_engine(start):
     assert "Transformer Engine 2.20.2" in found["line"]
 
 
+@pytest.mark.campaign
 def test_a_start_with_nvidias_apex(start):
     found = start(NVIDIAS)
     assert found["apex"] and found["adam"] and found["transformer_impl"] == "local"

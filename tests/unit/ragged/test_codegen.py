@@ -44,7 +44,7 @@ def compiled(pytestconfig):
         (90, "large", ()),
         (90, "large, few rows", ODD),
         (80, "small", ()),
-        (100, "large", ()),
+        pytest.param(100, "large", (), marks=pytest.mark.campaign),
         pytest.param(90, "large", ODD, marks=pytest.mark.campaign),
         pytest.param(80, "small", ODD, marks=pytest.mark.campaign),
         pytest.param(100, "large", ODD, marks=pytest.mark.campaign),

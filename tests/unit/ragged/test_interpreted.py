@@ -32,7 +32,6 @@ SUITE = {
     "64 pieces": True,
     "no column is masked": False,
     "no rows, added": False,
-    "all rows on the widest": True,
     "widths of 8 times odd numbers": False,
 }
 
