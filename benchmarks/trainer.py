@@ -33,6 +33,7 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
         layout = None
     else:
         args, layout, _ = parse_arguments(argv)
+        args.exit_signal_handler = False  # no loop of Megatron's asks for it
         if guarded:
             numeric_guard.install(layout.stats)
     set_global_variables(args)

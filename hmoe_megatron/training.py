@@ -213,9 +213,11 @@ def start_megatron(args: argparse.Namespace) -> None:
     """Make the arguments Megatron's and build its tokenizer. Raises DataRefused for one that the model has no rows
     for."""
     from megatron.training import get_tokenizer
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import get_signal_handler, set_global_variables
 
     set_global_variables(args)
+    if args.exit_signal_handler:
+        end_at_once(get_signal_handler())
     if get_tokenizer().vocab_size > (args.padded_vocab_size or math.inf):
         raise DataRefused(
             f"the tokenizer has {get_tokenizer().vocab_size} tokens and the model {args.padded_vocab_size} rows for "
@@ -290,8 +292,6 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     numeric_guard.install(layout.stats)
     if screen := console.current():
         screen.run_is(args.seq_length, partial(step_flops, args), machine.peak_flops(args.world_size))
-    if args.exit_signal_handler:
-        end_at_once(get_signal_handler())
     fell_back = layout.settings.gemm_backend == "auto" and machine.has_gpu() and "triton" not in layout.computed_by
     if fell_back and args.rank != 0:  # rank 0 says it below
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)
@@ -309,7 +309,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
             if args.rank == 0 and run_dir:
                 write_run(layout, run_dir, argv)
             if screen:
-                screen.log_to(run_dir)
+                screen.log_to(run_dir if args.rank in (0, args.world_size - 1) else None)
         return forward_step(data_iterator, model)
 
     try:
