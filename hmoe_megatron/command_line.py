@@ -18,10 +18,9 @@ _HEAD = """\
 usage: torchrun --nproc-per-node RANKS pretrain_hmoe.py FLAG ...
        python examples/run.py FILE.args FLAG ...        flags from a file; prints the torchrun line
 
-Trains a language model whose experts differ in width, on Megatron-Core. Needed: --num-layers,
---hidden-size, --num-attention-heads, --seq-length, --micro-batch-size, --num-experts,
---train-iters, --lr, --eval-interval, and --data-path or --mock-data. Without a GPU it runs on the
-CPU.
+Trains a language model whose experts differ in width. Needed: --num-layers, --hidden-size,
+--num-attention-heads, --seq-length, --micro-batch-size, --num-experts, --train-iters, --lr,
+--eval-interval, and --data-path or --mock-data. Without a GPU it runs on the CPU.
 
 Flags of unequal experts (in full: docs/flags.md):
 """

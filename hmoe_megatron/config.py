@@ -89,7 +89,7 @@ class HMoEConfig:
     )
     console: str = _setting(
         "short",
-        "short: what is trained and where, a line every --log-interval steps, what is saved, what goes wrong; "
+        "short: what is trained and where, a line every --log-interval steps, what is saved, what goes wrong. "
         "Megatron's own output goes to megatron.log in the run's directory. megatron: all of it.",
         ("short", "megatron"),
     )
