@@ -242,3 +242,16 @@ def test_widths_of_the_layers_that_hold_experts():
     assert widths_from_args(args, config) == {1: (1, 3), 3: (2, 2)}
     with pytest.raises(ValueError, match="--moe-layer-freq .* names 4 layers, --num-layers is 5"):
         widths_from_args(argparse.Namespace(**(vars(args) | {"num_layers": 5})), config)
+
+
+def test_as_many_experts_a_token_as_there_are():
+    check_megatron_arguments(good_arguments(moe_router_topk=8), HMoEConfig())
+    check_megatron_arguments(good_arguments(), HMoEConfig(router="topp", top_p=0.6, max_experts_per_token=8))
+
+
+def test_each_loss_has_its_own_coefficient():
+    settings = HMoEConfig(
+        router="topp", top_p=0.6, p_penalty_coeff=0.2, load_balance_coeff=0.01, router_entropy_coeff=0.05
+    )
+    expected = {"p_penalty_loss": 0.2, "load_balance_loss": 0.01, "router_entropy_loss": 0.05}
+    assert settings.loss_coeffs == expected

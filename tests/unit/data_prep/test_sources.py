@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmoe_megatron.tools.data_prep import sources
-from hmoe_megatron.tools.data_prep.records import count_lines, parse_block
-from hmoe_megatron.tools.data_prep.sources import Span, find_sources, line_number, read_blocks, spans
+from hmoe_megatron.tools.data_prep.records import Bad, Good, count_lines, parse_block
+from hmoe_megatron.tools.data_prep.sources import Block, Span, find_sources, line_number, read_blocks, spans
 
 pyarrow = pytest.importorskip("pyarrow")
 import pyarrow.parquet as parquet  # noqa: E402
@@ -243,3 +243,10 @@ def test_line_numbers_are_counted(tmp_path):
         first = data[span.start :].split(b"\n")[0]
         assert line_number(source, span.start) == int(first) + 1
     assert math.prod(span.start for span in spans([source], 3, 7))
+
+
+def test_a_record_of_just_the_most_bytes_is_kept():
+    line = b'{"text": "abc"}'
+    for most, kind in ((len(line), Good), (len(line) - 1, Bad)):
+        (found,) = parse_block(Block(line, len(line), len(line)), "json", ["text"], most)
+        assert isinstance(found, kind), most

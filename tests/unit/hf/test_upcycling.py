@@ -237,3 +237,23 @@ def test_a_run_goes_on_from_it_by_its_args_file(folder, tmp_path):
     flags = f"{described} --expert-model-parallel-size 2 --load {tmp_path / 'run'} --finetune"
     stored = CheckpointTensors(train(tmp_path / "next", 2, flags)).shapes
     assert stored["decoder.layers.0.mlp.experts.3.linear_fc2.weight"] == (32, 48)
+
+
+def test_one_half_precision_tensor_makes_no_half_precision_model(folder, tmp_path):
+    tensors = tensors_of(folder / "dense")
+    name = "model.embed_tokens.weight"
+    mixed = with_tensors(folder, tmp_path / "mixed", {name: tensors[name].to(torch.bfloat16)})
+    assert Upcycled(mixed, WIDTHS, ROUTERS["Top-K"] | {"experts_per_token": 2}).dtype == torch.float32
+
+
+def test_layers_of_qwens_sparse_step_are_those_of_transformers():
+    from hmoe_megatron.hf.architectures import form_of
+
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=4, moe_intermediate_size=48, num_experts_per_tok=2, decoder_sparse_step=2
+    )
+    config.num_hidden_layers = 5
+    stock = transformers.Qwen3MoeForCausalLM(config)
+    sparse = [hasattr(layer.mlp, "experts") for layer in stock.model.layers]
+    assert sparse == [False, True, False, True, False]
+    assert [bool(widths) for widths in form_of(config.to_dict()).model.widths] == sparse
