@@ -17,6 +17,7 @@ ONE_PROCESS = (
 # Flags of the run that make no sense there, dropped with their values.
 DROPPED = (
     "--sequence-parallel --save --load --tensorboard-dir --use-distributed-optimizer --overlap-grad-reduce "
+    "--lr-warmup-iters --lr-warmup-fraction --lr-warmup-init --lr-decay-iters --lr-wsd-decay-iters --lr-decay-style "
     "--overlap-param-gather --async-save --context-parallel-size --train-samples --lr-decay-samples "
     "--lr-warmup-samples --rampup-batch-size --num-layers-per-virtual-pipeline-stage "
     "--num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout --decoder-first-pipeline-num-layers "

@@ -49,8 +49,23 @@ def number_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--lr {args.lr}: give a number above 0"
     elif (args.min_lr or 0) > args.lr:
         yield f"--min-lr {args.min_lr} is above --lr {args.lr}: lower it"
+    yield from _warm_up_problems(args)
     if args.save and args.save_interval is None:
         yield "--save without --save-interval: nothing is saved before the end: give the steps between checkpoints"
+
+
+def _warm_up_problems(args) -> Iterator[str]:
+    """Megatron's scheduler wants the warm-up to end before the decay does, and to begin below the learning rate."""
+    unit = "iters" if args.train_iters else "samples"
+    warm_up, decay = getattr(args, f"lr_warmup_{unit}", 0) or 0, getattr(args, f"lr_decay_{unit}", None)
+    decay = decay or getattr(args, f"train_{unit}") or 0
+    if decay and warm_up >= decay:
+        yield (
+            f"--lr-warmup-{unit} {warm_up} is not below the {decay} {unit} of the decay (--lr-decay-{unit}, by default "
+            f"--train-{unit}): lower it, or train longer"
+        )
+    if args.lr is not None and (getattr(args, "lr_warmup_init", 0) or 0) > args.lr:
+        yield f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: lower it"
 
 
 def layout_problems(args: argparse.Namespace) -> Iterator[str]:

@@ -67,6 +67,9 @@ CASES = [
     (f"{WIDTHS} --lr=-1e-3 --micro-batch-size 0", ["--lr -0.001: give a number above 0", "--micro-batch-size 0: give"]),
     (f"{WIDTHS} --lr nan", ["--lr nan: give a number above 0"]),
     (f"{WIDTHS} --min-lr 1", ["--min-lr 1.0 is above --lr 0.01"]),
+    (f"{WIDTHS} --lr-warmup-iters 100", ["--lr-warmup-iters 100 is not below the 100 iters of the decay"]),
+    (f"{WIDTHS} --lr-warmup-iters 9 --lr-decay-iters 9", ["--lr-warmup-iters 9 is not below the 9 iters"]),
+    (f"{WIDTHS} --lr-warmup-init 1", ["--lr-warmup-init 1.0 is above --lr 0.01"]),
     (f"{WIDTHS} --save nowhere", ["--save without --save-interval"]),
     (
         f"{WIDTHS} --rampup-batch-size 8 8 100",

@@ -95,7 +95,7 @@ def test_training_on_ones_own_text_as_the_readme_has_it(tmp_path):
     command = ["bash", "-euo", "pipefail", "-c", block.replace("--vocab-size 1024", "--vocab-size 320")]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "runs/a/latest_checkpointed_iteration.txt").read_text() == "20"
+    assert (tmp_path / "runs/a/latest_checkpointed_iteration.txt").read_text() == "40"
 
 
 def test_links_lead_somewhere():
