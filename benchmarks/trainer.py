@@ -10,7 +10,7 @@ import torch
 
 from hmoe_megatron import machine
 from hmoe_megatron.nan_guard import guard as numeric_guard
-from hmoe_megatron.training import model_config, parse_arguments, prepare
+from hmoe_megatron.training import model_config, parse_arguments, prepare, start_megatron
 
 
 def configure(argv: list[str], stock: bool = False, guarded: bool = False):
@@ -20,7 +20,6 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
     """
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.global_vars import set_global_variables
 
     prepare()
     if stock:
@@ -33,10 +32,9 @@ def configure(argv: list[str], stock: bool = False, guarded: bool = False):
         layout = None
     else:
         args, layout, _ = parse_arguments(argv)
-        args.exit_signal_handler = False  # no loop of Megatron's asks for it
         if guarded:
             numeric_guard.install(layout.stats)
-    set_global_variables(args)
+    start_megatron(args)
     config = gpt_config_from_args(args) if stock else model_config(args, layout)
     return args, config, pretrain_cfg_container_from_args(args, config), layout
 

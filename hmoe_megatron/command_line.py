@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, flag_of
+from hmoe_megatron.flag_files import last_value
 from hmoe_megatron.untrusted import near
 
 COLUMNS = 100
@@ -50,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def checked_ranks(argv: Sequence[str]) -> int | None:
     """Of --world-size; None where this machine's own ranks are meant. Raises ValueError."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--world-size")
-    given = parser.parse_known_args(argv)[0].world_size
+    given = last_value(argv, "--world-size")
     if given is not None and not (given.isdecimal() and int(given) > 0):
         raise ValueError(f"--world-size {given:.40}: give the number of ranks, 1 or more")
     return given and int(given)

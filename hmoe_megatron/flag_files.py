@@ -1,6 +1,7 @@
 """Flags of `pretrain_hmoe.py` from files: an .args file, and what a run was started with."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from hmoe_megatron.files import RUN_ARGUMENTS_FILE
@@ -47,3 +48,19 @@ def run_arguments(run_dir: Path) -> list[str]:
     if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv):
         raise ValueError(f"{path}: not a list of flags: not written by pretrain_hmoe.py")
     return argv
+
+
+def last_value(flags: Sequence[str], name: str, default=None):
+    """The value of the last `name` among the flags."""
+    found = default
+    for at, word in enumerate(flags):
+        if word == name and at + 1 < len(flags):
+            found = flags[at + 1]
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def flag_named(attribute: str) -> str:
+    """The command line's name of an attribute of parsed arguments."""
+    return f"--{attribute.replace('_', '-')}"

@@ -134,8 +134,8 @@ def export(args: argparse.Namespace) -> None:
 
 def bring_back(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError or RunEnded; then --save is not there."""
+    from hmoe_megatron.flag_files import last_value
     from hmoe_megatron.hf.importing import ARGS_FILE, ITERATION, HFDirectory, from_hf
-    from hmoe_megatron.hf.model_settings import last_value
     from hmoe_megatron.hf.parity import Side, check_logits, first_tokens
 
     is_upcycled, text = args.command == "upcycle", text_of(args)

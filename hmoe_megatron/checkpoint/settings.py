@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hmoe_megatron.files import sha256_file
+from hmoe_megatron.flag_files import flag_named
 
 MAX_SHOWN = 80  # characters of a value in a message
 
@@ -29,7 +30,7 @@ _FREE = (
     "moe_ffn_hidden_size moe_grouped_gemm moe_router_force_load_balancing moe_router_force_biased "
     "hmoe_widths hmoe_total_width hmoe_width_multiple hmoe_placement hmoe_max_cuts hmoe_cut_multiple hmoe_gemm_backend "
     "hmoe_keep_hidden hmoe_run_dir hmoe_skip_integrity hmoe_verify_data hmoe_max_failed_saves hmoe_default_signals "
-    "hmoe_console hmoe_check_only hmoe_idle_expert_steps"
+    "hmoe_console hmoe_check_only hmoe_idle_expert_steps no_save_optim"
 ).split()
 _FREE_PREFIXES = (
     "moe_ncclep",
@@ -46,7 +47,7 @@ _TRAINING = (
     "hmoe_router_entropy_coeff hmoe_load_balance_coeff"
 ).split()
 # The form of the optimizer's state: under another it can't be read.
-_OPTIMIZER = "optimizer bf16 fp16 use_distributed_optimizer use_precision_aware_optimizer no_save_optim".split()
+_OPTIMIZER = "optimizer bf16 fp16 use_distributed_optimizer use_precision_aware_optimizer".split()
 _SCHEDULE = "lr min_lr lr_decay_style weight_decay_incr_style".split()
 
 
@@ -60,6 +61,7 @@ def model_settings(args: argparse.Namespace, widths: dict[int, tuple[int, ...]])
         *_STRUCTURE,
         *_FUNCTION,
         *_OPTIMIZER,
+        "no_save_optim",
         *sorted(name for name in vars(args) if name.startswith(("moe_", "hmoe_"))),
     ]
     settings = {name: plain(getattr(args, name)) for name in dict.fromkeys(named) if hasattr(args, name)}
@@ -72,7 +74,7 @@ def model_settings(args: argparse.Namespace, widths: dict[int, tuple[int, ...]])
 def schedule(args: argparse.Namespace) -> dict:
     """Flag -> value of what Megatron's scheduler compares at a resume. It counts samples; steps are for people."""
     decays = "weight_decay" if args.weight_decay_incr_style == "constant" else "start_weight_decay end_weight_decay"
-    found = {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in [*_SCHEDULE, *decays.split()]}
+    found = {flag_named(name): getattr(args, name, None) for name in [*_SCHEDULE, *decays.split()]}
     length = getattr(args, "train_iters", None)
     if length:
         unit, batch, of_all = "iters", args.global_batch_size, length
@@ -138,11 +140,9 @@ def differences(saved: dict, current: dict, finetune: bool = False) -> Differenc
             )
             continue
         structure = name in _STRUCTURE or name in ("expert_widths", "tokenizer_sha256")
-        kind = found.reported if name in _TRAINING or (finetune and not structure) else found.model
-        if name in _OPTIMIZER and name != "no_save_optim":
-            kind = found.optimizer
-        if name != "no_save_optim":
-            kind.append(_phrase(name, saved[name], current[name]))
+        is_reported = name in _TRAINING or (finetune and not structure)
+        kind = found.optimizer if name in _OPTIMIZER else found.reported if is_reported else found.model
+        kind.append(_phrase(name, saved[name], current[name]))
     if saved.get("no_save_optim"):
         found.optimizer.append("there is none in the checkpoint")
     return found
@@ -154,7 +154,7 @@ def _phrase(name: str, saved, current) -> str:
     if name == "expert_widths" and isinstance(saved, dict) and saved.keys() == current.keys():
         layer = next(layer for layer in current if saved[layer] != current[layer])
         return _phrase(f"expert_widths of layer {layer} (--hmoe-widths)", saved[layer], current[layer])
-    shown = name if " " in name or name.startswith("--") else f"--{name.replace('_', '-')}"
+    shown = name if " " in name or name.startswith("--") else flag_named(name)
     return f"{shown}: {_short(saved)} in the checkpoint, {_short(current)} now"
 
 

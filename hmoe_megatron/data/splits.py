@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from hmoe_megatron.data.data_set import DataSet
+from hmoe_megatron.flag_files import flag_named
 from hmoe_megatron.untrusted import shown
 
 NAMES = ("training", "validation", "test")
@@ -42,7 +43,7 @@ def given_blends(args: argparse.Namespace):
     from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 
     for name in ("data_path", *_OF_ONE):
-        _check_words(_flag(name), getattr(args, name))
+        _check_words(flag_named(name), getattr(args, name))
     path = args.data_args_path or args.per_split_data_args_path
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
@@ -63,7 +64,7 @@ def _check_sources(args) -> None:
     sources = [name for name in _OF_ALL if getattr(args, name) is not None]
     sources += [next((name for name in _OF_ONE if getattr(args, name) is not None), None)]
     sources += ["mock_data" if args.mock_data else None]
-    given = [_flag(name) for name in filter(None, sources)]
+    given = [flag_named(name) for name in filter(None, sources)]
     if not given:
         raise ValueError(
             "there is no data: give --data-path PREFIX, of what tools/preprocess_data.py made, or --mock-data to try "
@@ -76,10 +77,6 @@ def _check_sources(args) -> None:
         raise ValueError("--split is missing: give the shares of training, validation and test, as --split 98,1,1")
     if args.split is not None and not whole and not args.mock_data:
         raise ValueError(f"--split {args.split} divides --data-path, and {given[0]} is divided already: remove it")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _check_words(flag: str, words: list[str] | None) -> None:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from hmoe_megatron.files import atomic_directory
-from hmoe_megatron.flag_files import run_arguments
+from hmoe_megatron.flag_files import last_value, run_arguments
 from hmoe_megatron.hf import card, tokenizer_files
 from hmoe_megatron.hf.architectures import FORMS, Native
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
-from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint, last_value
+from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint
 from hmoe_megatron.hf.shards import ShardWriter, digest_of_all
 from hmoe_megatron.hf.tensors import Part, listed, stored_parts
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from hmoe_megatron.flag_files import flag_named, last_value
+
 MODEL_TYPE = "hmoe"
 AUTO_MAP = {
     "AutoConfig": "configuration_hmoe.HMoEConfig",
@@ -126,24 +128,13 @@ class ModelSettings:
             raise ValueError(f"config.json: not the sizes of a model: {'; '.join(wrong[:9])}")
 
 
-def last_value(flags: Sequence[str], name: str, default=None):
-    """The value of the last `name` among the flags."""
-    found = default
-    for at, word in enumerate(flags):
-        if word == name and at + 1 < len(flags):
-            found = flags[at + 1]
-        elif word.startswith(f"{name}="):
-            found = word.partition("=")[2]
-    return found
-
-
 def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flags: Sequence[str]) -> ModelSettings:
     """settings: of the checkpoint's manifest; shapes: of its tensors by key; flags: of the run.
 
     Raises ValueError that lists everything the exported model could not compute.
     """
     problems = [
-        f"--{name.replace('_', '-')} {settings[name]}"
+        f"{flag_named(name)} {settings[name]}"
         for name, allowed in _EXPORTED.items()
         if name in settings and settings[name] not in allowed
     ]

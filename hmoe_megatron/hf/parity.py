@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmoe_megatron.hf.model_settings import ModelSettings, last_value
+from hmoe_megatron.flag_files import last_value
+from hmoe_megatron.hf.model_settings import ModelSettings
 from hmoe_megatron.hf.tokenizer_files import megatron_tokenizer
 
 # Of fp32 logits up to 1, and of larger ones as they are: the order of sums in matrix products differs.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from hmoe_megatron.data.sentencepiece_bpe import BPE, SPACE, parsed_model
 from hmoe_megatron.data.tokenizer_flags import tokenizer_parser
-from hmoe_megatron.hf.model_settings import last_value
+from hmoe_megatron.flag_files import last_value
 
 COPIED = (
     "tokenizer.json",

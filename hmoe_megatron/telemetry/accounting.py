@@ -32,23 +32,43 @@ def expert_parameters(hidden_size: int, width: float) -> float:
 
 def parameter_counts(args: argparse.Namespace, widths: dict[int, tuple[int, ...]]) -> ParameterCounts:
     """Count the model that ``args`` (Megatron's, validated) and ``widths`` (decoder layer -> widths) describe."""
+    always = dense_parameters(args, widths, range(args.num_layers), is_first=True, is_last=True)
+    return ParameterCounts(always, int(expert_parameters(args.hidden_size, sum(map(sum, widths.values())))))
+
+
+def dense_parameters(
+    args: argparse.Namespace,
+    widths: dict[int, tuple[int, ...]],
+    layers: range,
+    is_first: bool,
+    is_last: bool,
+    tensor_parallel: int = 1,
+) -> int:
+    """All but the routed experts of these decoder layers, on one of ``tensor_parallel`` ranks; is_first, is_last: of
+    the pipeline's stages, which have the embedding and the output layer."""
     hidden, heads_width = args.hidden_size, args.num_attention_heads * args.kv_channels
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     qkv_width = heads_width + 2 * groups * args.kv_channels
     norm = hidden * (1 if args.normalization == "RMSNorm" else 2)
-    attention = hidden * (qkv_width + heads_width) + (qkv_width if args.add_qkv_bias else 0)
+    divided = len(layers) * (hidden * (qkv_width + heads_width) + (qkv_width if args.add_qkv_bias else 0))
+    whole = 2 * len(layers) * norm  # what every rank holds
     if args.qk_layernorm:
-        attention += 2 * args.kv_channels * norm // hidden
-    router = len(next(iter(widths.values()))) * hidden
+        whole += len(layers) * 2 * args.kv_channels * norm // hidden
     shared_width = args.moe_shared_expert_intermediate_size or 0
-    shared = expert_parameters(hidden, shared_width) + (hidden if args.moe_shared_expert_gate and shared_width else 0)
-    dense = expert_parameters(hidden, args.ffn_hidden_size)
-    embedding = args.padded_vocab_size * hidden * (2 if args.untie_embeddings_and_output_weights else 1)
-    if args.position_embedding_type == "learned_absolute":
-        embedding += args.max_position_embeddings * hidden
-    moe, layers = len(widths), args.num_layers
-    always = layers * (attention + 2 * norm) + (layers - moe) * dense + moe * (router + shared) + embedding + norm
-    return ParameterCounts(int(always), int(expert_parameters(hidden, sum(map(sum, widths.values())))))
+    for layer in layers:
+        if layer in widths:
+            divided += expert_parameters(hidden, shared_width)
+            whole += hidden * (len(widths[layer]) + bool(args.moe_shared_expert_gate and shared_width))
+        else:
+            divided += expert_parameters(hidden, args.ffn_hidden_size)
+    vocabulary = args.padded_vocab_size * hidden
+    if is_first:
+        divided += vocabulary
+        whole += args.max_position_embeddings * hidden if args.position_embedding_type == "learned_absolute" else 0
+    if is_last:
+        divided += vocabulary if args.untie_embeddings_and_output_weights or not is_first else 0
+        whole += norm
+    return int(divided // tensor_parallel + whole)
 
 
 def expected_active_width(settings: HMoEConfig, topk: int, widths: tuple[int, ...]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hmoe_megatron.files import LOG_FILE
+from hmoe_megatron.flag_files import last_value
 
 KEPT_LINES = 20_000  # until the first step says where the file is
 TAIL_LINES = 100  # of a run that ends by an error of which nobody knew
@@ -190,9 +191,7 @@ def of_run(argv: Sequence[str]) -> Iterator[None]:
 
 
 def _wants_all(argv: Sequence[str]) -> bool:
-    words = " ".join(argv).replace("=", " ").split()
-    given = [after for word, after in zip(words, words[1:], strict=False) if word == "--hmoe-console"]
-    return "--help-all" in words or given[-1:] == ["megatron"]
+    return "--help-all" in argv or last_value(argv, "--hmoe-console") == "megatron"
 
 
 def _is_number(text: str) -> bool:

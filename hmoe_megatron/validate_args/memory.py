@@ -8,7 +8,7 @@ import argparse
 from typing import NamedTuple
 
 from hmoe_megatron.moe.layout import ExpertLayout
-from hmoe_megatron.telemetry.accounting import expected_active_width
+from hmoe_megatron.telemetry.accounting import dense_parameters, expected_active_width, expert_parameters
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
 
@@ -48,9 +48,10 @@ def fullest_rank(args: argparse.Namespace, layout: ExpertLayout) -> RankMemory:
 def of_rank(args: argparse.Namespace, layout: ExpertLayout, stage: int, rank: int) -> RankMemory:
     """Of one pipeline stage and expert-parallel rank."""
     layers = layers_of(args, stage)
-    dense = _dense_parameters(args, layout, stage, layers)
+    is_last, tensor = stage == args.pipeline_model_parallel_size - 1, args.tensor_model_parallel_size
+    dense = dense_parameters(args, layout.widths, layers, stage == 0, is_last, tensor)
     held = _expert_width(layout, layers, rank)
-    experts = 3 * args.hidden_size * held // expert_tensor_parallel_size(args)
+    experts = expert_parameters(args.hidden_size, held) // expert_tensor_parallel_size(args)
     replicas = args.data_parallel_size * args.context_parallel_size
     expert_replicas = args.world_size // (
         args.pipeline_model_parallel_size * layout.plan.ranks * expert_tensor_parallel_size(args)
@@ -64,7 +65,7 @@ def of_rank(args: argparse.Namespace, layout: ExpertLayout, stage: int, rank: in
         *(round(dense * one + experts * other) for one, other in zip(of_dense, of_experts, strict=True)),
         live * attention,
         live * routed,
-        _logits(args) if stage == args.pipeline_model_parallel_size - 1 else 0.0,
+        _logits(args) if is_last else 0.0,
     )
 
 
@@ -88,34 +89,6 @@ def layers_of(args: argparse.Namespace, stage: int) -> range:
 
 def _expert_width(layout: ExpertLayout, layers: range, rank: int) -> int:
     return sum(piece.width for layer in layers if layer in layout.widths for piece in layout.pieces(layer)[rank])
-
-
-def _dense_parameters(args, layout, stage: int, layers: range) -> int:
-    """Of the stage on one tensor-parallel rank: what is divided, and what every one holds whole."""
-    h, tensor = args.hidden_size, args.tensor_model_parallel_size
-    heads_width = args.num_attention_heads * args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    qkv = heads_width + 2 * groups * args.kv_channels
-    norm = h * (1 if args.normalization == "RMSNorm" else 2)
-    divided, whole = len(layers) * (h * (qkv + heads_width) + (qkv if args.add_qkv_bias else 0)), 2 * len(layers) * norm
-    if args.qk_layernorm:
-        whole += len(layers) * 2 * args.kv_channels * norm // h
-    for layer in layers:
-        if layer in layout.widths:
-            whole += h * len(layout.widths[layer])
-            divided += 3 * h * (args.moe_shared_expert_intermediate_size or 0)
-            whole += h if args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size else 0
-        else:
-            divided += 3 * h * args.ffn_hidden_size
-    is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
-    vocabulary = args.padded_vocab_size * h
-    divided += vocabulary if is_first else 0
-    if is_last:
-        whole += norm
-        divided += vocabulary if args.untie_embeddings_and_output_weights or not is_first else 0
-    if is_first and args.position_embedding_type == "learned_absolute":
-        whole += args.max_position_embeddings * h
-    return divided // tensor + whole
 
 
 def _copies(args, replicas: int) -> _Copies:

@@ -5,6 +5,8 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from hmoe_megatron.flag_files import flag_named
+
 _AT_LEAST_1 = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels seq_length "
     "max_position_embeddings micro_batch_size global_batch_size num_experts moe_router_topk "
@@ -35,12 +37,12 @@ def number_problems(args: argparse.Namespace) -> Iterator[str]:
     """A phrase for each flag that is missing or out of its range."""
     for name in _NEEDED:
         if getattr(args, name) is None:
-            yield f"{_flag(name)} is missing: give it"
+            yield f"{flag_named(name)} is missing: give it"
     for names, least, words in ((_AT_LEAST_1, 1, "of at least 1"), (_AT_LEAST_0, 0, "of at least 0")):
         for name in names:
             value = getattr(args, name, None)
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
-                yield f"{_flag(name)} {value}: give a number {words}"
+                yield f"{flag_named(name)} {value}: give a number {words}"
     if args.train_iters is None and args.train_samples is None:
         yield "--train-iters is missing: give the number of steps, or --train-samples"
     if args.lr is None:
@@ -109,7 +111,3 @@ def layout_problems(args: argparse.Namespace) -> Iterator[str]:
 
 def _are(ranks: int) -> str:
     return "there is one" if ranks == 1 else f"there are {ranks}"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

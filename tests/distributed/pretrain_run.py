@@ -38,18 +38,24 @@ def pretrain(flags: str, prepare=None, *given, without: tuple[str, ...] = ()) ->
 
     without: switches of TINY to leave out.
     """
-    import pretrain_hmoe
     from hmoe_megatron.training import prepare as prepare_megatron
 
     prepare_megatron()
     if prepare:
         prepare(*given)
     tiny = [flag for flag in TINY if flag not in without]
-    sys.argv = ["pretrain_hmoe.py", *tiny, *MODEL.split(), *flags.split()]
-    code, output = said_by(pretrain_hmoe.main)
+    code, output = start([*tiny, *MODEL.split(), *flags.split()])
     from megatron.training.global_vars import _GLOBAL_ARGS as args
 
     return Ended(code, output, getattr(args, "curr_iteration", 0))
+
+
+def start(words: list[str]) -> tuple[int, str]:
+    """(exit code, output) of pretrain_hmoe.py with these words, in this process."""
+    import pretrain_hmoe
+
+    sys.argv = ["pretrain_hmoe.py", *words]
+    return said_by(pretrain_hmoe.main)
 
 
 def said_by(main) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.tools import generate, preprocess_data
 from hmoe_megatron.tools.report.scalars import read_scalars
+from tests.distributed.pretrain_run import start
 from tests.distributed.ranks import run_alone, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -131,21 +132,14 @@ def test_training_prints_plan_losses_and_telemetry(whole_run):
     assert [sum(widths) for widths in plan.widths] == [128, 128]
 
 
-def start(argv):
-    """pretrain_hmoe.py in a rank that has Megatron imported."""
-    import pretrain_hmoe
-    from tests.distributed.pretrain_run import said_by
-
-    sys.argv = ["pretrain_hmoe.py", *argv, "--num-workers", "0"]
-    return said_by(pretrain_hmoe.main)
-
-
 def test_a_resumed_run_goes_on_exactly(data, whole_run, tmp_path):
     run, _ = whole_run
     resumed = tmp_path / "resumed"
     shutil.copytree(run / "iter_0000003", resumed / "iter_0000003")
     (resumed / "latest_checkpointed_iteration.txt").write_text("3")
-    ended = run_ranks(RANKS, start, list(map(str, flags(data, resumed, 6, "--load", resumed))), timeout_s=120)
+    ended = run_ranks(
+        RANKS, start, list(map(str, flags(data, resumed, 6, "--load", resumed, "--num-workers", 0))), timeout_s=120
+    )
     assert [code for code, _ in ended] == [0] * RANKS and ", step 3" in ended[0][1]
     expected, losses = (read_scalars(r / "tensorboard", [])["lm loss"] for r in (run, resumed))
     assert losses.x.tolist() == [4, 5, 6]

@@ -2,14 +2,13 @@
 
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from hmoe_megatron.flag_files import read_args
-from tests.distributed.pretrain_run import said_by
+from tests.distributed.pretrain_run import start
 from tests.distributed.ranks import run_alone, run_ranks
 from tests.distributed.training_run import TINY
 
@@ -19,11 +18,8 @@ DATA = "--data-path /not/here --split 98,1,1 --padded-vocab-size 32000 --tokeniz
 
 
 def checked(words):
-    import pretrain_hmoe
-
-    sys.argv = ["pretrain_hmoe.py", *words, "--hmoe-check-only"]
     began_s = time.monotonic()
-    return *said_by(pretrain_hmoe.main), time.monotonic() - began_s
+    return *start([*words, "--hmoe-check-only"]), time.monotonic() - began_s
 
 
 def for_gpus(ranks, *more):

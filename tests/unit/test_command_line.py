@@ -10,6 +10,7 @@ import pytest
 
 from hmoe_megatron.command_line import short_help
 from hmoe_megatron.config import HMoEConfig, flag_of
+from tests.distributed.pretrain_run import said_by
 from tests.distributed.ranks import run_alone
 
 ROOT = Path(__file__).parents[2]
@@ -45,15 +46,9 @@ def test_a_python_without_the_packages_says_so_in_one_line():
 
 
 def said_of(words):
-    import contextlib
-    import io
-
     from hmoe_megatron.training import parse_arguments
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-        parse_arguments(words)
-    return ended.value.code, said.getvalue()
+    return said_by(lambda: parse_arguments(words))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hmoe_megatron.files import LOG_FILE
 from hmoe_megatron.telemetry import console
 from hmoe_megatron.telemetry.console import Console
-from tests.distributed.pretrain_run import said_by
+from tests.distributed.pretrain_run import start
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import TINY
 
@@ -104,13 +104,6 @@ def test_a_terminal_has_a_bar_below_the_lines():
     made.show("a line\n", out)
     made.end()
     assert "3/240" in out.getvalue() and "step" in out.getvalue() and "a line\n" in out.getvalue()
-
-
-def start(words):
-    import pretrain_hmoe
-
-    sys.argv = ["pretrain_hmoe.py", *words]
-    return said_by(pretrain_hmoe.main)
 
 
 def test_a_runs_console_is_short_and_the_rest_is_beside_the_run(tmp_path):
