@@ -31,6 +31,7 @@ from hmoe_megatron.patches.as_if_gpu import transformer_engine_is_there
 from hmoe_megatron.placement.cost import CostModel
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.planner import contiguous_plan, plan_model
+from hmoe_megatron.placement.profiles import peak_flops
 from hmoe_megatron.placement.table import plan_table
 from hmoe_megatron.telemetry import console
 from hmoe_megatron.telemetry.accounting import (
@@ -291,7 +292,8 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
     numeric_guard.install(layout.stats)
     if screen := console.current():
-        screen.run_is(args.seq_length, partial(step_flops, args), machine.peak_flops(args.world_size))
+        peak = peak_flops(torch.cuda.get_device_name()) if machine.has_gpu() else None
+        screen.run_is(args.seq_length, partial(step_flops, args), peak and peak * args.world_size)
     fell_back = layout.settings.gemm_backend == "auto" and machine.has_gpu() and "triton" not in layout.computed_by
     if fell_back and args.rank != 0:  # rank 0 says it below
         print(f" rank {args.rank}: experts computed by {layout.computed_by}", flush=True)

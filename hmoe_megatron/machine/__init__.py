@@ -80,17 +80,3 @@ def machine_line(args):
         return "no GPU found: training on the CPU with gloo, implementation local, no fused kernels"
     given = {"--transformer-impl": args.transformer_impl, "--normalization": args.normalization}
     return summary(optional.kernels(), given)
-
-
-# Of one GPU in bf16 without sparsity, by what its name holds: NVIDIA's datasheets.
-_PEAK_FLOPS = {"B200": 2250e12, "H200": 989.5e12, "H100": 989.5e12, "H800": 989.5e12, "A100": 312e12, "A800": 312e12}
-
-
-def peak_flops(ranks: int) -> float | None:
-    """Of all ranks' GPUs a second; None without a GPU, and for one that is not known."""
-    if not has_gpu():
-        return None
-    import torch
-
-    name = torch.cuda.get_device_name()
-    return next((ranks * peak for known, peak in _PEAK_FLOPS.items() if known in name), None)

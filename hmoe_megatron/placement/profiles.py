@@ -133,6 +133,17 @@ _MEMORY_SHARE = (0.90, "an assumption")
 _TILE = (128, "an assumption: the side that the largest tiles of cuBLAS share, 256 x 128 and 128 x 256")
 
 
+# Of one GPU a second, in bf16 without sparsity; H800 and A800 compute as H100 and A100.
+_PEAK_FLOPS = {"h100": 989.5e12, "h200": 989.5e12, "a100": 312e12, "b200": 2250e12}
+_AS = {"h800": "h100", "a800": "a100"}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Of the GPU that calls itself so; None for one that is not known."""
+    names = {name: name for name in _PEAK_FLOPS} | _AS
+    return next((_PEAK_FLOPS[name] for known, name in names.items() if known in device_name.lower()), None)
+
+
 def _gpu(name: str, flops, matmul_share, memory, nvlink, nic) -> Profile:
     """Peak rates and the share of `flops` that products reach; other shares, fixed times and tiles are one for all."""
 
@@ -163,7 +174,10 @@ def _matmul_share(share: float, gpu: str) -> tuple[float, str]:
 _GPUS = (
     _gpu(
         "h100",
-        flops=(989.5e12, "NVIDIA H100 datasheet, SXM: 1,979 TFLOP/s in bf16 with sparsity, half of it without"),
+        flops=(
+            _PEAK_FLOPS["h100"],
+            "NVIDIA H100 datasheet, SXM: 1,979 TFLOP/s in bf16 with sparsity, half of it without",
+        ),
         matmul_share=_matmul_share(0.803, "H100 SXM"),
         memory=(3.35e12, "NVIDIA H100 datasheet, SXM"),
         nvlink=(450e9, "NVIDIA H100 datasheet, SXM: 900 GB/s in both directions"),
@@ -171,7 +185,10 @@ _GPUS = (
     ),
     _gpu(
         "h200",
-        flops=(989.5e12, "NVIDIA H200 datasheet, SXM: 1,979 TFLOP/s in bf16 with sparsity, half of it without"),
+        flops=(
+            _PEAK_FLOPS["h200"],
+            "NVIDIA H200 datasheet, SXM: 1,979 TFLOP/s in bf16 with sparsity, half of it without",
+        ),
         matmul_share=_matmul_share(0.803, "H100 SXM, H200 the same"),
         memory=(4.8e12, "NVIDIA H200 datasheet, SXM"),
         nvlink=(450e9, "NVIDIA H200 datasheet, SXM: 900 GB/s in both directions"),
@@ -179,7 +196,7 @@ _GPUS = (
     ),
     _gpu(
         "a100",
-        flops=(312e12, "NVIDIA A100 datasheet: bf16 without sparsity"),
+        flops=(_PEAK_FLOPS["a100"], "NVIDIA A100 datasheet: bf16 without sparsity"),
         matmul_share=_matmul_share(0.869, "A100 SXM"),
         memory=(2.039e12, "NVIDIA A100 datasheet, SXM, 80 GB"),
         nvlink=(300e9, "NVIDIA A100 datasheet, SXM: 600 GB/s in both directions"),
@@ -187,7 +204,10 @@ _GPUS = (
     ),
     _gpu(
         "b200",
-        flops=(2250e12, "NVIDIA DGX B200 datasheet: 8 GPUs 72 PFLOP/s in FP8 with sparsity, a quarter in bf16 without"),
+        flops=(
+            _PEAK_FLOPS["b200"],
+            "NVIDIA DGX B200 datasheet: 8 GPUs 72 PFLOP/s in FP8 with sparsity, a quarter in bf16 without",
+        ),
         matmul_share=_matmul_share(0.776, "B200 SXM"),
         memory=(8e12, "NVIDIA DGX B200 datasheet: 8 GPUs 64 TB/s"),
         nvlink=(900e9, "NVIDIA DGX B200 datasheet: 8 GPUs 14.4 TB/s in both directions"),

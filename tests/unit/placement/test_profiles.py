@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hmoe_megatron.placement import FLOPS, CostModel, Profile
 from hmoe_megatron.placement.cost import training_flops
-from hmoe_megatron.placement.profiles import MAX_FILE_BYTES, PROFILES, profile_named
+from hmoe_megatron.placement.profiles import MAX_FILE_BYTES, PROFILES, peak_flops, profile_named
 from tests.unit.placement.hostile_json import BYTES, JSON
 
 GPUS = ("a100", "h100", "h200", "b200")
@@ -108,6 +108,16 @@ def test_named():
         profile_named("h300")
     with pytest.raises(ValueError, match=r"hardware profile H100: .*; did you mean h100\?"):
         profile_named("H100")
+
+
+def test_the_peak_of_a_device_is_found_by_its_name():
+    names = {
+        "NVIDIA H100 80GB HBM3": 989.5e12,
+        "NVIDIA H800": 989.5e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "Tesla T4": None,
+    }
+    assert {name: peak_flops(name) for name in names} == names
 
 
 def test_errors_list_all_problems():
