@@ -3,6 +3,7 @@
 Hypothesis tries the same examples every time; HYPOTHESIS_PROFILE=explore, of `make campaign`, tries others.
 """
 
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,10 @@ def _add_row(test, fault, cases, outcome):
     if rows := os.environ.get("FAULTS_ROWS"):
         with open(rows, "a", encoding="utf-8") as file:
             file.write(json.dumps({"test": test, "fault": fault, "cases": cases, "outcome": outcome}) + "\n")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # some tests collect garbage often: what is imported by now stays
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gc
 import os
 import sys
 
@@ -17,6 +18,7 @@ patches.apply()
 import megatron.core.tokenizers.text.text_tokenizer  # noqa: E402, F401  transformers behind it takes five seconds
 import megatron.training.training  # noqa: E402, F401
 import torch  # noqa: E402
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 
 import hmoe_megatron.data.batches  # noqa: E402, F401
 import hmoe_megatron.moe.specs  # noqa: E402, F401
@@ -25,6 +27,7 @@ import hmoe_megatron.telemetry  # noqa: E402, F401
 import hmoe_megatron.training  # noqa: E402, F401
 
 torch.set_num_threads(1)
+MockGPTLowLevelDataset.size = 500  # of --mock-data: to shuffle its 100,000 documents takes as long as some steps
 
 
 def _read_docstrings_once() -> None:
@@ -39,3 +42,4 @@ def _read_docstrings_once() -> None:
 
 
 _read_docstrings_once()
+gc.freeze()  # a rank does not look through all that is imported, nor copies its pages for that

@@ -26,7 +26,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 GRACE_S = 2.0  # for the other ranks after one failed or the time was up
-ALONE_S = 15.0  # until ranks that outlive a failed one are told to end; torchrun's 0.1 s would hide that they hang
+ALONE_S = 5.0  # until ranks that outlive a failed one are told to end; torchrun's 0.1 s would hide that they hang
 # For what a rank started: a data loader's worker looks for its parent every 5 s; a process that is to write checkpoints
 # imports torch and Megatron before it looks, which takes half a minute on a busy machine.
 ORPHAN_S = 90.0

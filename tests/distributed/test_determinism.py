@@ -194,7 +194,7 @@ LAYOUTS = {
     "distributed optimizer": (2, 4, f"--use-distributed-optimizer {ROUTERS['Top-3']}"),
     "distributed optimizer, bf16": (2, 4, "--use-distributed-optimizer --bf16"),
 }
-LAYOUTS_OF_THE_SUITE = ("pipeline", "distributed optimizer")
+LAYOUTS_OF_THE_SUITE = ("pipeline",)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.faults.harness import check_finished, check_lasting, check_little_los
 from tests.faults.inside import kill_after, kill_at_operation
 from tests.rows import rarely
 
-KILLS, SEEDED_KILLS = int(os.environ.get("FAULTS_KILLS", "100")), 3  # on two ranks, and as many on four
+KILLS, SEEDED_KILLS = int(os.environ.get("FAULTS_KILLS", "100")), 2  # on two ranks, and as many on four
 OPERATIONS_OF_A_SAVE = 30  # on files of --save, by rank 0
 FLAVOURS = {
     "asynchronous saves": "--async-save --use-persistent-ckpt-worker",

@@ -15,7 +15,7 @@ from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
 from hmoe_megatron.hf.importing import ARGS_FILE, HFDirectory
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
-from tests.rows import mostly_rarely
+from tests.rows import mostly_rarely, rarely
 from tests.unit.hf.conversions import ROOT, STEPS, TIED, assert_same_logits, from_hf, tensors_of, to_hf, train
 
 KINDS = {
@@ -60,7 +60,7 @@ def test_a_run_goes_on_from_it_under_another_layout(tmp_path):
     assert CheckpointTensors(train(tmp_path / "next", 2, flags)).iteration == 2
 
 
-@pytest.mark.parametrize("rows", [96, 97])
+@pytest.mark.parametrize("rows", [97, *rarely(96)])
 def test_a_vocabulary_keeps_its_rows_under_tensor_parallelism(rows, tmp_path):
     """Of any size; a table that must be divided gets a row, which the next export leaves out."""
     run = train(tmp_path / "run", 1, f"--vocab-size {rows} --make-vocab-size-divisible-by 1")

@@ -153,14 +153,14 @@ def second_pass(package) -> str:
 
 
 @pytest.mark.parametrize(
-    "bugs", [BUGS[::3], *rarely(BUGS[1::3], BUGS[2::3])], ids=["every third", "the next", "the last"]
+    "bugs", [BUGS[::6], *rarely(*(BUGS[first::6] for first in range(1, 6)))], ids=lambda bugs: bugs[0].name
 )
 def test_every_planted_bug_is_found(tmp_path, bugs):
     assert found_by(ragged) == ""
     how = {bug.name: in_a_process_of_its_own(tmp_path, number, bug) for number, bug in enumerate(bugs)}
     print(f"{sum(map(bool, how.values()))} of {len(bugs)} planted bugs found")
     print("\n".join(f"{name}: {found or 'NOT FOUND'}" for name, found in how.items()))
-    assert len(bugs) >= 7 and all(how.values()), [name for name, found in how.items() if not found]
+    assert len(bugs) >= 3 and all(how.values()), [name for name, found in how.items() if not found]
 
 
 def test_every_bug_can_be_planted(tmp_path):
