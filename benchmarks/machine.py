@@ -3,10 +3,10 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 from datetime import date
 from pathlib import Path
 
+from hmoe_megatron.machine import software
 from hmoe_megatron.tools.calibration.cpu import cpu_name
 
 ROOT = Path(__file__).parents[1]
@@ -23,14 +23,4 @@ def stamp(*packages: str) -> str:
 
 def _commit() -> str:
     """Of the code here; what COMMIT in the environment says where the code was copied without its history."""
-    if given := os.environ.get("COMMIT"):
-        return given
-
-    def git(*words):
-        try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git
-            return ""
-
-    changed = [line for line in git("status", "--porcelain").splitlines() if not line.endswith(".md")]
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
+    return os.environ.get("COMMIT") or software.commit() or "unknown"

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 PLAN_FILE = "placement_plan.json"
 RUN_ARGUMENTS_FILE = "run_arguments.json"
+RUN_SOFTWARE_FILE = "run_software.json"
 TELEMETRY_FILE = "telemetry.jsonl"
 LOG_FILE = "megatron.log"
 

@@ -19,10 +19,11 @@ from hmoe_megatron.command_line import add_arguments, checked_ranks
 from hmoe_megatron.config import HMoEConfig, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.data.checks import check_data, data_is_here
 from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
-from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, atomic_write
+from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
-from hmoe_megatron.launch.process import check_rank_environment
+from hmoe_megatron.launch.process import check_rank_environment, tell_torchrun
 from hmoe_megatron.launch.stop import end_after_the_step, end_at_once
+from hmoe_megatron.machine import software
 from hmoe_megatron.moe import gradient_norm
 from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
@@ -41,6 +42,7 @@ from hmoe_megatron.telemetry.accounting import (
     report_real_widths,
 )
 from hmoe_megatron.telemetry.counters import RoutingStats
+from hmoe_megatron.telemetry.speed import step_flops, tokens_per_s
 from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments
 from hmoe_megatron.validate_args.memory import fullest_rank, memory_lines
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, pad_vocabulary
@@ -282,8 +284,9 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     start_megatron(args)
     config = model_config(args, layout)
     parameters, run_dir = parameter_counts(args, layout.widths), run_directory(args, layout.settings)
+    speed = partial(tokens_per_s, args)
     tracker = HMoEMetricsTracker(
-        layout, args.hidden_size, parameters, args.log_interval, run_dir, numeric_guard.end_for_router
+        layout, args.hidden_size, parameters, args.log_interval, run_dir, numeric_guard.end_for_router, speed
     )
     set_moe_metrics_tracker(tracker)
     expected = sum(
@@ -323,13 +326,6 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     checkpoints.end()
 
 
-def step_flops(args: argparse.Namespace, samples: int) -> float:
-    """Of one step on all ranks, forward and backward, by the widths that tokens activated."""
-    from megatron.training import training as stock
-
-    return stock.num_floating_point_operations(args, samples)
-
-
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:
     """Print what will be trained, and where. Activated parameters are those of even routing."""
     width = sum(expected_active_width(layout.settings, args.moe_router_topk, of) for of in layout.widths.values())
@@ -344,11 +340,13 @@ def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None
 
 
 def write_run(layout: ExpertLayout, run_dir: Path, argv: list[str]) -> None:
-    """Write the plan and the flags beside the run. Raises SavingFailed where nothing can be written."""
+    """Write plan, flags, versions and commit beside the run. Raises SavingFailed where nothing can be written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         layout.plan.save(run_dir / PLAN_FILE)
-        atomic_write(run_dir / RUN_ARGUMENTS_FILE, (json.dumps(argv, indent=1) + "\n").encode())
+        made_of = {"commit": software.commit(), **software.versions()}
+        for name, content in ((RUN_ARGUMENTS_FILE, argv), (RUN_SOFTWARE_FILE, made_of)):
+            atomic_write(run_dir / name, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise SavingFailed(
             f"{run_dir} can't be written to: {error.strerror}: fix that, or give another directory", on_every_rank=False
@@ -360,9 +358,12 @@ def refuse(error: Exception) -> int:
     """Say why the run can't start or go on; the exit code, 2 for settings that can't work."""
     ended = isinstance(error, RunEnded)
     rank = collectives.rank()
-    if rank == 0 or not getattr(error, "on_every_rank", True):
-        where = f"rank {rank}: " if rank else ""
-        print(f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}", file=sys.stderr, flush=True)
+    of_one_rank = not getattr(error, "on_every_rank", True)
+    where = f"rank {rank}: " if rank and of_one_rank else ""
+    line = f"pretrain_hmoe.py: error: {where}{str(error) or asserted(error)}"
+    tell_torchrun(line)
+    if rank == 0 or of_one_rank:
+        print(line, file=sys.stderr, flush=True)
     return error.exit_code if ended else 2
 
 

@@ -2,17 +2,16 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import hmoe_megatron
 from hmoe_megatron import collectives
 from hmoe_megatron.checkpoint import directory, lock, settings
 from hmoe_megatron.checkpoint.manifest import Manifest, load_manifest
 from hmoe_megatron.exits import CheckpointRefused
 from hmoe_megatron.files import PLAN_FILE
+from hmoe_megatron.machine.software import versions
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.patches import hooks
 
@@ -136,10 +135,8 @@ class Checkpoints:
 
     def manifest(self, iteration: int, files: dict) -> Manifest:
         """Manifest of this run's checkpoint of `iteration`."""
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
         layout = {name: settings.plain(getattr(self.args, name, None)) for name in _LAYOUT}
-        versions["hmoe-megatron"] = hmoe_megatron.__version__
-        return Manifest(iteration, self.settings, layout, versions, files)
+        return Manifest(iteration, self.settings, layout, versions(), files)
 
     def install(self) -> None:
         """Put this run's save and load around Megatron's. Once a process."""

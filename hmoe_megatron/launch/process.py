@@ -1,8 +1,11 @@
 """The launcher as a process, before it imports torch: its signals, what its ranks inherit, what it prints."""
 
+import contextlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, MutableMapping
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -33,6 +36,14 @@ def check_rank_environment(environment: MutableMapping[str, str] = os.environ) -
     if ("RANK" in environment) != ("WORLD_SIZE" in environment):
         one, other = ("RANK", "WORLD_SIZE") if "RANK" in environment else ("WORLD_SIZE", "RANK")
         raise ValueError(f"{one} is in the environment without {other}: unset it, or start with torchrun")
+
+
+def tell_torchrun(line: str) -> None:
+    """Why this rank ends, for the report with which torchrun ends: without it that says how to enable tracebacks."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": reason}, file)
 
 
 def set_environment(ranks: int) -> None:

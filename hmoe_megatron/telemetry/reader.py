@@ -83,6 +83,8 @@ def _check(record, last: dict | None) -> None:
     _number(record, "activated_parameters", MAX_AMOUNT)
     for name in BALANCES:
         _number(record, name, MAX_RANKS)
+    if "tokens_per_s" in record:  # older runs did not say it
+        _number(record, "tokens_per_s", MAX_AMOUNT)
     _numbers(record, "expert_time_ms", MAX_AMOUNT, 1, MAX_RANKS)
     layers = _listed(record, "layers", 1, MAX_LAYERS)
     experts = len(last["layers"][0]["token_share"]) if last else None

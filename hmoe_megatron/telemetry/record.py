@@ -91,7 +91,14 @@ def console_line(record: dict) -> str:
 
 def scalars_of(record: dict) -> dict[str, float]:
     """A record as TensorBoard scalars."""
-    names = ("activated_parameters", "experts_per_token", "flops_balance", "token_balance", "time_balance")
+    names = (
+        "activated_parameters",
+        "experts_per_token",
+        "flops_balance",
+        "token_balance",
+        "time_balance",
+        "tokens_per_s",
+    )
     scalars = {f"hmoe/{name}": record[name] for name in names}
     scalars["hmoe/experts_without_token"] = len(record["experts_without_token"])
     for name, parts in record["over_layers"].items():

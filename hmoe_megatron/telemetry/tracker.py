@@ -5,6 +5,7 @@ anything from the device.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,10 +29,13 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         log_interval: int,
         run_dir: Path | None,
         end_for_router,
+        tokens_per_s: Callable[[int], float],
     ):
-        """end_for_router(step, layers): ends the run where routers of `layers`, decoder layers, were not finite."""
+        """end_for_router(step, layers): ends the run where routers of `layers`, decoder layers, were not finite.
+        tokens_per_s: of so many last steps."""
         super().__init__()
-        self.end_for_router = end_for_router
+        self.end_for_router, self.tokens_per_s = end_for_router, tokens_per_s
+        self.steps = 0  # since the last that logged
         self.layout, self.hidden_size, self.parameters = layout, hidden_size, parameters
         self.log_interval = log_interval
         layout.stats.timing = log_interval == 1  # the first step logs only then
@@ -46,6 +50,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         On other steps the writers get nothing: a scalar that is written is copied from the device.
         """
         logs = iteration % self.log_interval == 0
+        self.steps += 1
         if not logs:
             writer = wandb_writer = None
         log = super().report(
@@ -73,6 +78,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         record = routing_record(counts_LE.numpy(), tokens_L.numpy(), self.layout, self.hidden_size, self.parameters)
         self.active_width = record["active_width"]
         record = {"iteration": iteration, **record, "expert_time_ms": rank_ms, "time_balance": max_over_mean(rank_ms)}
+        record["tokens_per_s"], self.steps = self.tokens_per_s(self.steps), 0
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return  # the last rank has Megatron's writers and its console
         record["over_layers"] = over_layers(record)

@@ -27,7 +27,8 @@ import hmoe_megatron.telemetry  # noqa: E402, F401
 import hmoe_megatron.training  # noqa: E402, F401
 
 torch.set_num_threads(1)
-MockGPTLowLevelDataset.size = 500  # of --mock-data: to shuffle its 100,000 documents takes as long as some steps
+MOCK_DOCUMENTS = MockGPTLowLevelDataset.size  # of --mock-data: to shuffle them takes as long as some steps
+MockGPTLowLevelDataset.size = 500
 
 
 def _read_docstrings_once() -> None:

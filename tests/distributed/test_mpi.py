@@ -16,11 +16,19 @@ NO_MPI = not (MPIRUN.exists() or shutil.which("mpirun"))
 LINE = "pretrain_hmoe.py: error: mpirun started 2 processes and mpi4py sees 1"
 
 
+def all_mock_data():
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    from tests.distributed.preloaded import MOCK_DOCUMENTS
+
+    MockGPTLowLevelDataset.size = MOCK_DOCUMENTS
+
+
 @pytest.mark.skipif(NO_MPI, reason="no mpirun: pip install mpich mpi4py")
 def test_mpirun_trains_as_torchrun_does():
     flags = ["pretrain_hmoe.py", *FLAGS, "--train-iters", "3"]
     by_mpi = steps(finish(start(MPIRUN if MPIRUN.exists() else "mpirun", "-n", "2", sys.executable, *flags)))
-    ranks = run_ranks(2, pretrain, "--expert-model-parallel-size 2 --train-iters 3")
+    ranks = run_ranks(2, pretrain, "--expert-model-parallel-size 2 --train-iters 3", all_mock_data)
     by_torchrun = steps("\n".join(rank.output for rank in ranks))  # the environment that torchrun sets
     assert len(by_mpi) == 3 and by_mpi == by_torchrun
 

@@ -36,7 +36,9 @@ def report_five_steps(run_dir):
         plan=plan,
         pieces=lambda layer: plan.layers[0].pieces,
     )
-    tracker = HMoEMetricsTracker(layout, 8, ParameterCounts(10, 24 * sum(WIDTHS)), 2, run_dir, None)
+    tracker = HMoEMetricsTracker(
+        layout, 8, ParameterCounts(10, 24 * sum(WIDTHS)), 2, run_dir, None, lambda steps: 100.0 * steps
+    )
     writer, timed, totals = Writer(), [], {}
     for iteration in range(1, 6):
         timed.append(layout.stats.timing)
@@ -69,4 +71,5 @@ def test_the_tracker_logs_every_second_step(tmp_path):
     assert [record["iteration"] for record in records] == [2, 4]
     assert records[0]["layers"][0]["token_share"] == [0.4, 0.3, 0.2, 0.1]
     assert records[0]["experts_per_token"] == 10 / 8
+    assert [record["tokens_per_s"] for record in records] == [200, 200], "of the steps since the last that logged"
     assert ranks[1][0]["hmoe/experts_per_token", 2] == 10 / 8 and ("hmoe/experts_per_token", 2) not in ranks[0][0]

@@ -9,6 +9,9 @@ import pytest
 
 from hmoe_megatron.launch.nodes import gpus_here
 from hmoe_megatron.launch.process import check_rank_environment
+from tests.distributed.pretrain_run import start
+from tests.distributed.ranks import run_alone
+from tests.distributed.training_run import TINY
 from tests.rows import rarely
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +52,24 @@ def test_the_commands_say_it_in_one_line(words, tmp_path):
         next(line for line in ended.stderr.splitlines() if "RANK='x' in the environment is no number" in line)
     ]
     assert "Traceback" not in ended.stderr and list(tmp_path.iterdir()) == []
+
+
+def refused_under_torchrun(error_file):
+    os.environ["TORCHELASTIC_ERROR_FILE"] = error_file
+    return start([*TINY, "--lr", "-1"])
+
+
+def test_torchruns_report_ends_with_the_reason(tmp_path):
+    """Of a rank that does not print it, too. The report is torch's own, from the file that it gives each rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = str(tmp_path / "error.json")
+    code, said = run_alone(refused_under_torchrun, file)
+    reason = said[said.index("pretrain_hmoe.py: error: ") :].strip()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=file)
+    report = str(ChildFailedError("pretrain_hmoe.py", {0: failure}))
+    told = "\n".join(line.strip() for line in report.partition("  traceback : ")[2].splitlines()[:-1])
+    assert told == reason and code == 2 and "--lr -1.0: give a number above 0" in reason
 
 
 def test_gpus_are_counted_by_their_files_and_by_what_is_visible(tmp_path):

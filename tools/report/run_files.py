@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.files import PLAN_FILE, TELEMETRY_FILE
+from hmoe_megatron.files import PLAN_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE, read_text
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES
 from hmoe_megatron.telemetry.reader import BALANCES, open_with_remedy, read_records
 from hmoe_megatron.tools.report.scalars import Scalars
+from hmoe_megatron.untrusted import parsed
 
 MAX_NUMBERS = 1 << 26  # kept of all lines together: 0.5 GiB
+MAX_SOFTWARE_BYTES, MAX_COMMIT = 1 << 16, 80
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Run:
     expert_E: logical experts in that order; width_E: their widths, mean over layers, or None. share_NE: of the routed
     tokens, sums to 1, and ratio_NE: of all tokens, sums to the experts a token, both mean over layers. active_N:
     parameters a token activates, of total_parameters; active_NL: of these in the experts of layer_L. balance: name of
-    BALANCES -> busiest rank over mean of the ranks, [N]. last: the last record. losses: TensorBoard's, by tag.
+    BALANCES -> busiest rank over mean of the ranks, [N]. last: the last record. tokens_per_s: median over records, None
+    where none has it. commit: of the code that ran, or None. losses: TensorBoard's, by tag.
     """
 
     iteration_N: np.ndarray
@@ -39,15 +42,18 @@ class Run:
     balance: dict[str, np.ndarray]
     last: dict
     plan: PlacementPlan | None
+    tokens_per_s: float | None
+    commit: str | None
     losses: Scalars = field(default_factory=dict)
 
 
 def read_run(directory: Path, notes: list[str]) -> Run:
     """Without the losses. What is missing or left out is said in `notes`. Raises ValueError with file, line where there
     is one, and remedy."""
-    path, rows = directory / TELEMETRY_FILE, []
+    path, rows, speeds = directory / TELEMETRY_FILE, [], []
     for number, last in read_records(path, notes):
         layers = last["layers"]
+        speeds += [last["tokens_per_s"]] if "tokens_per_s" in last else []
         share_LE = np.array([layer["token_share"] for layer in layers])
         chosen_L = np.array([layer["experts_per_token"] for layer in layers])
         active_L = [layer["activated_expert_parameters"] for layer in layers]
@@ -75,7 +81,19 @@ def read_run(directory: Path, notes: list[str]) -> Run:
         balance=dict(zip(BALANCES, first_NX.T[2:], strict=True)),
         last=last,
         plan=plan,
+        tokens_per_s=float(np.median(speeds)) if speeds else None,
+        commit=_read_commit(directory / RUN_SOFTWARE_FILE),
     )
+
+
+def _read_commit(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        found = parsed("software of a run", read_text(path, MAX_SOFTWARE_BYTES), MAX_SOFTWARE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; remove it, and the report leaves the commit out") from None
+    return str(found["commit"])[:MAX_COMMIT] if isinstance(found, dict) and found.get("commit") else None
 
 
 def _read_plan(path: Path, shape: tuple[int, int], notes: list[str]) -> PlacementPlan | None:

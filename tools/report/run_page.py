@@ -70,7 +70,9 @@ def _facts(run: Run) -> dict[str, str]:
         ),
         "steps": f"{run.last['iteration']:,}",
         **parameter_facts(run),
+        **({"tokens/s, median": f"{run.tokens_per_s:,.0f}"} if run.tokens_per_s else {}),
         "ranks": f"{len(run.last['expert_time_ms'])}" + (f", expert-parallel {run.plan.ranks}" if run.plan else ""),
+        **({"commit": run.commit} if run.commit else {}),
     }
 
 

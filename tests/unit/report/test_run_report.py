@@ -45,7 +45,7 @@ def records():
     steps = []
     for number, counts_LE in enumerate(COUNTS_NLE, start=1):
         record = of_a_step.routing_record(counts_LE, [TOKENS] * 2, layout, HIDDEN, parameters)
-        record |= {"iteration": 10 * number, "expert_time_ms": [1.0, 3.0]}
+        record |= {"iteration": 10 * number, "expert_time_ms": [1.0, 3.0], "tokens_per_s": 1000.0 * number}
         record["time_balance"] = of_a_step.max_over_mean(record["expert_time_ms"])
         steps.append(record | {"over_layers": of_a_step.over_layers(record)})
     return steps, plan
@@ -180,6 +180,22 @@ def test_flags_and_sampled_text_are_on_the_page(run_dir, tmp_path):
     assert "<h2>Sampled text</h2>" in text and "ROMEO: &lt;i&gt;thou&lt;/i&gt;" in text
     with pytest.raises(ValueError, match="none.txt: No such file"):
         write_report(run_dir, sample=tmp_path / "none.txt")
+
+
+def test_speed_and_commit_are_on_the_page(run_dir):
+    (run_dir / files.RUN_SOFTWARE_FILE).write_text(json.dumps({"commit": "0123abc <dirty>", "torch": "2"}))
+    text = write_report(run_dir)[0].read_text()
+    assert "<dt>tokens/s, median</dt><dd>2,000</dd>" in text and "<dt>commit</dt><dd>0123abc &lt;dirty&gt;</dd>" in text
+    (run_dir / files.RUN_SOFTWARE_FILE).write_text("[")
+    with pytest.raises(ValueError, match="run_software.json: .*; remove it, and the report leaves the commit out"):
+        write_report(run_dir)
+
+
+def test_a_run_from_before_speed_and_commit_were_kept(run_dir):
+    steps = [{name: value for name, value in step.items() if name != "tokens_per_s"} for step in records()[0]]
+    write_telemetry(run_dir, steps)
+    text = write_report(run_dir)[0].read_text()
+    assert "tokens/s" not in text and "commit" not in text
 
 
 def test_all_text_is_escaped(tmp_path):
