@@ -1,20 +1,18 @@
-"""Bytes that a rank will hold: weights, gradients and optimizer state exactly, activations about.
-
-Legend: h hidden size, e bytes of an element, V rows of the vocabulary. Attention is taken to keep its scores where
-Megatron computes it itself (`--transformer-impl local`), and not where Transformer Engine does.
-"""
+"""Bytes that a rank will hold at most: weights, gradients and optimizer state exactly, activations about."""
 
 import argparse
 from typing import NamedTuple
 
 from hmoe_megatron.moe.layout import ExpertLayout
-from hmoe_megatron.telemetry.accounting import dense_parameters, expected_active_width, expert_parameters
+from hmoe_megatron.telemetry.accounting import dense_parameters, expert_parameters
+from hmoe_megatron.validate_args.activations import Activations
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
 
 class RankMemory(NamedTuple):
-    """Bytes of one rank. stage, rank: of the pipeline and of the expert-parallel group. attention, experts, logits: of
-    activations, with what stands beside the first two in a layer."""
+    """Bytes of one rank. stage, rank: of the pipeline and of the expert-parallel group. attention, experts: activations
+    that wait for the backward pass. On top of all comes the larger of logits and backward, what the backward pass of a
+    layer needs for itself."""
 
     stage: int
     rank: int
@@ -24,10 +22,15 @@ class RankMemory(NamedTuple):
     attention: float
     experts: float
     logits: float
+    backward: float
+
+    @property
+    def activations(self) -> float:
+        return self.attention + self.experts + max(self.logits, self.backward)
 
     @property
     def total(self) -> float:
-        return sum(self[2:])
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 class _Copies(NamedTuple):
@@ -57,15 +60,16 @@ def of_rank(args: argparse.Namespace, layout: ExpertLayout, stage: int, rank: in
         args.pipeline_model_parallel_size * layout.plan.ranks * expert_tensor_parallel_size(args)
     )
     of_dense, of_experts = _copies(args, replicas), _copies(args, expert_replicas)
-    live = _live_micro_batches(args, stage)
-    attention, routed = _activations(args, layout, layers, rank)
+    live, activations = _live_micro_batches(args, stage), Activations(args, layout, rank)
+    kept = activations.of_layers(layers)
     return RankMemory(
         stage,
         rank,
         *(round(dense * one + experts * other) for one, other in zip(of_dense, of_experts, strict=True)),
-        live * attention,
-        live * routed,
-        _logits(args) if is_last else 0.0,
+        live * (kept.attention + activations.embedding()) + activations.scratch(),
+        live * kept.experts,
+        activations.logits() if is_last else 0.0,
+        activations.backward(layers),
     )
 
 
@@ -110,53 +114,15 @@ def _live_micro_batches(args, stage: int) -> float:
     return min(count * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
 
 
-def _activations(args, layout, layers: range, rank: int) -> tuple[float, float]:
-    """(attention and norms, experts and what leads to them) of one micro-batch through the layers, in bytes."""
-    e = 2 if args.bf16 or args.fp16 else 4
-    h, tensor = args.hidden_size, args.tensor_model_parallel_size
-    sequence = args.seq_length // args.context_parallel_size
-    tokens = sequence * args.micro_batch_size
-    here = tokens / tensor  # with sequence parallelism
-    if args.recompute_granularity == "full":
-        return len(layers) * here * h * e, 0.0
-    heads = args.num_attention_heads / tensor
-    groups = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) / tensor
-    selected = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
-    attention = here * h * 2 * e + tokens * args.kv_channels * (2 * heads + 2 * groups) * e
-    if args.transformer_impl == "local" and "core_attn" not in selected:
-        attention += 2 * heads * sequence * tokens * e  # scores and their softmax
-    routed = 0.0
-    for layer in layers:
-        routed += here * h * 2 * e
-        if layer not in layout.widths:
-            routed += 3 * tokens * args.ffn_hidden_size / tensor * e
-            continue
-        if "moe" in selected:
-            continue
-        widths = layout.widths[layer]
-        routed += here * len(widths) * 3 * 4 + 3 * tokens * (args.moe_shared_expert_intermediate_size or 0) / tensor * e
-        chosen = expected_active_width(layout.settings, args.moe_router_topk, widths) * len(widths) / sum(widths)
-        rows = here * chosen / len(widths) * layout.plan.ranks  # of one expert, from all ranks
-        pieces, share = layout.pieces(layer)[rank], expert_tensor_parallel_size(args)
-        kept = 3 if layout.settings.keep_hidden else 2
-        routed += sum(rows * share * (2 * h + kept * piece.width / share) * e for piece in pieces)
-    return len(layers) * attention, routed
-
-
-def _logits(args) -> float:
-    """In the model's type, their softmax and its gradient in fp32; the last micro-batch of the last stage."""
-    e = 2 if args.bf16 or args.fp16 else 4
-    tokens = args.seq_length // args.context_parallel_size * args.micro_batch_size
-    return tokens * args.padded_vocab_size / args.tensor_model_parallel_size * (e + 8)
-
-
 def memory_lines(memory: RankMemory) -> list[str]:
     """For people, at most 100 columns."""
     gib = {name: value / 2**30 for name, value in zip(memory._fields[2:], memory[2:], strict=True)}
+    last = "logits" if memory.logits > memory.backward else "backward"
+    peak = {"logits": "logits", "backward": "one layer's backward pass"}[last]
     return [
         f" memory of the fullest rank, {memory.total / 2**30:.2f} GiB with even routing (pipeline stage "
         f"{memory.stage}, expert-parallel rank {memory.rank}):",
-        f"   weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer {gib['optimizer']:.2f}; "
-        f"activations about {gib['attention'] + gib['experts'] + gib['logits']:.2f} "
-        f"(attention {gib['attention']:.2f}, experts {gib['experts']:.2f}, logits {gib['logits']:.2f})",
+        f"   weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer {gib['optimizer']:.2f}",
+        f"   activations about {memory.activations / 2**30:.2f}: attention {gib['attention']:.2f}, "
+        f"experts {gib['experts']:.2f}, at the peak {peak} {gib[last]:.2f}",
     ]
