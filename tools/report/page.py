@@ -27,7 +27,7 @@ summary { cursor: pointer; margin: .8rem 0 .3rem; } .idle { color: #b34700; font
 pre { overflow-x: auto; font-size: .85rem; background: #f6f6f6; padding: .8rem; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { figure { overflow-x: auto; } img { width: 44rem; max-width: none; }
-  th, td { padding: .15rem .35rem; font-size: .85rem; } }
+  th, td { padding: .15rem .3rem; font-size: .85rem; } th { white-space: normal; vertical-align: bottom; } }
 """
 
 

@@ -1,7 +1,10 @@
 """The reports in a browser: pictures are shown, under the page's own policy; tokens are text and do nothing."""
 
+import json
+import re
 import shutil
 import subprocess
+from html import escape, unescape
 
 import numpy as np
 import pytest
@@ -40,6 +43,26 @@ def shown(html, *colours):
 
 def test_the_run_report(tmp_path):
     shown(run_page.write_report(make_run(tmp_path / "run"))[0], BLUE, VERMILLION, GREEN)
+
+
+PROBE = """<script>addEventListener("load", () => { parent.document.title = JSON.stringify({
+  inner: innerWidth, page: document.documentElement.scrollWidth,
+  tables: [...document.querySelectorAll(".wide")].map(e => e.scrollWidth - e.clientWidth),
+  images: [...document.images].map(e => e.clientWidth)}) })</script>"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_of_the_run_report_is_off_the_screen(tmp_path, width):
+    """The page is as wide as the screen; on a phone tables fit, and pictures keep a readable size and scroll."""
+    text = run_page.write_report(make_run(tmp_path / "run"))[0].read_text()
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, text)
+    frame = f'<iframe style="width: {width}px; height: 9000px; border: 0" srcdoc="{escape(text)}"></iframe>'
+    (tmp_path / "probe.html").write_text(frame)  # a window is never narrower than 500 pixels
+    dom = chromium(tmp_path / "probe.html", "--dump-dom").stdout
+    found = json.loads(unescape(re.search("<title>({.*?})</title>", dom)[1]))
+    assert found["inner"] == found["page"] == width
+    assert found["tables"] and max(found["tables"]) <= 0
+    assert min(found["images"]) >= 640
 
 
 def test_the_routing_report(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from hmoe_megatron.telemetry import reader as telemetry_file
 from hmoe_megatron.telemetry import record as of_a_step
 from hmoe_megatron.telemetry.accounting import ParameterCounts
 from hmoe_megatron.tools import run_report
-from hmoe_megatron.tools.report import run_files
+from hmoe_megatron.tools.report import run_files, training_pictures
 from hmoe_megatron.tools.report.run_page import write_report
 from hmoe_megatron.tools.report.scalars import TRAINING, VALIDATION, read_scalars
 
@@ -196,6 +197,19 @@ def test_a_run_from_before_speed_and_commit_were_kept(run_dir):
     write_telemetry(run_dir, steps)
     text = write_report(run_dir)[0].read_text()
     assert "tokens/s" not in text and "commit" not in text
+
+
+@pytest.mark.parametrize("last", [5.5, 5.001])
+def test_the_last_losses_are_beside_the_curves(run_dir, last):
+    """Right of the axes, inside the picture, one above the other, also where both curves end at one value."""
+    write_scalars(run_dir / "tensorboard", "lm loss validation", [(31, last)])
+    run = replace(read(run_dir), losses=read_scalars(run_dir / "tensorboard", []))
+    figure = training_pictures.loss(run)
+    figure.draw_without_rendering()
+    labels = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(labels) == 2 and not labels[0].overlaps(labels[1])
+    for label in labels:
+        assert figure.axes[0].get_window_extent().x1 < label.x0 and label.x1 <= figure.bbox.x1
 
 
 def test_all_text_is_escaped(tmp_path):
