@@ -209,7 +209,7 @@ def test_the_last_losses_are_beside_the_curves(run_dir, last):
     labels = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(labels) == 2 and not labels[0].overlaps(labels[1])
     for label in labels:
-        assert figure.axes[0].get_window_extent().x1 < label.x0 and label.x1 <= figure.bbox.x1
+        assert figure.axes[0].bbox.x1 < label.x0 and label.x1 <= figure.bbox.x1
 
 
 def test_all_text_is_escaped(tmp_path):
