@@ -15,10 +15,11 @@ BALANCE_LOOKS = {
 }
 
 
-def _beside_the_end(axes, text: str, x: float, y: float, colour: str, above: bool) -> None:
+def _beside_the_end(axes, text: str, y: float, colour: str, above: bool) -> None:
     """Right of the axes, where no curve is."""
     place = {"xytext": (8, 7 if above else -7), "ha": "left", "va": "center", "annotation_clip": False}
-    axes.annotate(text, (x, y), textcoords="offset points", color=colour, fontweight="bold", zorder=4, **place)
+    at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (1, y), color=colour, fontweight="bold", zorder=4, **at, **place)
 
 
 def loss(run: Run) -> Figure:
@@ -42,7 +43,7 @@ def loss(run: Run) -> Figure:
     shown = sorted((run.losses[tag].y[-1], *looks[tag], run.losses[tag]) for tag in looks if tag in run.losses)
     for place, (last, name, colour, look, curve) in enumerate(shown):
         axes.plot(curve.x, curve.y, label=name, color=colour, **(drawing.marker(len(curve.x)) | look))
-        _beside_the_end(axes, f"{name} {last:.3f}", curve.x[-1], last, colour, above=place == len(shown) - 1)
+        _beside_the_end(axes, f"{name} {last:.3f}", last, colour, above=place == len(shown) - 1)
     axes.margins(x=0, y=0.12)
     axes.set(title="Language-model loss", xlabel=drawing.X_LABEL, ylabel="loss (nats a token)")
     if shown:
