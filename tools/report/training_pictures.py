@@ -92,7 +92,7 @@ def activated_parameters(run: Run) -> Figure:
         all_of_them, color=drawing.GREY, linestyle="--", linewidth=1.2, label=f"all parameters, {all_of_them:.4g}"
     )
     share = run.active_N[-1] / max(run.total_parameters, 1)
-    _beside_the_end(total, f"{last:.4g} ({share:.0%} of all)", x_N[-1], last, drawing.BLUE, above=share < 0.5)
+    _beside_the_end(total, f"{last:.4g} ({share:.0%} of all)", last, drawing.BLUE, above=share < 0.5)
     total.set(title="Parameters a token activates, whole model", ylabel=label)
     total.legend()
     unit, label = drawing.parameter_unit(run.active_NL.max())
