@@ -59,6 +59,15 @@ def test_an_infeasible_layer_names_ranks_missing_bytes_and_remedies():
         assert remedy in text
 
 
+def test_many_ranks_that_lack_the_same_are_said_in_one():
+    need = plan_layer([1], [1024], 1, CostModel(hidden_size=4096)).predicted.bytes[0]
+    ranks = [Rank(bytes=need // 2)] * 16
+    with pytest.raises(InfeasiblePlan) as error:
+        plan_layer(None, [1024] * 16, ranks, CostModel(hidden_size=4096), max_cuts=0)
+    assert f"each of the 16 ranks lacks {(need - need // 2) / 2**30:.2f} GiB" in str(error.value)
+    assert "rank 0 lacks" not in str(error.value)
+
+
 def test_cuts_use_room_that_whole_experts_cannot():
     need = plan_layer([1, 1, 1], [100] * 3, 1, COST).predicted.bytes[0]
     ranks = [Rank(bytes=int(need / 2 * 1.05))] * 2
