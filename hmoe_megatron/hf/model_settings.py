@@ -28,6 +28,8 @@ _EXPORTED = {
     "rotary_seq_len_interpolation_factor": (None,),
     "no_rope_freq": (None,),
     "window_size": (None,),
+    "multi_latent_attention": (False,),
+    "attention_output_gate": (False,),
     "softmax_type": ("vanilla",),
     "moe_router_score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),

@@ -46,14 +46,9 @@ def dense_parameters(
 ) -> int:
     """All but the routed experts of these decoder layers, on one of ``tensor_parallel`` ranks; is_first, is_last: of
     the pipeline's stages, which have the embedding and the output layer."""
-    hidden, heads_width = args.hidden_size, args.num_attention_heads * args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    qkv_width = heads_width + 2 * groups * args.kv_channels
-    norm = hidden * (1 if args.normalization == "RMSNorm" else 2)
-    divided = len(layers) * (hidden * (qkv_width + heads_width) + (qkv_width if args.add_qkv_bias else 0))
-    whole = 2 * len(layers) * norm  # what every rank holds
-    if args.qk_layernorm:
-        whole += len(layers) * 2 * args.kv_channels * norm // hidden
+    hidden, norm = args.hidden_size, args.hidden_size * _norm_numbers(args)
+    divided, whole = _latent_attention(args) if args.multi_latent_attention else _attention(args)
+    divided, whole = len(layers) * divided, len(layers) * (whole + 2 * norm)  # whole: what every rank holds
     shared_width = args.moe_shared_expert_intermediate_size or 0
     for layer in layers:
         if layer in widths:
@@ -69,6 +64,31 @@ def dense_parameters(
         divided += vocabulary if args.untie_embeddings_and_output_weights or not is_first else 0
         whole += norm
     return int(divided // tensor_parallel + whole)
+
+
+def _norm_numbers(args) -> int:
+    return 1 if args.normalization == "RMSNorm" else 2
+
+
+def _attention(args) -> tuple[int, int]:
+    """(divided by tensor parallelism, on every rank) of a layer's attention."""
+    heads_width = args.num_attention_heads * args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    qkv_width = (1 + args.attention_output_gate) * heads_width + 2 * groups * args.kv_channels
+    divided = args.hidden_size * (qkv_width + heads_width) + (qkv_width if args.add_qkv_bias else 0)
+    return divided, 2 * args.kv_channels * _norm_numbers(args) if args.qk_layernorm else 0
+
+
+def _latent_attention(args) -> tuple[int, int]:
+    """The same of multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values, and with
+    --q-lora-rank queries, come from short vectors. Transformer Engine has the way down to these on every rank."""
+    hidden, heads, of_q = args.hidden_size, args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim
+    down = hidden * (args.kv_lora_rank + args.qk_pos_emb_head_dim + (args.q_lora_rank or 0))
+    up = heads * args.kv_lora_rank * (args.qk_head_dim + args.v_head_dim)
+    up += heads * of_q * (args.q_lora_rank or hidden)
+    norms = (args.kv_lora_rank + (args.q_lora_rank or 0)) * _norm_numbers(args) if args.qk_layernorm else 0
+    rest = up + heads * args.v_head_dim * hidden
+    return (down + rest, norms) if args.transformer_impl == "local" else (rest, down + norms)
 
 
 def expected_active_width(settings: HMoEConfig, topk: int, widths: tuple[int, ...]) -> float:

@@ -87,21 +87,9 @@ REQUIRED = (
     ),
     ("hybrid_layer_pattern", {None}, "--hybrid-layer-pattern", "layers are attention and experts: remove it"),
     (
-        "multi_latent_attention",
-        {False},
-        "--multi-latent-attention",
-        "its parameters are not counted yet, so activated parameters would be wrong: remove it",
-    ),
-    (
         "experimental_attention_variant",
         {None},
         "--experimental-attention-variant",
-        "its parameters are not counted yet, so activated parameters would be wrong: remove it",
-    ),
-    (
-        "attention_output_gate",
-        {False},
-        "--attention-output-gate",
         "its parameters are not counted yet, so activated parameters would be wrong: remove it",
     ),
     (

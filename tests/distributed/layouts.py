@@ -37,6 +37,11 @@ MODEL_WORDS = {
     "Top-P": "--hmoe-router topp --hmoe-top-p 0.6",
     "4-layers": "--num-layers 4",
     "micro-batch-1": "--micro-batch-size 1",
+    "MLA": (
+        "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 24 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
+        "--v-head-dim 8 --qk-layernorm --rope-type rope"
+    ),
+    "gated-attention": "--attention-output-gate",
     "shared-expert": "--moe-shared-expert-intermediate-size 24",
 }
 
@@ -101,6 +106,10 @@ AGAINST_STOCK = _layouts(
     2: TP2
     2: PP2
     2: DO
+    2: MLA TP2
+    2: MLA PP2
+    2: MLA EP2 bf16 alltoall
+    2: gated-attention TP2 EP2 ETP1
     4: PP2 EP2
     2: EP2 alltoall
     2: EP2 allgather
@@ -138,6 +147,7 @@ AGAINST_STOCK = _layouts(
 AGAINST_ONE_RANK = _layouts(
     """
     2: EP2 alltoall
+    2: MLA TP2 EP2 ETP1 DO overlap
     2: Top-P EP2 allgather
     4: Top-P TP2 EP2 ETP2 alltoall
     4: PP2 EP2 recompute-full
@@ -153,6 +163,9 @@ AGAINST_ONE_RANK = _layouts(
     2: overlap-reduce
     2: EP2 allgather
     2: Top-P EP2 alltoall
+    4: MLA TP2 EP2 ETP2 alltoall
+    2: MLA PP2
+    2: gated-attention EP2
     2: EP2 recompute-moe
     2: shared-expert EP2 recompute-rest alltoall
     2: Top-P EP2 recompute-full alltoall

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.distributed.layouts import MODEL_WORDS
 from tests.distributed.plans import WIDTHS, cut, save_plan, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plans import MODEL, TOPP
@@ -38,7 +39,7 @@ RUNS = {
     "adam, expert bias": BIAS,
     "distributed, many buckets, Top-P": f"{BUCKETS} {TOPP}",
     "bf16": "--bf16",
-    "bf16 distributed, Top-P": f"--bf16 --use-distributed-optimizer {TOPP}",
+    "bf16 distributed, Top-P, latent attention": f"--bf16 --use-distributed-optimizer {TOPP} {MODEL_WORDS['MLA']}",
 }
 # Two steps at a learning rate near 1e-2 with sums in another order: 2 ulp of the loss in fp32 (1 was seen). bf16 rounds
 # a value by 2**-9 of it at most, in other places under another layout; over the tokens these go either way, so half of
@@ -54,7 +55,7 @@ def flags(run, plan, layout):
     )
 
 
-RUNS_OF_THE_SUITE = ("adam, expert bias", "bf16 distributed, Top-P")
+RUNS_OF_THE_SUITE = ("adam, expert bias", "bf16 distributed, Top-P, latent attention")
 
 
 @pytest.fixture(scope="module", params=mostly_rarely(RUNS, RUNS_OF_THE_SUITE))

@@ -405,6 +405,8 @@ TESTS = {
         "distributed/test_resume",
         "test_the_learning_rate_changes_at_a_resume_and_the_moments_stay",
     ),
+    "head_sizes_of_latent_attention": ("unit/test_accounting", "test_counted_parameters_are_those_of_the_built_model"),
+    "key_positions_of_latent_attention": ("distributed/test_layouts", "test_unequal_widths_agree_with_one_rank"),
     "rng_of_ranks": (
         "distributed/test_determinism",
         "test_stock_gives_all_expert_parallel_ranks_the_streams_of_the_first",

@@ -10,12 +10,18 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import TINY, build
 
 WIDTHS = "16,32,48,64"
+LATENT = (
+    "--multi-latent-attention --kv-lora-rank 20 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8 --rope-type rope"
+)
 VARIANTS = {
     "plain": "",
     "tied embeddings": "tied",
     "grouped queries, qkv bias, qk norm": "--group-query-attention --num-query-groups 2 --add-qkv-bias --qk-layernorm",
     "layer norm, a dense layer": "--normalization LayerNorm --moe-layer-freq [0,1] --ffn-hidden-size 40",
     "shared expert with gate": "--moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate",
+    "latent attention": f"{LATENT} --q-lora-rank 12 --qk-layernorm",
+    "latent attention, queries as they are": f"{LATENT} --normalization LayerNorm",
+    "attention with a gate": "--attention-output-gate",
     "learned positions": "--position-embedding-type learned_absolute",
 }
 
