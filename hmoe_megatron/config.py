@@ -218,8 +218,20 @@ def hmoe_config_from_args(args: argparse.Namespace) -> HMoEConfig:
     return HMoEConfig(**{f.name: getattr(args, f"hmoe_{f.name}") for f in dataclasses.fields(HMoEConfig)})
 
 
+def mtp_layers(args: argparse.Namespace) -> range:
+    """Numbers of the multi-token-prediction layers: they go on from the decoder layers'."""
+    count = args.mtp_num_layers or 0
+    return range(args.num_layers, args.num_layers + (min(count, 1) if args.mtp_use_repeated_layer else count))
+
+
 def moe_layers(args: argparse.Namespace) -> list[int]:
-    """Decoder layers (from 0) that hold experts, by ``--moe-layer-freq``."""
+    """Layers (from 0) that hold experts, by ``--moe-layer-freq``; multi-token-prediction layers are as the last decoder
+    layer."""
+    decoder = _moe_decoder_layers(args)
+    return decoder + (list(mtp_layers(args)) if decoder and decoder[-1] == args.num_layers - 1 else [])
+
+
+def _moe_decoder_layers(args: argparse.Namespace) -> list[int]:
     freq = args.moe_layer_freq
     if isinstance(freq, int):
         return [i for i in range(args.num_layers) if i % freq == 0]
@@ -239,7 +251,8 @@ def widths_from_args(args: argparse.Namespace, hmoe: HMoEConfig) -> dict[int, tu
     layers = moe_layers(args)
     if not layers:
         raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
-    widths_LE = layer_widths(hmoe.widths, args.num_layers, args.num_experts, hmoe.total_width, hmoe.width_multiple)
+    count = args.num_layers + len(mtp_layers(args))
+    widths_LE = layer_widths(hmoe.widths, count, args.num_experts, hmoe.total_width, hmoe.width_multiple)
     return {layer: tuple(widths_LE[layer]) for layer in layers}
 
 

@@ -58,6 +58,9 @@ def prepare() -> None:
     patches.apply()
     patches.fix()
     hooks.optimizer_is_built(gradient_norm.attach)
+    from hmoe_megatron.moe.specs import prediction_layers_with_experts  # Megatron is patched by now
+
+    hooks.multi_token_prediction(prediction_layers_with_experts)
 
 
 def alone_without_torchrun() -> None:

@@ -17,7 +17,8 @@ _STRUCTURE = (
     "add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm layernorm_zero_centered_gamma position_embedding_type "
     "rotary_interleaved untie_embeddings_and_output_weights num_experts moe_layer_freq moe_shared_expert_gate "
     "moe_shared_expert_intermediate_size moe_router_enable_expert_bias tokenizer_type vocab_size swiglu squared_relu "
-    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate"
+    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate "
+    "mtp_num_layers mtp_use_repeated_layer"
 ).split()
 # The function that the weights compute.
 _FUNCTION = (

@@ -30,6 +30,7 @@ _EXPORTED = {
     "window_size": (None,),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
+    "mtp_num_layers": (None, 0),
     "softmax_type": ("vanilla",),
     "moe_router_score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),

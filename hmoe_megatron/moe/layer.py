@@ -44,8 +44,6 @@ class HMoELayer(MoELayer):
         layout,
         layer: int,
     ):
-        if is_mtp_layer:
-            raise ValueError("--mtp-num-layers: multi-token-prediction layers with unequal experts are not implemented")
         slots, slot_config = dispatch_slots(config, layout, layer)
 
         # MoELayer hands its builders the config of slots; ours take the logical one instead.

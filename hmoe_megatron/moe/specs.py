@@ -28,7 +28,23 @@ def hmoe_block_spec(layout, model_config, vp_stage=None):
     block.layer_specs = [
         with_hmoe_layer(layout, spec, layer) for spec, layer in zip(block.layer_specs, layers, strict=True)
     ]
+    block.of_prediction_layer = lambda spec, place: with_hmoe_layer(layout, spec, config.num_layers + place)
     return block
+
+
+def prediction_layers_with_experts(mtp_block, decoder_block):
+    """Megatron's spec of the multi-token-prediction layers, or None, with HMoELayer where the model of `decoder_block`
+    is ours; their numbers go on from the decoder layers'."""
+    if mtp_block is None or not hasattr(decoder_block, "of_prediction_layer"):
+        return mtp_block
+    specs = []
+    for place, spec in enumerate(mtp_block.layer_specs):
+        spec = copy.copy(spec)
+        spec.submodules = copy.copy(spec.submodules)
+        spec.submodules.mtp_model_layer = decoder_block.of_prediction_layer(spec.submodules.mtp_model_layer, place)
+        specs.append(spec)
+    mtp_block.layer_specs = specs
+    return mtp_block
 
 
 def _layers_of_stage(config, num_layers: int, vp_stage) -> list[int]:

@@ -66,11 +66,15 @@ def first_of_all_ranks(findings: list[Finding]) -> tuple[str, str]:
 
 def labelled(model, name: str) -> tuple[int, str]:
     """(decoder layer, -1 before and a large number after the layers; what to call it) of a module or parameter name."""
-    parts = name.split(".")
-    if parts[:2] != ["decoder", "layers"] or len(parts) < 3:
-        return (-1 if parts[0] == "embedding" else 1 << 30), name or "the model"
-    layer = model.decoder.layers[int(parts[2])].layer_number - 1
-    return layer, f"{'.'.join(parts[3:]) or 'the whole'} in decoder layer {layer}"
+    block, *parts = name.split(".")
+    if block not in ("decoder", "mtp") or parts[:1] != ["layers"] or len(parts) < 2:
+        return (-1 if block == "embedding" else 1 << 30), name or "the model"
+    layer = getattr(model, block).layers[int(parts[1])].layer_number - 1
+    what = ".".join(parts[2:]) or "the whole"
+    if block == "mtp":
+        layer += model.config.num_layers
+        return layer, f"{what} in multi-token-prediction layer {layer}"
+    return layer, f"{what} in decoder layer {layer}"
 
 
 def named_weights(chunks):

@@ -24,6 +24,20 @@ def optimizer_is_built(then):
 
 
 @patch("hook")
+def multi_token_prediction(with_experts):
+    """Megatron builds multi-token-prediction layers from its own specs of decoder layers, not from those of the model,
+    and so with equal experts.
+
+    with_experts(spec of the block of these layers or None, the model's decoder block spec)."""
+    from megatron.training.models import gpt
+
+    def mtp_block_spec(stock, config, transformer_layer_spec, *args, **named):
+        return with_experts(stock(config, transformer_layer_spec, *args, **named), transformer_layer_spec)
+
+    around(gpt, "mtp_block_spec", mtp_block_spec)
+
+
+@patch("hook")
 def reports_of_flops_and_memory(flops_seen, memory_seen):
     """Megatron's reports read one width and one number of experts a token in the middle of their functions.
 

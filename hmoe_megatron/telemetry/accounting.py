@@ -8,7 +8,7 @@ import argparse
 import copy
 import dataclasses
 
-from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.config import HMoEConfig, mtp_layers
 from hmoe_megatron.patches import hooks
 
 
@@ -32,7 +32,8 @@ def expert_parameters(hidden_size: int, width: float) -> float:
 
 def parameter_counts(args: argparse.Namespace, widths: dict[int, tuple[int, ...]]) -> ParameterCounts:
     """Count the model that ``args`` (Megatron's, validated) and ``widths`` (decoder layer -> widths) describe."""
-    always = dense_parameters(args, widths, range(args.num_layers), is_first=True, is_last=True)
+    layers = range(args.num_layers + len(mtp_layers(args)))
+    always = dense_parameters(args, widths, layers, is_first=True, is_last=True)
     return ParameterCounts(always, int(expert_parameters(args.hidden_size, sum(map(sum, widths.values())))))
 
 
@@ -44,8 +45,8 @@ def dense_parameters(
     is_last: bool,
     tensor_parallel: int = 1,
 ) -> int:
-    """All but the routed experts of these decoder layers, on one of ``tensor_parallel`` ranks; is_first, is_last: of
-    the pipeline's stages, which have the embedding and the output layer."""
+    """All but the routed experts of these layers, decoder and multi-token prediction, on one of ``tensor_parallel``
+    ranks; is_first, is_last: of the pipeline's stages, which have the embedding and the output layer."""
     hidden, norm = args.hidden_size, args.hidden_size * _norm_numbers(args)
     divided, whole = _latent_attention(args) if args.multi_latent_attention else _attention(args)
     divided, whole = len(layers) * divided, len(layers) * (whole + 2 * norm)  # whole: what every rank holds
@@ -56,8 +57,11 @@ def dense_parameters(
             whole += hidden * (len(widths[layer]) + bool(args.moe_shared_expert_gate and shared_width))
         else:
             divided += expert_parameters(hidden, args.ffn_hidden_size)
+    predicting = len(set(layers) & set(mtp_layers(args)))
+    divided += predicting * 2 * hidden * hidden  # the last state and the next token's embedding to one state
+    whole += predicting * 3 * norm
     vocabulary = args.padded_vocab_size * hidden
-    if is_first:
+    if is_first or predicting:
         divided += vocabulary
         whole += args.max_position_embeddings * hidden if args.position_embedding_type == "learned_absolute" else 0
     if is_last:

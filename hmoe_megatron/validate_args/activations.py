@@ -60,12 +60,14 @@ class Activations:
 
     def logits(self) -> float:
         """At the end of the loss: the last norm, logits, their softmax in fp32, written over by its gradient, and what
-        the output layer's weight gradient is computed into where it is not added in place."""
-        places = self.T * self.args.padded_vocab_size / self.tensor
-        softmax = FP32 + (self.e if self.e < FP32 else 0)
-        weight = self.args.padded_vocab_size / self.tensor * self.args.hidden_size * self.e
-        in_place = self.args.gradient_accumulation_fusion
-        return self._norm() + places * softmax + (0 if in_place else weight) + self.T * self.args.hidden_size * self.e
+        the output layer's weight gradient is computed into where it is not added in place. Each layer of multi-token
+        prediction has the norm and the softmax too."""
+        args, predictions = self.args, self.args.mtp_num_layers or 0
+        places = self.T * args.padded_vocab_size / self.tensor
+        kept = (1 + predictions) * (self._norm() + places * FP32)
+        gradient = places * (self.e if self.e < FP32 else 0) + self.T * args.hidden_size * self.e
+        weight = args.padded_vocab_size / self.tensor * args.hidden_size * self.e
+        return kept + gradient + (0 if args.gradient_accumulation_fusion else weight)
 
     def backward(self, layers: range) -> float:
         """The most that a layer's backward pass has beside what is kept: what it computes again, and its gradients."""
@@ -103,23 +105,44 @@ class Activations:
         return self.args.num_attention_heads / self.tensor
 
     def _attention(self, layer: int) -> float:
-        """Both norms, q k v, what attention gives, and where its scores are kept them."""
+        """Both norms, what goes into attention and comes from it, and where they are kept its probabilities. A layer of
+        multi-token prediction has two norms more, and what they give in one."""
+        args, heads = self.args, self._heads()
+        kept = self._latent_inputs() if args.multi_latent_attention else self._inputs()
+        turned = args.qk_pos_emb_head_dim if args.multi_latent_attention else args.kv_channels
+        if self.fused:
+            kept += heads * self.T * FP32  # log of the sums of each row of scores
+        elif "core_attn" not in self.selected:
+            kept += self._scores() + self.sequence**2  # probabilities, and the mask in bytes
+        if args.position_embedding_type == "rope" and not self.fused:
+            kept += 4 * self.sequence * turned * self.e  # sine and cosine for q and for k
+        if layer >= args.num_layers:
+            kept += 2 * self._norm() + self.t * 2 * args.hidden_size * self.e
+        return 2 * self._norm() + kept
+
+    def _inputs(self) -> float:
+        """q, k, v and what attention gives."""
         args, heads = self.args, self._heads()
         groups = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) / self.tensor
         rope, repeats = args.position_embedding_type == "rope", groups < heads and not self.fused
         qkv = 0 if rope and repeats else heads + 2 * groups  # as they leave their product: v stays in it
         turned = heads + (0 if repeats else groups) if rope else 0
         repeated = 2 * heads if repeats else 0  # k and v for each head of a group
-        kept = self.T * args.kv_channels * (qkv + turned + repeated + heads) * self.e
-        if self.fused:
-            kept += heads * self.T * FP32  # log of the sums of each row of scores
-        elif "core_attn" not in self.selected:
-            kept += self._scores() + self.sequence**2  # probabilities, and the mask in bytes
-        if rope and not self.fused:
-            kept += 4 * self.sequence * args.kv_channels * self.e  # sine and cosine for q and for k
+        gated = 3 * heads if args.attention_output_gate else 0  # the gate, its sigmoid, and what it lets through
+        kept = self.T * args.kv_channels * (qkv + turned + repeated + heads + gated) * self.e
         if args.qk_layernorm:
             kept += self.T * args.kv_channels * (heads + groups) * self._norm_bytes()
-        return 2 * self._norm() + kept
+        return kept
+
+    def _latent_inputs(self) -> float:
+        """The same of multi-latent attention, and the short vectors that they come from."""
+        args = self.args
+        of_head = 2 * (args.qk_head_dim + args.qk_pos_emb_head_dim) + 2 * args.v_head_dim
+        short = args.kv_lora_rank + (args.q_lora_rank or 0)
+        kept = self.t * short * (self._norm_bytes() if args.qk_layernorm else self.e)
+        if self.tensor > 1 and not self.fused:
+            kept += self.T * short * self.e  # gathered from the ranks
+        return kept + self.T * (self._heads() * of_head + args.qk_pos_emb_head_dim) * self.e
 
     def _ffn(self, layer: int) -> float:
         if layer in self.layout.widths:

@@ -3,6 +3,7 @@
 import argparse
 from typing import NamedTuple
 
+from hmoe_megatron.config import mtp_layers
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.telemetry.accounting import dense_parameters, expert_parameters
 from hmoe_megatron.validate_args.activations import Activations
@@ -74,7 +75,8 @@ def of_rank(args: argparse.Namespace, layout: ExpertLayout, stage: int, rank: in
 
 
 def layers_of(args: argparse.Namespace, stage: int) -> range:
-    """Decoder layers of a pipeline stage. With virtual stages their numbers are others, their count is this."""
+    """Layers of a pipeline stage, those of multi-token prediction with the last. With virtual stages the numbers are
+    others, their count is this."""
     stages, first, last = (
         args.pipeline_model_parallel_size,
         args.decoder_first_pipeline_num_layers,
@@ -88,7 +90,8 @@ def layers_of(args: argparse.Namespace, stage: int) -> range:
     rest = counts.count(None)
     share = (args.num_layers - sum(filter(None, counts))) // rest if rest else 0
     counts = [share if count is None else count for count in counts]
-    return range(sum(counts[:stage]), sum(counts[: stage + 1]))
+    predicting = len(mtp_layers(args)) if stage == stages - 1 else 0
+    return range(sum(counts[:stage]), sum(counts[: stage + 1]) + predicting)
 
 
 def _expert_width(layout: ExpertLayout, layers: range, rank: int) -> int:

@@ -29,12 +29,6 @@ REQUIRED = (
     ("moe_use_upcycling", {False}, "--moe-use-upcycling", "it copies one dense width to every expert: remove it"),
     ("moe_apply_probs_on_input", {False}, "--moe-apply-probs-on-input", "not implemented here: remove it"),
     (
-        "mtp_num_layers",
-        {None, 0},
-        "--mtp-num-layers",
-        "multi-token-prediction layers would be built with equal experts: remove it",
-    ),
-    (
         "fp8_param_gather",
         {False},
         "--fp8-param-gather",

@@ -42,6 +42,7 @@ MODEL_WORDS = {
         "--v-head-dim 8 --qk-layernorm --rope-type rope"
     ),
     "gated-attention": "--attention-output-gate",
+    "MTP": "--mtp-num-layers 2",
     "shared-expert": "--moe-shared-expert-intermediate-size 24",
 }
 
@@ -81,7 +82,7 @@ class Layout:
 
     @property
     def num_layers(self) -> int:
-        return 4 if "4-layers" in self.words.split() else 2
+        return (4 if "4-layers" in self.words.split() else 2) + (2 if "MTP" in self.words.split() else 0)
 
     def __str__(self):
         return f"{self.ranks}: {self.words}"
@@ -107,6 +108,9 @@ AGAINST_STOCK = _layouts(
     2: PP2
     2: DO
     2: MLA TP2
+    2: MTP TP2
+    2: MTP PP2
+    2: MTP EP2 alltoall
     2: MLA PP2
     2: MLA EP2 bf16 alltoall
     2: gated-attention TP2 EP2 ETP1
@@ -148,6 +152,7 @@ AGAINST_ONE_RANK = _layouts(
     """
     2: EP2 alltoall
     2: MLA TP2 EP2 ETP1 DO overlap
+    2: MTP EP2 alltoall
     2: Top-P EP2 allgather
     4: Top-P TP2 EP2 ETP2 alltoall
     4: PP2 EP2 recompute-full
@@ -165,6 +170,8 @@ AGAINST_ONE_RANK = _layouts(
     2: Top-P EP2 alltoall
     4: MLA TP2 EP2 ETP2 alltoall
     2: MLA PP2
+    2: MTP PP2
+    4: MTP MLA TP2 EP2 ETP1 DO overlap alltoall
     2: gated-attention EP2
     2: EP2 recompute-moe
     2: shared-expert EP2 recompute-rest alltoall

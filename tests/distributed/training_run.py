@@ -114,18 +114,26 @@ def _initialize_stock_experts(chunks, own_optimizer):
 
     seed = get_args().seed
     for chunk in chunks:
-        for layer in chunk.decoder.layers:
+        for number, layer in _layers(chunk):
             for local, mlp in enumerate(layer.mlp.experts.local_experts):
                 expert = layer.mlp.local_expert_indices[local]
                 group, width = layer.mlp.experts.tp_group, mlp.config.moe_ffn_hidden_size
                 share = width // group.size()
                 kept = slice(group.rank() * share, (group.rank() + 1) * share)
-                fc1, fc2 = initial_weights(mlp.config, seed, layer.layer_number - 1, expert, width, torch.device("cpu"))
+                fc1, fc2 = initial_weights(mlp.config, seed, number, expert, width, torch.device("cpu"))
                 mlp.linear_fc1.weight.data.copy_(fc1[:, kept].flatten(0, 1))
                 mlp.linear_fc2.weight.data.copy_(fc2[:, kept])
                 if own_optimizer:
                     mlp.linear_fc1.weight.allreduce = mlp.linear_fc2.weight.allreduce = False
     return chunks
+
+
+def _layers(model):
+    """(number, transformer layer) of the decoder and of multi-token prediction, whose numbers go on."""
+    for layer in model.decoder.layers:
+        yield layer.layer_number - 1, layer
+    for layer in model.mtp.layers if getattr(model, "mtp", None) else ():
+        yield model.config.num_layers + layer.layer_number - 1, layer.mtp_model_layer
 
 
 @torch.no_grad()
@@ -224,9 +232,8 @@ def _whole(key):
 def _piece_keys(model):
     """{id of an experts' parameter: what takes a tensor of its shape apart by (layer, expert, matrix, lo, hi)}."""
     keys = {}
-    for layer in model.decoder.layers:
+    for number, layer in _layers(model):
         experts = getattr(layer.mlp, "experts", None)
-        number = layer.layer_number - 1
         if hasattr(experts, "local_experts"):
             for local, mlp in enumerate(experts.local_experts):
                 share, expert = mlp.linear_fc2.weight.shape[1], layer.mlp.local_expert_indices[local]

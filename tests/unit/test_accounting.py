@@ -22,6 +22,7 @@ VARIANTS = {
     "latent attention": f"{LATENT} --q-lora-rank 12 --qk-layernorm",
     "latent attention, queries as they are": f"{LATENT} --normalization LayerNorm",
     "attention with a gate": "--attention-output-gate",
+    "two tokens more are predicted": "--mtp-num-layers 2",
     "learned positions": "--position-embedding-type learned_absolute",
 }
 

@@ -101,7 +101,7 @@ def good_arguments(**changes):
 REFUSED = set(
     "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_flex_dispatcher_backend "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
-    "moe_apply_probs_on_input mtp_num_layers fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
+    "moe_apply_probs_on_input fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
     "moe_router_padding_for_quantization "
     "moe_expert_rank_capacity_factor moe_paged_stash moe_mlp_glu_interleave_size "
     "overlap_dispatch_backward_with_experts_wgrad expert_tensor_parallel_num_weight_shards "
@@ -236,8 +236,25 @@ def test_more_experts_a_token_than_there_are(changes, settings, message):
         check_megatron_arguments(good_arguments(**changes), settings)
 
 
+NO_MTP = {"mtp_num_layers": None, "mtp_use_repeated_layer": False}
+
+
+def test_widths_of_multi_token_prediction_layers_go_on():
+    args = argparse.Namespace(num_layers=2, num_experts=2, moe_layer_freq=1, **NO_MTP | {"mtp_num_layers": 2})
+    assert widths_from_args(args, HMoEConfig(widths="0-1=1,3;2=5,5;*=2,2")) == {
+        0: (1, 3),
+        1: (1, 3),
+        2: (5, 5),
+        3: (2, 2),
+    }
+    args.mtp_use_repeated_layer = True
+    assert widths_from_args(args, HMoEConfig(widths="2=5,5;*=2,2")) == {0: (2, 2), 1: (2, 2), 2: (5, 5)}
+    args.moe_layer_freq = [1, 0]  # they are as the last decoder layer
+    assert widths_from_args(args, HMoEConfig(widths="2,2")) == {0: (2, 2)}
+
+
 def test_widths_of_the_layers_that_hold_experts():
-    args = argparse.Namespace(num_layers=4, num_experts=2, moe_layer_freq=[0, 1, 0, 1])
+    args = argparse.Namespace(num_layers=4, num_experts=2, moe_layer_freq=[0, 1, 0, 1], **NO_MTP)
     config = HMoEConfig(widths="0-2=1,3;*=2,2")
     assert widths_from_args(args, config) == {1: (1, 3), 3: (2, 2)}
     with pytest.raises(ValueError, match="--moe-layer-freq .* names 4 layers, --num-layers is 5"):

@@ -22,6 +22,10 @@ MODEL = (
     "--dist-ckpt-optim-fully-reshardable"
 ).split()
 BOUND, PADDING = 0.05, 0.02  # of activations; of what is in buckets, which the distributed optimizer pads
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 48 --kv-lora-rank 32 --qk-head-dim 16 --qk-pos-emb-head-dim 8 "
+    "--v-head-dim 16 --rope-type rope --qk-layernorm"
+)
 FULL = "--recompute-granularity full --recompute-num-layers"
 
 
@@ -94,7 +98,10 @@ def measured(flags):
         (2, "--pipeline-model-parallel-size 2"),
         (2, "--tensor-model-parallel-size 2 --sequence-parallel --moe-shared-expert-intermediate-size 48"),
         (1, f"{FULL} 2 --recompute-method uniform"),
+        (1, f"{LATENT} --mtp-num-layers 2 --bf16"),
         *rarely(
+            (2, f"{LATENT} --tensor-model-parallel-size 2 --sequence-parallel"),
+            (2, "--pipeline-model-parallel-size 2 --mtp-num-layers 1 --attention-output-gate"),
             (1, f"{FULL} 2 --recompute-method block --moe-layer-freq [0,1,1,1] --ffn-hidden-size 160"),
             (1, "--recompute-granularity selective --recompute-modules core_attn moe"),
             (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --bf16"),

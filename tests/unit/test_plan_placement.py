@@ -238,6 +238,10 @@ def test_pipeline_stages_and_layers_without_experts(capsys):
     )
     assert result["plan"]["stages"] == [0, 1, 1] and result["plan"]["cost"]["live_micro_batches"] == 2
     assert result["plan"]["numbers"] == [1, 2, 3]
+    more = model_of(
+        [], [*map(str, MODEL), *"--num-layers 4 --pipeline-model-parallel-size 2 --mtp-num-layers 2".split()]
+    )
+    assert more.layers == (0, 1, 2, 3, 4, 5) and more.stages == (0, 0, 1, 1, 1, 1), "they are with the last stage"
     assert model_of([], [*MODEL, "--recompute-granularity", "full"]).live_micro_batches == 0
 
 

@@ -128,4 +128,4 @@ def _stages(layers: tuple[int, ...], num_layers: int, stages: int) -> tuple[int,
             f"--num-layers {num_layers} does not divide by --pipeline-model-parallel-size {stages}: "
             "stages of unequal size are not known here; plan each stage's layers on their own"
         )
-    return tuple(layer // (num_layers // stages) for layer in layers)
+    return tuple(min(layer // (num_layers // stages), stages - 1) for layer in layers)
