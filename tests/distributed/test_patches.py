@@ -416,6 +416,7 @@ TESTS = {
         "test_the_norm_is_marked_for_the_sum_over_tensor_parallel_ranks",
     ),
     "optimizer_is_built": ("distributed/test_determinism", "test_the_norm_with_cut_experts_is_that_of_whole_ones"),
+    "multi_token_prediction": ("distributed/test_layouts", "test_unequal_widths_agree_with_one_rank"),
     "reports_of_flops_and_memory": ("unit/test_accounting", "test_flops_use_the_measured_activated_width"),
     "transformer_engine_is_there": ("unit/test_check_only", "test_a_configuration_for_gpus_is_checked_without_one"),
     "training_step": ("distributed/test_numeric_faults", "test_stock_saves_the_step_and_locks_out"),

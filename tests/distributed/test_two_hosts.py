@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.commands import FLAGS, TORCHRUN, finish, output, start, steps
 from tests.distributed.hosts import ADDRESSES, assert_empty, no_hosts, two_hosts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.campaign]
 STEPS, SAVE_EVERY = 24, 4
 WAIT_S = 480  # a start alone took 200 s on two cores that 50 processes wanted
 
@@ -40,7 +40,6 @@ def test_torchrun_with_c10d(by_c10d):
     assert [int(step) for step, _, _ in by_c10d] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.campaign
 def test_a_rank_killed_on_the_second_host_costs_nothing_but_time(hosts, by_c10d, tmp_path):
     """The same losses to the last printed digit; and no process is left."""
     flags = ["--train-iters", STEPS, "--save-interval", SAVE_EVERY, "--save", tmp_path, "--load", tmp_path]
@@ -70,7 +69,6 @@ def test_a_rank_killed_on_the_second_host_costs_nothing_but_time(hosts, by_c10d,
         assert_empty(host)
 
 
-@pytest.mark.campaign
 def test_the_examples_start_with_what_their_readme_says(hosts, by_c10d, tmp_path):
     (tmp_path / "tiny.args").write_text("\n".join(re.split(r" (?=--)", shlex.join(FLAGS))) + "\n")
     command = [sys.executable, "examples/run.py", tmp_path / "tiny.args", "--train-iters", "2"]

@@ -292,6 +292,7 @@ def by_mpirun(argv):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(NO_MPIRUN, reason="no mpirun is installed")
 def test_mpirun_makes_the_same_bytes(work, tmp_path):
     argv, whole = work

@@ -79,7 +79,7 @@ def test_texts_have_the_same_ids(processor):
 
 
 @given(texts=st.lists(st.text(max_size=40) | st.text("a( \n▁1é☃\t.", max_size=30), max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_text_has_the_same_ids(processor, texts):
     assert_equal(processor, texts)
 

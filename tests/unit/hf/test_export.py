@@ -56,6 +56,7 @@ def test_the_export_computes_what_megatron_computes(run, tmp_path, capsys):
     assert sum(tensor.numel() for tensor in found.values()) == sizes  # every value once, none lost
 
 
+@pytest.mark.campaign
 def test_each_model_is_in_a_process_of_its_own(small, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("any")
     assert to_hf(small, tmp_path / "out", "--text", str(tmp_path / "text.txt")) == 0

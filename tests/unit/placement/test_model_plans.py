@@ -47,7 +47,7 @@ def test_each_layer_is_as_fast_as_alone_and_bytes_even_out(seed):
 
 
 @pytest.mark.parametrize("stages", [(0,) * 6, (0, 0, 0, 1, 1, 1), (0, 1, 2, 0, 1, 2)])
-@pytest.mark.parametrize("seed", [0, 1, 2, *rarely(*range(3, 10))])
+@pytest.mark.parametrize("seed", [0, *rarely(*range(1, 10))])
 def test_the_layers_of_a_stage_share_a_ranks_bytes(seed, stages):
     tokens_LE, widths_LE = random_model(seed, layers=6)
     free = plan_model(tokens_LE, widths_LE, 5, COST, stages=stages)
@@ -129,7 +129,7 @@ def test_no_room_at_all_is_said_and_numpys_numbers_are_numbers():
 
 
 @pytest.mark.parametrize("max_cuts", [None, 0])
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, *rarely(*range(4, 12))])
+@pytest.mark.parametrize("seed", [0, 1, *rarely(*range(2, 12))])
 def test_caps_that_contiguous_placement_of_all_layers_keeps_are_kept(seed, max_cuts):
     """Also where they leave no byte free."""
     tokens_LE, widths_LE = random_model(seed, layers=4)
