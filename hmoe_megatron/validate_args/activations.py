@@ -81,6 +81,8 @@ class Activations:
             again = max(sum(self._whole(layers[at : at + number])) for at in range(0, len(layers), number))
         elif "moe" in self.selected:
             again = max((self._experts(layer) for layer in layers if layer in self.layout.widths), default=0.0)
+        if args.multi_latent_attention and "mla_up_proj" in self.selected:
+            again += self.T * self._heads() * self._latent_head() * self.e
         scores = self._scores() * (2 if "core_attn" not in self.selected else 3)
         return again + max(scores, *(self._ffn_gradients(layer) for layer in layers))
 
@@ -94,7 +96,7 @@ class Activations:
     def _norm_bytes(self) -> int:
         """Of an element: input and output; Megatron's own keeps both in fp32, and bf16's output besides."""
         if self.fused:
-            return 2 * self.e
+            return self.e if "layernorm" in self.selected else 2 * self.e
         return 3 * self.e if self.e == FP32 else 2 * FP32 + self.e
 
     def _scores(self) -> float:
@@ -137,12 +139,18 @@ class Activations:
     def _latent_inputs(self) -> float:
         """The same of multi-latent attention, and the short vectors that they come from."""
         args = self.args
-        of_head = 2 * (args.qk_head_dim + args.qk_pos_emb_head_dim) + 2 * args.v_head_dim
+        of_head = self._latent_head() + args.v_head_dim
+        if "mla_up_proj" in self.selected:
+            of_head = args.v_head_dim
         short = args.kv_lora_rank + (args.q_lora_rank or 0)
         kept = self.t * short * (self._norm_bytes() if args.qk_layernorm else self.e)
         if self.tensor > 1 and not self.fused:
             kept += self.T * short * self.e  # gathered from the ranks
         return kept + self.T * (self._heads() * of_head + args.qk_pos_emb_head_dim) * self.e
+
+    def _latent_head(self) -> int:
+        """Numbers of q, k and v of a head."""
+        return 2 * (self.args.qk_head_dim + self.args.qk_pos_emb_head_dim) + self.args.v_head_dim
 
     def _ffn(self, layer: int) -> float:
         if layer in self.layout.widths:
