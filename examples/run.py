@@ -27,7 +27,10 @@ PRETRAIN = Path(__file__).parents[1] / "pretrain_hmoe.py"
 
 
 def torchrun_command(flags: list[str], environment) -> list[str]:
-    """The torchrun command of this node. ValueError where several nodes are asked for and one can't find the first."""
+    """The torchrun command of this node; without torchrun where nothing is to be started. ValueError where several
+    nodes are asked for and one can't find the first."""
+    if "--hmoe-check-only" in flags:
+        return [sys.executable, str(PRETRAIN), *flags]
     nodes = nodes_from(environment)
     command = [sys.executable, "-m", "torch.distributed.run"]  # torchrun, also where it is not on PATH
     if nodes.count == 1:

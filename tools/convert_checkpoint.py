@@ -42,7 +42,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights (default: the checkpoint's)")
     to_hf.add_argument(
         "--padded",
-        choices=["mixtral"],
+        choices=["mixtral", "qwen3_moe"],
         help="a stock model of transformers, without our code: each expert padded with zeros to the widest; Top-K only",
     )
     to_hf.add_argument("--tokenizer-model", help="where the run's tokenizer is now (default: where it was)")

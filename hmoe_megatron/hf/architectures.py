@@ -41,34 +41,38 @@ class Native:
         return tensor
 
 
-class Mixtral(Native):
-    """transformers' Mixtral, with no code of ours: every expert padded with zeros to the widest, which adds zeros to
-    its output. Top-K with renormalised weights only. ``hmoe_expert_widths`` in the config tells the way back."""
+class Padded(Native):
+    """A stock model of transformers, with no code of ours: every expert padded with zeros to the widest, which adds
+    zeros to its output. Top-K only. ``hmoe_expert_widths`` in the config tells the way back."""
 
-    model_type = "mixtral"
     code = ()
+    stock_name = ""  # of transformers' classes
 
     def __init__(self, model: ModelSettings):
         problems = {
             "--hmoe-router topp": model.router != "topk",
-            "--moe-router-pre-softmax": model.pre_softmax,
             "--moe-router-topk-scaling-factor": model.scaling_factor is not None,
             "--add-qkv-bias": model.qkv_bias,
-            "--qk-layernorm": model.qk_norm,
-            "dense layers (--moe-layer-freq)": not all(model.widths),
-        }
+        } | self.problems(model)
         found = [what for what, is_there in problems.items() if is_there]
         if found:
-            raise ValueError(f"--padded mixtral: Mixtral has no {', no '.join(found)}; leave --padded out")
+            what = f"{self.stock_name} has no {', no '.join(found)}"
+            raise ValueError(f"--padded {self.model_type}: {what}; leave --padded out")
         super().__init__(model)
-        self.width = max(max(widths_E) for widths_E in model.widths)
-        self.cost = self.width * model.experts * model.layers / sum(map(sum, model.widths))
+        self.width = max(max(widths_E, default=0) for widths_E in model.widths)
+        layers = sum(map(bool, model.widths))
+        self.cost = self.width * model.experts * layers / sum(map(sum, model.widths))
+
+    @staticmethod
+    def problems(model: ModelSettings) -> dict[str, bool]:
+        """What the stock model lacks: flag -> whether this model has it."""
+        raise NotImplementedError
 
     def config(self, dtype: str, token_ids: Mapping) -> dict:
         model = self.model
         return {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
+            "architectures": [f"{self.stock_name}ForCausalLM"],
+            "model_type": self.model_type,
             "dtype": dtype,
             "hidden_act": "silu",
             "num_hidden_layers": model.layers,
@@ -83,8 +87,6 @@ class Mixtral(Native):
             "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
             "attention_dropout": 0.0,
             "tie_word_embeddings": model.tied,
-            "intermediate_size": self.width,
-            "num_local_experts": model.experts,
             "num_experts_per_tok": model.experts_per_token,
             "router_aux_loss_coef": model.load_balance_coeff,
             "initializer_range": model.init_std,
@@ -94,18 +96,6 @@ class Mixtral(Native):
             "hmoe_p_penalty_coeff": model.p_penalty_coeff,
             "hmoe_router_fp32": model.router_fp32,
         } | dict(token_ids)
-
-    @staticmethod
-    def settings(config: Mapping) -> ModelSettings:
-        experts, layers = config["num_local_experts"], config["num_hidden_layers"]
-        widths = config.get("hmoe_expert_widths") or [[config["intermediate_size"]] * experts] * layers
-        return _stock_settings(config, widths, pre_softmax=False, theta=1e6)  # what transformers has without one
-
-    def name(self, name: str) -> str:
-        name = name.replace(".mlp.", ".block_sparse_moe.")
-        for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-            name = name.replace(f".{ours}.", f".{theirs}.")
-        return name
 
     def _dimension(self, name: str) -> int | None:
         """Along which an expert's matrix has its width; None for any other tensor."""
@@ -133,27 +123,73 @@ class Mixtral(Native):
         return tensor.narrow(dim, 0, width)
 
 
-class Qwen3Moe(Native):
-    """transformers' Qwen3-MoE, to read only."""
+class Mixtral(Padded):
+    """transformers' Mixtral: weights are renormalised, every layer has experts, queries and keys have no norm."""
 
-    model_type = "qwen3_moe"
+    model_type = "mixtral"
+    stock_name = "Mixtral"
+
+    @staticmethod
+    def problems(model: ModelSettings) -> dict[str, bool]:
+        return {
+            "--moe-router-pre-softmax": model.pre_softmax,
+            "--qk-layernorm": model.qk_norm,
+            "dense layers (--moe-layer-freq)": not all(model.widths),
+        }
+
+    def config(self, dtype: str, token_ids: Mapping) -> dict:
+        own = {"intermediate_size": self.width, "num_local_experts": self.model.experts}
+        return super().config(dtype, token_ids) | own
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
+        experts, layers = config["num_local_experts"], config["num_hidden_layers"]
+        widths = config.get("hmoe_expert_widths") or [[config["intermediate_size"]] * experts] * layers
+        return _stock_settings(config, widths, pre_softmax=False, theta=1e6)  # what transformers has without one
+
+    def name(self, name: str) -> str:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        return name
+
+
+class Qwen3Moe(Padded):
+    """transformers' Qwen3-MoE: queries and keys have a norm; layers may be dense, weights of the whole softmax."""
+
+    model_type = "qwen3_moe"
+    stock_name = "Qwen3Moe"
+
+    @staticmethod
+    def problems(model: ModelSettings) -> dict[str, bool]:
+        return {"queries and keys without --qk-layernorm": not model.qk_norm}
+
+    def config(self, dtype: str, token_ids: Mapping) -> dict:
+        model = self.model
+        own = {
+            "use_sliding_window": False,
+            "attention_bias": False,
+            "intermediate_size": model.dense_width or self.width,
+            "moe_intermediate_size": self.width,
+            "num_experts": model.experts,
+            "norm_topk_prob": not model.pre_softmax,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer, widths_E in enumerate(model.widths) if not widths_E],
+        }
+        return super().config(dtype, token_ids) | own
+
+    @staticmethod
+    def settings(config: Mapping) -> ModelSettings:
+        if config.get("attention_bias"):  # Qwen3-MoE's is in the output product too
+            raise ValueError("config.json: attention_bias true: a model with it can't be trained here")
         step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
         count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 5.5
         experts = [config["moe_intermediate_size"]] * count
-        widths = [
+        widths = config.get("hmoe_expert_widths") or [
             experts if layer not in dense and (layer + 1) % step == 0 else []
             for layer in range(config["num_hidden_layers"])
         ]
-        return _stock_settings(
-            config,
-            widths,
-            pre_softmax=not config.get("norm_topk_prob", False),
-            qk_norm=True,
-            qkv_bias=bool(config.get("attention_bias")),
-        )
+        return _stock_settings(config, widths, pre_softmax=not config.get("norm_topk_prob", False), qk_norm=True)
 
 
 class Llama(Native):

@@ -32,7 +32,7 @@ def model_card(form: Native, flags: Sequence[str], iteration: int, size_bytes: i
     code = (
         "# modeling_hmoe.py in this directory is the model; read it before you trust it.\n"
         if form.code
-        else "# Every expert is padded with zeros to the widest: a stock Mixtral.\n"
+        else f"# Every expert is padded with zeros to the widest: a stock {form.stock_name}.\n"
     )
     trust = ", trust_remote_code=True" if form.code else ""
     router = f"Top-{model.experts_per_token}" if model.router == "topk" else f"Top-P, p = {model.top_p}"

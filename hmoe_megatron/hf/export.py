@@ -52,9 +52,9 @@ def to_hf(
 ) -> Exported:
     """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole.
 
-    form: "hmoe", our own, or "mixtral", padded. dtype: fp32 or bf16; None keeps the checkpoint's. tokenizer_model:
-    where the run's tokenizer is now. check: called with (directory, model, iteration, flags of the run) before it gets
-    its name; what it raises ends the export, what it returns, if anything, is in EXPORT_FILE.
+    form: "hmoe", our own, or "mixtral" or "qwen3_moe", padded. dtype: fp32 or bf16; None keeps the checkpoint's.
+    tokenizer_model: where the run's tokenizer is now. check: called with (directory, model, iteration, flags of the
+    run) before it gets its name; what it raises ends the export, what it returns, if anything, is in EXPORT_FILE.
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """

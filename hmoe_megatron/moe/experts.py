@@ -106,7 +106,8 @@ class HMoEExperts(MegatronModule):
         return list(zip(self.pieces, MATRICES[matrix](tensor, self.piece_widths), strict=True))
 
     def forward(self, x_RH, tokens_per_slot_L, probs_R):
-        """(y_RH, None): y = W2 (p * silu(Wg x) * (Wu x)) of each row by its piece; rows come sorted by slot."""
+        """(y_RH, None): y = W2 (p * silu(Wg x) * (Wu x)) of each row by its piece; rows come sorted by slot. With
+        --moe-apply-probs-on-input p is in x instead."""
         rows = tokens_per_slot_L.tolist()
         used = len(self.pieces)
         assert sum(rows[used:]) == 0, f"layer {self.layer}: tokens routed to an empty slot: {rows}"
@@ -114,6 +115,8 @@ class HMoEExperts(MegatronModule):
         if not used:
             # Both inputs stay in the graph, or this rank would skip a backward all-to-all that the others wait in.
             return x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype), None
+        if self.config.moe_apply_probs_on_input:
+            x_RH, probs_R = (probs_R.unsqueeze(-1) * x_RH).to(x_RH.dtype), torch.ones_like(probs_R)
         with self.stats.expert_time(x_RH, self.training) as timed:
             y_RH = timed.output = self.compute(
                 x_RH, probs_R, rows[:used], self.linear_fc1_weight, self.linear_fc2_weight

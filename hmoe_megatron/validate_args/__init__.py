@@ -54,6 +54,11 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
         )
     if args.num_experts and hmoe.router == "topk" and args.moe_router_topk > args.num_experts:
         problems.append(f"--moe-router-topk {args.moe_router_topk} exceeds --num-experts {args.num_experts}: lower it")
+    if args.moe_apply_probs_on_input and hmoe.router == "topk" and args.moe_router_topk != 1:
+        problems.append(
+            f"--moe-apply-probs-on-input with --moe-router-topk {args.moe_router_topk}: it is for one expert a token: "
+            "remove it, or use --moe-router-topk 1"
+        )
     if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):
         problems.append("--recompute-modules moe_act: it needs grouped experts; use moe (the whole layer) instead")
     if args.num_experts and (hmoe.max_experts_per_token or 0) > args.num_experts:

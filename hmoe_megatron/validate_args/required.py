@@ -27,7 +27,6 @@ REQUIRED = (
     ),
     ("moe_latent_size", {None}, "--moe-latent-size", "not implemented for unequal experts: remove it"),
     ("moe_use_upcycling", {False}, "--moe-use-upcycling", "it copies one dense width to every expert: remove it"),
-    ("moe_apply_probs_on_input", {False}, "--moe-apply-probs-on-input", "not implemented here: remove it"),
     (
         "fp8_param_gather",
         {False},
@@ -189,6 +188,7 @@ REQUIRED_TOPP = (
     ("moe_router_num_groups", {None}, "--moe-router-num-groups", "group-limited routing is Top-K's: remove it"),
     ("moe_router_topk_scaling_factor", {None}, "--moe-router-topk-scaling-factor", "it is Top-K's: remove it"),
     ("moe_router_fusion", {False}, "--moe-router-fusion", "the fused router is Top-K's: remove it"),
+    ("moe_apply_probs_on_input", {False}, "--moe-apply-probs-on-input", "it is for one expert a token: remove it"),
     ("moe_enable_routing_replay", {False}, "--moe-enable-routing-replay", "it replays Top-K: remove it"),
 )
 

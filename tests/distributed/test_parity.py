@@ -65,6 +65,7 @@ def test_p_penalty_at_equal_widths_is_k_times_megatrons_load_balance(loss, scali
     [
         "--moe-shared-expert-intermediate-size 24 --moe-shared-expert-overlap --moe-token-dispatcher-type alltoall",
         "--moe-z-loss-coeff 1e-2",
+        "--moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax",
         "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none",
         "--calculate-per-token-loss",
         *rarely(

@@ -93,7 +93,12 @@ def good_arguments(**changes):
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
     values |= {"train_iters": 10, "train_samples": None, "lr": 1e-3, "min_lr": 0.0, "save": None, "world_size": 2}
     values |= {"pipeline_model_parallel_size": 1, "sequence_parallel": False}
-    values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
+    values |= {
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "recompute_granularity": None,
+        "recompute_modules": None,
+    }
     return argparse.Namespace(**(values | changes))
 
 
@@ -101,7 +106,7 @@ def good_arguments(**changes):
 REFUSED = set(
     "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_flex_dispatcher_backend "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
-    "moe_apply_probs_on_input fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
+    "fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
     "moe_router_padding_for_quantization "
     "moe_expert_rank_capacity_factor moe_paged_stash moe_mlp_glu_interleave_size "
     "overlap_dispatch_backward_with_experts_wgrad expert_tensor_parallel_num_weight_shards "
@@ -114,7 +119,8 @@ REFUSED = set(
 )
 REFUSED_TOPP = set(
     "moe_router_load_balancing_type moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias "
-    "moe_router_num_groups moe_router_topk_scaling_factor moe_router_fusion moe_enable_routing_replay".split()
+    "moe_router_num_groups moe_router_topk_scaling_factor moe_router_fusion moe_enable_routing_replay "
+    "moe_apply_probs_on_input".split()
 )
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from hmoe_megatron.launch.nodes import ranks_here
 from hmoe_megatron.telemetry.accounting import parameter_counts
 from hmoe_megatron.training import parse_arguments
+from tests.distributed.pretrain_run import start
+from tests.distributed.ranks import run_alone, run_ranks
+from tests.rows import rarely
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.args"))
@@ -144,6 +148,85 @@ def test_steps_spend_the_budget_at_6_flops_a_parameter_and_token(folder, budget_
         assert steps * step_flops <= budget_flops < (steps + 2) * step_flops, variant
 
 
+LIKE = ("deepseek_v3_like", "qwen3_30b_a3b_like")
+ON_NO_MACHINE = "--mock-data --tokenizer-type NullTokenizer --vocab-size 127"
+
+
+def counted(example, monkeypatch):
+    """Parameters of the model at full size, as on 64 ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    words = [*launcher.read_args(EXAMPLES / example / "full.args"), *ON_NO_MACHINE.split(), "--no-rope-fusion"]
+    args, layout, _ = parse_arguments(words)
+    return parameter_counts(args, layout.widths), args, layout
+
+
+def test_qwen3_30b_a3b_has_its_parameters(monkeypatch):
+    """Its config.json: 48 layers, hidden size 2048, 32 heads of 128, 4 groups, 128 experts of 768, 151,936 tokens."""
+    counts, args, layout = counted("qwen3_30b_a3b_like", monkeypatch)
+    attention = 2 * 2048 * 4096 + 2 * 2048 * 512 + 2 * 128
+    layer = attention + 2 * 2048 + 128 * 2048 + 3 * 2048 * 128 * 768
+    assert counts.total == 2 * 151_936 * 2048 + 48 * layer + 2048 == 30_532_122_624
+    assert all(sum(widths) == 128 * 768 and len(set(widths)) > 20 for widths in layout.widths.values())
+
+
+def test_deepseek_v3_has_its_parameters(monkeypatch):
+    """arXiv 2412.19437, section 4.2: 671 B, and without a second embedding and output layer 11.6 B to predict one."""
+    counts, args, layout = counted("deepseek_v3_like", monkeypatch)
+    down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * 192 + 512 * 128 * 256
+    attention = down + 1536 + 512 + up + 128 * 128 * 7168
+    moe = 3 * 7168 * 2048 * 257 + 256 * 7168
+    model = 2 * 129_280 * 7168 + 61 * (attention + 2 * 7168) + 3 * 3 * 7168 * 18_432 + 58 * moe + 7168
+    prediction = attention + 2 * 7168 + moe + 3 * 7168 + 2 * 7168 * 7168
+    assert round(model / 1e9) == 671 and counts.total == model + prediction
+    assert layout.layers == list(range(3, 62)) and args.mtp_num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("example", "ranks", "more"),
+    [
+        ("deepseek_v3_like", 2048, "--expert-model-parallel-size 64"),
+        *rarely(
+            ("deepseek_v3_like", 64, ""),
+            ("qwen3_30b_a3b_like", 64, ""),
+            ("qwen3_30b_a3b_like", 2048, "--expert-model-parallel-size 64"),
+        ),
+    ],
+)
+def test_full_sizes_are_checked_on_no_gpu(example, ranks, more):
+    words = [*launcher.read_args(EXAMPLES / example / "full.args"), *more.split(), "--hmoe-check-only"]
+    words += f"--world-size {ranks} --data-path /not/here --split 98,1,1 --tokenizer-model /not/here".split()
+    code, said = run_alone(start, words, timeout_s=200)
+    assert code == 0, said
+    assert f"{ranks} ranks: all that can be checked without them is in order" in said
+    assert re.search(r"memory of the fullest rank, [\d.]+ GiB", said) and "max over mean of FLOPs 1.00" in said
+
+
+def trained(words):
+    """(exit code, {step: loss}, last value of the loss of one more token or None) of a run."""
+    code, said = start([*words, "--num-workers", "0", "--hmoe-console", "megatron"])
+    steps = re.findall(r" iteration +(\d+)/.*? lm loss: (\S+) ", said)
+    more = re.findall(r"mtp_1 loss: (\S+) ", said)
+    return code, {int(step): float(loss) for step, loss in steps}, float(more[-1]) if more else None
+
+
+@pytest.mark.parametrize("example", LIKE)
+def test_the_small_ones_train_and_go_on_under_another_layout(example, tmp_path):
+    words = [*launcher.read_args(EXAMPLES / example / "tiny_cpu.args"), *ON_NO_MACHINE.split(), "--eval-iters", "0"]
+    words += f"--log-interval 1 --save {tmp_path} --save-interval 2".split()
+    first = run_ranks(2, trained, [*words, "--train-iters", "4"], timeout_s=120)
+    code, losses, more = first[-1]  # the last rank prints them
+    assert code == 0 and list(losses) == [1, 2, 3, 4]
+    assert (more is not None) == (example == "deepseek_v3_like")
+    shutil.rmtree(tmp_path / "iter_0000004")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    other = "--expert-model-parallel-size 1 --tensor-model-parallel-size 2 --sequence-parallel"
+    other += f" --expert-tensor-parallel-size 1 --train-iters 4 --load {tmp_path}"
+    resumed = run_ranks(2, trained, [*words, *other.split()], timeout_s=120)
+    code, again, _ = resumed[-1]
+    assert code == 0 and list(again) == [3, 4]
+    assert again == pytest.approx({step: losses[step] for step in again}, rel=1e-5)
+
+
 def test_no_two_files_repeat_each_other():
     for one, other in itertools.combinations(FILES, 2):
         shared = set(one.read_text().splitlines()) & set(other.read_text().splitlines()) - {""}
@@ -186,6 +269,11 @@ def test_one_node():
         "--lr",
         "1",
     ]
+
+
+def test_what_is_only_checked_needs_no_torchrun():
+    command = launcher.torchrun_command(["--hmoe-check-only", "--world-size", "64"], {"NNODES": "8"})
+    assert command[1:] == [str(EXAMPLES.parent / "pretrain_hmoe.py"), "--hmoe-check-only", "--world-size", "64"]
 
 
 def test_without_a_gpu_a_node_starts_as_many_ranks_as_experts_are_spread_over(monkeypatch):

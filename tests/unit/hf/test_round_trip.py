@@ -140,6 +140,29 @@ def test_a_padded_export_is_a_stock_mixtral(exported):
     assert_same_logits(padded, ours)
 
 
+def test_a_padded_export_is_a_stock_qwen3_moe_and_comes_back(tmp_path):
+    """Like examples/qwen3_30b_a3b_like, with a dense layer, and weights of the whole softmax."""
+    from transformers import AutoModelForCausalLM
+
+    flags = "--qk-layernorm --group-query-attention --num-query-groups 2 --rotary-base 1000000 --moe-router-pre-softmax"
+    run = train(tmp_path / "run", 1, f"{flags} --moe-layer-freq [0,1] --ffn-hidden-size 80")
+    assert to_hf(run, tmp_path / "out", "--no-logits") == 0
+    assert to_hf(run, tmp_path / "padded", "--no-logits", "--padded", "qwen3_moe") == 0
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "padded").eval()
+    assert type(padded).__name__ == "Qwen3MoeForCausalLM" and not list((tmp_path / "padded").glob("*.py"))
+    assert_same_logits(padded, AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval())
+    assert from_hf(tmp_path / "padded", tmp_path / "back").returncode == 0
+    ours, back = CheckpointTensors(run), CheckpointTensors(tmp_path / "back")
+    assert back.shapes == ours.shapes
+    assert all(torch.equal(ours.read([key])[key], back.read([key])[key]) for key in ours.shapes)
+
+
+def test_what_a_stock_model_lacks_is_named(tmp_path, capsys):
+    run = train(tmp_path / "run", 1, "")
+    assert to_hf(run, tmp_path / "out", "--no-logits", "--padded", "qwen3_moe") == 2
+    assert "Qwen3Moe has no queries and keys without --qk-layernorm" in capsys.readouterr().err
+
+
 def test_top_p_is_not_padded(tmp_path, capsys):
     run = train(tmp_path / "run", 1, "--hmoe-router topp --hmoe-top-p 0.6")
     assert to_hf(run, tmp_path / "out", "--no-logits", "--padded", "mixtral") == 2
