@@ -88,9 +88,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     finally:
         sys.argv = given
     settings = checked_settings(args, argv)
-    pad_vocabulary(args)
     args.exit_signal_handler |= not settings.default_signals
     start = starting_checkpoint(args)
+    if start and args.padded_vocab_size is None:  # Megatron's own number of rows depends on the tensor-parallel size
+        args.padded_vocab_size = start.vocabulary_rows()
+    pad_vocabulary(args)
     layout = expert_layout(args, settings, start)
     check_dispatch(args, layout)
     # Megatron checks that --num-experts divides by the expert-parallel size: show it the slots, which do. The width is

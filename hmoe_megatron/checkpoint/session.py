@@ -18,8 +18,9 @@ from hmoe_megatron.patches import hooks
 _LAYOUT = (
     "world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
-    "use_distributed_optimizer"
+    "use_distributed_optimizer padded_vocab_size"
 ).split()
+MAX_VOCABULARY_ROWS = 1 << 28
 TIDY_S = 60.0  # by which rank 0 may start later than another rank
 
 
@@ -34,6 +35,15 @@ class Start(NamedTuple):
         """Its plan. Read before the directory is locked and tidied, which a start that fails must not do."""
         lies = self.lies / PLAN_FILE
         return lies if lies.exists() else self.path / PLAN_FILE  # rank 0 may have put it back by now
+
+    def vocabulary_rows(self) -> int | None:
+        """Rows of its embedding, with those that only pad the vocabulary; None where its manifest does not say it."""
+        try:
+            layout = load_manifest(self.lies if self.lies.exists() else self.path).layout
+        except CheckpointRefused:  # said when the settings are compared, unless the user wants it unchecked
+            return None
+        rows = layout.get("padded_vocab_size")
+        return rows if type(rows) is int and 0 < rows <= MAX_VOCABULARY_ROWS else None
 
     def wait(self) -> None:
         """Until rank 0 has put it back; before that nothing is in its place."""

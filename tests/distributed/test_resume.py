@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import shutil
 
 import pytest
@@ -138,6 +139,14 @@ def test_another_layout_and_plan_is_no_difference(saved, world):
     ended = go_on(saved, "--hmoe-p-penalty-coeff 0.2", ranks=world)  # EP 1, whole experts
     assert [rank.code for rank in ended] == [0] * world
     assert " goes on with other settings: --hmoe-p-penalty-coeff: 0.1 in the checkpoint, 0.2 now" in ended[0].output
+
+
+def test_the_vocabulary_keeps_its_rows_under_tensor_parallelism(saved):
+    """Megatron pads it by the tensor-parallel size: the new rows would be random, and in the softmax."""
+    loss = r"iteration +5/.* lm loss: (\S+) "
+    alone, divided = go_on(saved, "", 1, 5), go_on(saved, "--tensor-model-parallel-size 2 --sequence-parallel", 2, 5)
+    losses = [float(re.search(loss, ranks[-1].output)[1]) for ranks in (alone, divided)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_another_schedule_is_refused_with_the_flag_that_takes_it(saved):

@@ -93,12 +93,7 @@ def good_arguments(**changes):
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
     values |= {"train_iters": 10, "train_samples": None, "lr": 1e-3, "min_lr": 0.0, "save": None, "world_size": 2}
     values |= {"pipeline_model_parallel_size": 1, "sequence_parallel": False}
-    values |= {
-        "num_experts": 8,
-        "moe_router_topk": 2,
-        "recompute_granularity": None,
-        "recompute_modules": None,
-    }
+    values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
 
 

@@ -77,8 +77,3 @@ def test_the_stock_spec_is_left_as_it_was():
     assert ours.submodules.mlp.keywords["layer"] == 5
     dense = gpt_layer_specs.get_gpt_layer_local_spec()
     assert with_hmoe_layer(None, dense, 5) is dense
-
-
-def test_multi_token_prediction_layers_are_refused():
-    with pytest.raises(ValueError, match="--mtp-num-layers: multi-token-prediction layers with unequal experts"):
-        HMoELayer(SimpleNamespace(), is_mtp_layer=True, layout=None, layer=0)
