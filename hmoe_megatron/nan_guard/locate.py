@@ -72,7 +72,7 @@ def labelled(model, name: str) -> tuple[int, str]:
     layer = getattr(model, block).layers[int(parts[1])].layer_number - 1
     what = ".".join(parts[2:]) or "the whole"
     if block == "mtp":
-        layer += model.config.num_layers
+        layer, what = layer + model.config.num_layers, what.removeprefix("mtp_model_layer.")
         return layer, f"{what} in multi-token-prediction layer {layer}"
     return layer, f"{what} in decoder layer {layer}"
 

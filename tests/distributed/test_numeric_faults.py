@@ -51,6 +51,12 @@ CASES = {
         BadLogits(1, 2, rank=1),
         "step 2: rank 1: the router's logits in decoder layer 1 hold NaN",
     ),
+    "NaN in logits of a layer of multi-token prediction": (
+        1,
+        "--mtp-num-layers 1",
+        BadLogits(2, 2),
+        "step 2: rank 0: mlp.router in multi-token-prediction layer 2 gave NaN",
+    ),
     "minus infinity in logits": (1, "", BadLogits(1, 2, value=-INFINITY), "logits in decoder layer 1 held NaN or inf"),
     "NaN in an expert's weights": (
         2,
