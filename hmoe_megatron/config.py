@@ -26,7 +26,10 @@ class HMoEConfig:
         "(ratios, scaled to --hmoe-total-width), or the widths themselves as 864,1056,... Layers (from 0) may "
         "differ: '0-3=arithmetic:9:23;*=equal'.",
     )
-    total_width: int | None = _setting(None, "Sum of the expert widths of one layer; ratios are scaled to it.")
+    total_width: int | None = _setting(
+        None,
+        "Sum of the expert widths of one layer; ratios are scaled to it. Or give their mean, --moe-ffn-hidden-size.",
+    )
     width_multiple: int | None = _setting(
         None, "Round every width to a multiple of this, keeping the sum. Off unless given; 128 suits GPU tiles."
     )
@@ -243,6 +246,17 @@ def _moe_decoder_layers(args: argparse.Namespace) -> list[int]:
     return [i for i, is_moe in enumerate(freq) if is_moe]
 
 
+def _total_width(args: argparse.Namespace, hmoe: HMoEConfig) -> int | None:
+    """Of a layer: as given, or of experts that are as wide in the mean as Megatron's would be."""
+    mean = getattr(args, "moe_ffn_hidden_size", None)
+    if mean and hmoe.total_width:
+        raise ValueError(
+            f"--moe-ffn-hidden-size {mean} and --hmoe-total-width {hmoe.total_width}: one is the mean width of an "
+            "expert, the other the sum of a layer's: remove one"
+        )
+    return mean * args.num_experts if mean else hmoe.total_width
+
+
 def widths_from_args(args: argparse.Namespace, hmoe: HMoEConfig) -> dict[int, tuple[int, ...]]:
     """Widths of the experts of each MoE layer: decoder layer (from 0) -> width of each logical expert.
 
@@ -252,7 +266,13 @@ def widths_from_args(args: argparse.Namespace, hmoe: HMoEConfig) -> dict[int, tu
     if not layers:
         raise ValueError(f"--moe-layer-freq {args.moe_layer_freq}: no layer has experts; use 1 for all layers")
     count = args.num_layers + len(mtp_layers(args))
-    widths_LE = layer_widths(hmoe.widths, count, args.num_experts, hmoe.total_width, hmoe.width_multiple)
+    total = _total_width(args, hmoe)
+    try:
+        widths_LE = layer_widths(hmoe.widths, count, args.num_experts, total, hmoe.width_multiple)
+    except ValueError as error:
+        if total == hmoe.total_width:
+            raise
+        raise ValueError(f"{error} (it is --num-experts times --moe-ffn-hidden-size)") from None
     return {layer: tuple(widths_LE[layer]) for layer in layers}
 
 

@@ -23,7 +23,9 @@ def commit() -> str | None:
     if not (ROOT / ".git").exists():  # an installed package may lie inside a checkout of something else
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        changed = [line for line in _git("status", "--porcelain").splitlines() if not line.endswith(".md")]
+        # New files are not looked for: a run's data may lie in the checkout, and every rank waits for this.
+        found = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        changed = [line for line in found.splitlines() if not line.endswith(".md")]
         return _git("rev-parse", "--short=10", "HEAD").strip() + (CHANGED if changed else "")
     return None
 

@@ -5,7 +5,6 @@
 REQUIRED = (
     ("swiglu", {True}, "no --swiglu", "experts are SwiGLU as in the paper: add --swiglu"),
     ("add_bias_linear", {False}, "biases in linear layers", "experts have none: add --disable-bias-linear"),
-    ("moe_ffn_hidden_size", {None}, "--moe-ffn-hidden-size", "widths come from --hmoe-widths: remove it"),
     ("moe_grouped_gemm", {False}, "--moe-grouped-gemm", "it needs equal widths: use --hmoe-gemm-backend"),
     (
         "moe_flex_dispatcher_backend",

@@ -35,7 +35,10 @@ CASES = [
     (f"{WIDTHS} --hmoe-router topp", ["--hmoe-router topp needs --hmoe-top-p"]),
     (f"{WIDTHS} --hmoe-router topp --hmoe-top-p 0.6 --moe-aux-loss-coeff 0.1", ["use --hmoe-load-balance-coeff"]),
     (f"{WIDTHS} --moe-grouped-gemm", ["--moe-grouped-gemm"]),
-    (f"{WIDTHS} --moe-ffn-hidden-size 64", ["--moe-ffn-hidden-size", "widths come from --hmoe-widths"]),
+    (
+        f"{WIDTHS} --moe-ffn-hidden-size 64",
+        ["add up to 160, but --hmoe-total-width 256", "times --moe-ffn-hidden-size"],
+    ),
     (f"{WIDTHS} --optimizer muon", ["--optimizer", "use adam, sgd or lion"]),
     (
         f"{WIDTHS} --moe-expert-capacity-factor 1.0 --moe-apply-probs-on-input",

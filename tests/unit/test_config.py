@@ -99,7 +99,7 @@ def good_arguments(**changes):
 
 # Frozen: a row that is lost lets a setting through that trains something else in silence.
 REFUSED = set(
-    "swiglu add_bias_linear moe_ffn_hidden_size moe_grouped_gemm moe_flex_dispatcher_backend "
+    "swiglu add_bias_linear moe_grouped_gemm moe_flex_dispatcher_backend "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
     "fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
     "moe_router_padding_for_quantization "
@@ -238,6 +238,14 @@ def test_more_experts_a_token_than_there_are(changes, settings, message):
 
 
 NO_MTP = {"mtp_num_layers": None, "mtp_use_repeated_layer": False}
+
+
+def test_megatrons_width_is_the_mean_of_a_schedule():
+    args = argparse.Namespace(num_layers=1, num_experts=4, moe_layer_freq=1, moe_ffn_hidden_size=40, **NO_MTP)
+    assert widths_from_args(args, HMoEConfig(widths="arithmetic:1:4")) == {0: (16, 32, 48, 64)}
+    assert widths_from_args(args, HMoEConfig(widths="equal")) == {0: (40,) * 4}
+    with pytest.raises(ValueError, match="--moe-ffn-hidden-size 40 and --hmoe-total-width 160: .* remove one"):
+        widths_from_args(args, HMoEConfig(widths="equal", total_width=160))
 
 
 def test_widths_of_multi_token_prediction_layers_go_on():

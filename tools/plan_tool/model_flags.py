@@ -9,6 +9,7 @@ SIZES = {  # Megatron's flags: default
     "--num-layers": 1,
     "--num-experts": None,
     "--hidden-size": None,
+    "--moe-ffn-hidden-size": None,
     "--seq-length": 4096,
     "--micro-batch-size": 1,
     "--moe-router-topk": 2,
