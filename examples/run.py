@@ -20,16 +20,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hmoe_megatron.flag_files import read_args
+from hmoe_megatron.flag_files import last_value, read_args
 from hmoe_megatron.launch.nodes import nodes_from, ranks_here, tell_gloo
 
 PRETRAIN = Path(__file__).parents[1] / "pretrain_hmoe.py"
 
 
 def torchrun_command(flags: list[str], environment) -> list[str]:
-    """The torchrun command of this node; without torchrun where nothing is to be started. ValueError where several
-    nodes are asked for and one can't find the first."""
-    if "--hmoe-check-only" in flags:
+    """The torchrun command of this node; without torchrun where a number of ranks is only checked. ValueError where
+    several nodes are asked for and one can't find the first."""
+    if "--hmoe-check-only" in flags and last_value(flags, "--world-size"):
         return [sys.executable, str(PRETRAIN), *flags]
     nodes = nodes_from(environment)
     command = [sys.executable, "-m", "torch.distributed.run"]  # torchrun, also where it is not on PATH

@@ -223,8 +223,7 @@ def hmoe_config_from_args(args: argparse.Namespace) -> HMoEConfig:
 
 def mtp_layers(args: argparse.Namespace) -> range:
     """Numbers of the multi-token-prediction layers: they go on from the decoder layers'."""
-    count = args.mtp_num_layers or 0
-    return range(args.num_layers, args.num_layers + (min(count, 1) if args.mtp_use_repeated_layer else count))
+    return range(args.num_layers, args.num_layers + (args.mtp_num_layers or 0))
 
 
 def moe_layers(args: argparse.Namespace) -> list[int]:

@@ -38,12 +38,11 @@ class Start(NamedTuple):
 
     def vocabulary_rows(self) -> int | None:
         """Rows of its embedding, with those that only pad the vocabulary; None where its manifest does not say it."""
-        try:
-            layout = load_manifest(self.lies if self.lies.exists() else self.path).layout
-        except CheckpointRefused:  # said when the settings are compared, unless the user wants it unchecked
-            return None
-        rows = layout.get("padded_vocab_size")
-        return rows if type(rows) is int and 0 < rows <= MAX_VOCABULARY_ROWS else None
+        for folder in (self.lies, self.path):  # rank 0 may put it back just now
+            with contextlib.suppress(CheckpointRefused):  # said when the settings are compared
+                rows = load_manifest(folder).layout.get("padded_vocab_size")
+                return rows if type(rows) is int and 0 < rows <= MAX_VOCABULARY_ROWS else None
+        return None
 
     def wait(self) -> None:
         """Until rank 0 has put it back; before that nothing is in its place."""

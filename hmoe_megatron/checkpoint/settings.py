@@ -18,7 +18,7 @@ _STRUCTURE = (
     "rotary_interleaved untie_embeddings_and_output_weights num_experts moe_layer_freq moe_shared_expert_gate "
     "moe_shared_expert_intermediate_size moe_router_enable_expert_bias tokenizer_type vocab_size swiglu squared_relu "
     "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate "
-    "mtp_num_layers mtp_use_repeated_layer"
+    "mtp_num_layers"
 ).split()
 # The function that the weights compute.
 _FUNCTION = (

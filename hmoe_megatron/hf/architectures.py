@@ -58,6 +58,8 @@ class Padded(Native):
         if found:
             what = f"{self.stock_name} has no {', no '.join(found)}"
             raise ValueError(f"--padded {self.model_type}: {what}; leave --padded out")
+        if not any(model.widths):
+            raise ValueError(f"config.json of a {self.model_type}: no layer has experts")
         super().__init__(model)
         self.width = max(max(widths_E, default=0) for widths_E in model.widths)
         layers = sum(map(bool, model.widths))
@@ -115,6 +117,8 @@ class Padded(Native):
             return tensor
         layer, expert = map(int, EXPERT.fullmatch(name).groups()[:2])
         width = self.model.widths[layer][expert]
+        if tensor.shape[dim] < width:
+            raise ValueError(f"{self.name(name)}: {tensor.shape[dim]} wide, hmoe_expert_widths says {width}")
         if tensor.narrow(dim, width, tensor.shape[dim] - width).count_nonzero():
             raise ValueError(
                 f"{self.name(name)}: not zero beyond the width {width} of hmoe_expert_widths: it was "

@@ -35,7 +35,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         tokens_per_s: of so many last steps."""
         super().__init__()
         self.end_for_router, self.tokens_per_s = end_for_router, tokens_per_s
-        self.steps = 0  # since the last that logged
+        self.steps = self.reports = 0  # since the last that logged, since the start
         self.layout, self.hidden_size, self.parameters = layout, hidden_size, parameters
         self.log_interval = log_interval
         layout.stats.timing = log_interval == 1  # the first step logs only then
@@ -50,7 +50,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         On other steps the writers get nothing: a scalar that is written is copied from the device.
         """
         logs = iteration % self.log_interval == 0
-        self.steps += 1
+        self.steps, self.reports = self.steps + 1, self.reports + 1
         if not logs:
             writer = wandb_writer = None
         log = super().report(
@@ -78,7 +78,9 @@ class HMoEMetricsTracker(MoEMetricsTracker):
         record = routing_record(counts_LE.numpy(), tokens_L.numpy(), self.layout, self.hidden_size, self.parameters)
         self.active_width = record["active_width"]
         record = {"iteration": iteration, **record, "expert_time_ms": rank_ms, "time_balance": max_over_mean(rank_ms)}
-        record["tokens_per_s"], self.steps = self.tokens_per_s(self.steps), 0
+        record["tokens_per_s"] = self.tokens_per_s(self.steps)
+        if self.reports > 1:  # Megatron's clock goes on over the first step, if that logs
+            self.steps = 0
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return  # the last rank has Megatron's writers and its console
         record["over_layers"] = over_layers(record)

@@ -61,6 +61,11 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
         )
     if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):
         problems.append("--recompute-modules moe_act: it needs grouped experts; use moe (the whole layer) instead")
+    if args.mtp_num_layers and args.recompute_method == "uniform" and args.recompute_num_layers != 1:
+        problems.append(
+            f"--mtp-num-layers with --recompute-num-layers {args.recompute_num_layers}: Megatron recomputes layers of "
+            "multi-token prediction one by one only: use --recompute-num-layers 1, or --recompute-method block"
+        )
     if args.num_experts and (hmoe.max_experts_per_token or 0) > args.num_experts:
         problems.append(
             f"--hmoe-max-experts-per-token {hmoe.max_experts_per_token} exceeds --num-experts {args.num_experts}: "

@@ -36,20 +36,31 @@ class Activations:
         self.sequence = args.seq_length // args.context_parallel_size
         self.T = self.sequence * args.micro_batch_size
         self.t = self.T / self.tensor
-        self.selected = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
+        self.selected = set()
+        if args.recompute_granularity == "selective":  # Megatron's default comes with its config
+            self.selected |= {"core_attn"} if args.recompute_modules is None else set(args.recompute_modules)
+        if args.moe_layer_recompute:
+            self.selected.add("moe")
 
     def of_layers(self, layers: range) -> Kept:
         """Of one micro-batch in these decoder layers, by the recompute setting."""
         if self.args.recompute_granularity != "full":
             return self._whole(layers)
-        number = self.args.recompute_num_layers
-        if self.args.recompute_method == "block":  # the first are computed again, the others are not
-            attention, experts = self._whole(layers[number:])
-            inputs = min(number, len(layers))
+        if self.args.recompute_method == "block":
+            again, rest = self._block(layers)
+            attention, experts = self._whole(rest)
+            inputs = len(again)
         else:
             attention = experts = 0.0
-            inputs = -(-len(layers) // number)
+            inputs = -(-len(layers) // self.args.recompute_num_layers)
         return Kept(attention + inputs * self.t * self.args.hidden_size * self.e, experts)
+
+    def _block(self, layers: range) -> tuple[list[int], list[int]]:
+        """Decoder layers that the block method computes again, the first of each model chunk, and all others: it leaves
+        multi-token prediction alone."""
+        decoder = [layer for layer in layers if layer < self.args.num_layers]
+        number = self.args.recompute_num_layers * (self.args.virtual_pipeline_model_parallel_size or 1)
+        return decoder[:number], [*decoder[number:], *layers[len(decoder) :]]
 
     def _whole(self, layers) -> Kept:
         return Kept(sum(map(self._attention, layers)), sum(map(self._ffn, layers)))
@@ -73,9 +84,9 @@ class Activations:
         """The most that a layer's backward pass has beside what is kept: what it computes again, and its gradients."""
         args, again = self.args, 0.0
         if args.recompute_granularity == "full" and args.recompute_method == "block":
-            number = args.recompute_num_layers
-            freed = sum(self._whole(layers[number:]))  # by then
-            again = max(0.0, max(sum(self._whole([layer])) for layer in layers[:number]) - freed)
+            computed, rest = self._block(layers)
+            freed = sum(self._whole(rest))  # by then
+            again = max(0.0, max(sum(self._whole([layer])) for layer in computed) - freed)
         elif args.recompute_granularity == "full":
             number = args.recompute_num_layers
             again = max(sum(self._whole(layers[at : at + number])) for at in range(0, len(layers), number))

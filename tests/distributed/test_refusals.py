@@ -35,6 +35,11 @@ CASES = [
     (f"{WIDTHS} --hmoe-router topp", ["--hmoe-router topp needs --hmoe-top-p"]),
     (f"{WIDTHS} --hmoe-router topp --hmoe-top-p 0.6 --moe-aux-loss-coeff 0.1", ["use --hmoe-load-balance-coeff"]),
     (f"{WIDTHS} --moe-grouped-gemm", ["--moe-grouped-gemm"]),
+    (f"{WIDTHS} --mtp-num-layers 2 --mtp-use-repeated-layer", ["--mtp-use-repeated-layer", "two uses in a step"]),
+    (
+        f"{WIDTHS} --mtp-num-layers 1 --recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
+        ["--mtp-num-layers with --recompute-num-layers 2", "use --recompute-num-layers 1"],
+    ),
     (
         f"{WIDTHS} --moe-ffn-hidden-size 64",
         ["add up to 160, but --hmoe-total-width 256", "times --moe-ffn-hidden-size"],

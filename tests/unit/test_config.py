@@ -92,14 +92,14 @@ def good_arguments(**changes):
     values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
     values |= {"train_iters": 10, "train_samples": None, "lr": 1e-3, "min_lr": 0.0, "save": None, "world_size": 2}
-    values |= {"pipeline_model_parallel_size": 1, "sequence_parallel": False}
+    values |= {"pipeline_model_parallel_size": 1, "sequence_parallel": False, "mtp_num_layers": None}
     values |= {"num_experts": 8, "moe_router_topk": 2, "recompute_granularity": None, "recompute_modules": None}
     return argparse.Namespace(**(values | changes))
 
 
 # Frozen: a row that is lost lets a setting through that trains something else in silence.
 REFUSED = set(
-    "swiglu add_bias_linear moe_grouped_gemm moe_flex_dispatcher_backend "
+    "mtp_use_repeated_layer swiglu add_bias_linear moe_grouped_gemm moe_flex_dispatcher_backend "
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
     "fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
     "moe_router_padding_for_quantization "
@@ -237,7 +237,7 @@ def test_more_experts_a_token_than_there_are(changes, settings, message):
         check_megatron_arguments(good_arguments(**changes), settings)
 
 
-NO_MTP = {"mtp_num_layers": None, "mtp_use_repeated_layer": False}
+NO_MTP = {"mtp_num_layers": None}
 
 
 def test_megatrons_width_is_the_mean_of_a_schedule():
@@ -256,8 +256,6 @@ def test_widths_of_multi_token_prediction_layers_go_on():
         2: (5, 5),
         3: (2, 2),
     }
-    args.mtp_use_repeated_layer = True
-    assert widths_from_args(args, HMoEConfig(widths="2=5,5;*=2,2")) == {0: (2, 2), 1: (2, 2), 2: (5, 5)}
     args.moe_layer_freq = [1, 0]  # they are as the last decoder layer
     assert widths_from_args(args, HMoEConfig(widths="2,2")) == {0: (2, 2)}
 

@@ -276,6 +276,8 @@ def test_one_node():
 def test_what_is_only_checked_needs_no_torchrun():
     command = launcher.torchrun_command(["--hmoe-check-only", "--world-size", "64"], {"NNODES": "8"})
     assert command[1:] == [str(EXAMPLES.parent / "pretrain_hmoe.py"), "--hmoe-check-only", "--world-size", "64"]
+    here = launcher.torchrun_command(["--hmoe-check-only"], {"NPROC_PER_NODE": "2"})
+    assert "--nproc-per-node" in here, "this machine's own ranks are meant"
 
 
 def test_without_a_gpu_a_node_starts_as_many_ranks_as_experts_are_spread_over(monkeypatch):

@@ -104,6 +104,8 @@ def measured(flags):
             (2, "--pipeline-model-parallel-size 2 --mtp-num-layers 1 --attention-output-gate"),
             (1, f"{FULL} 2 --recompute-method block --moe-layer-freq [0,1,1,1] --ffn-hidden-size 160"),
             (1, "--recompute-granularity selective --recompute-modules core_attn moe"),
+            (1, "--recompute-granularity selective"),
+            (1, f"{FULL} 2 --recompute-method block --mtp-num-layers 1"),
             (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --bf16"),
             (
                 2,

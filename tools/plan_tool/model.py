@@ -65,8 +65,9 @@ def model_of(words: Sequence[str], more: Sequence[str]) -> Model:
     for flag in SIZES:
         value = getattr(args, flag[2:].replace("-", "_"))
         most = MAX_RANKS if flag.endswith("-parallel-size") else MAX_SIZE
-        if value is not None and not 1 <= value <= most:
-            raise ValueError(f"{flag} {shown(value)}: give a whole number from 1 to {most}")
+        least = 0 if flag == "--mtp-num-layers" else 1
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{flag} {shown(value)}: give a whole number from {least} to {most}")
     args.moe_layer_freq = _layer_pattern(args.moe_layer_freq)
     settings = hmoe_config_from_args(args)
     widths = widths_from_args(args, settings)

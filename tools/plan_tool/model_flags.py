@@ -20,7 +20,7 @@ SIZES = {  # Megatron's flags: default
     "--pipeline-model-parallel-size": 1,
     "--mtp-num-layers": None,
 }
-MODEL_FLAGS = (*SIZES, "--moe-layer-freq", "--recompute-granularity", "--mtp-use-repeated-layer")
+MODEL_FLAGS = (*SIZES, "--moe-layer-freq", "--recompute-granularity")
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -30,7 +30,6 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--moe-layer-freq", default="1")
     parser.add_argument("--recompute-granularity")
-    parser.add_argument("--mtp-use-repeated-layer", action="store_true")
     try:
         return add_hmoe_arguments(parser).parse_known_args(list(words))
     except argparse.ArgumentError as error:
