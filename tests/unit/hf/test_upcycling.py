@@ -257,3 +257,20 @@ def test_layers_of_qwens_sparse_step_are_those_of_transformers():
     sparse = [hasattr(layer.mlp, "experts") for layer in stock.model.layers]
     assert sparse == [False, True, False, True, False]
     assert [bool(widths) for widths in form_of(config.to_dict()).model.widths] == sparse
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"mlp_only_layers": [0, 1]}, "no layer has experts"),
+        ({"hmoe_expert_widths": [[], []]}, "no layer has experts"),
+        ({"attention_bias": True}, "attention_bias true"),
+    ],
+)
+def test_a_qwen3_moe_that_is_none(changed, said):
+    from hmoe_megatron.hf.architectures import form_of
+
+    config = transformers.Qwen3MoeConfig(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2).to_dict()
+    form_of(config)
+    with pytest.raises(ValueError, match=said):
+        form_of(config | changed)
