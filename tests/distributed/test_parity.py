@@ -12,7 +12,7 @@ AUX_LOSS_BOUND = 2e-5
 
 
 @pytest.mark.parametrize(
-    ("ep", "dispatcher"), [(1, "alltoall"), (2, "alltoall"), (2, "allgather"), *rarely((1, "allgather"))]
+    ("ep", "dispatcher"), [(2, "alltoall"), (2, "allgather"), *rarely((1, "alltoall"), (1, "allgather"))]
 )
 def test_five_steps_are_bitwise_megatrons(ep, dispatcher):
     layout = f"--expert-model-parallel-size {ep} --moe-token-dispatcher-type {dispatcher}"

@@ -270,6 +270,7 @@ def test_a_launcher_that_was_killed_may_come_back(start, killed):
     assert run.attempts(0) == run.attempts(1) == 2
 
 
+@pytest.mark.campaign
 def test_launchers_that_do_not_find_each_other(start):
     run = start({}, nodes=2)
     for node, said in ((0, "node 1's launcher did not come in 0.5 s"), (1, "node 0 not found at 127.0.0.1:")):
