@@ -37,13 +37,12 @@ def prediction_layers_with_experts(mtp_block, decoder_block):
     is ours; their numbers go on from the decoder layers'."""
     if mtp_block is None or not hasattr(decoder_block, "of_prediction_layer"):
         return mtp_block
-    specs = []
-    for place, spec in enumerate(mtp_block.layer_specs):
-        spec = copy.copy(spec)
-        spec.submodules = copy.copy(spec.submodules)
-        spec.submodules.mtp_model_layer = decoder_block.of_prediction_layer(spec.submodules.mtp_model_layer, place)
-        specs.append(spec)
-    mtp_block.layer_specs = specs
+    mtp_block.layer_specs = [
+        _with_submodule(
+            spec, "mtp_model_layer", decoder_block.of_prediction_layer(spec.submodules.mtp_model_layer, place)
+        )
+        for place, spec in enumerate(mtp_block.layer_specs)
+    ]
     return mtp_block
 
 
@@ -55,14 +54,16 @@ def _layers_of_stage(config, num_layers: int, vp_stage) -> list[int]:
 
 
 def with_hmoe_layer(layout, spec, layer: int):
-    """The transformer layer's spec with its MoELayer replaced; a dense layer's spec as it is.
-
-    Copies what it changes: Megatron hands out one spec object for all layers.
-    """
+    """The transformer layer's spec with its MoELayer replaced; a dense layer's spec as it is."""
     mlp = spec.submodules.mlp
     if not (isinstance(mlp, partial) and mlp.func is MoELayer):
         return spec
+    return _with_submodule(spec, "mlp", hmoe_layer(layout, mlp.keywords["submodules"].shared_experts, layer))
+
+
+def _with_submodule(spec, name: str, submodule):
+    """A copy of the spec with another submodule of that name: Megatron hands out one spec object for all layers."""
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)
-    spec.submodules.mlp = hmoe_layer(layout, mlp.keywords["submodules"].shared_experts, layer)
+    setattr(spec.submodules, name, submodule)
     return spec

@@ -26,9 +26,8 @@ def head_sizes_of_latent_attention():
 def key_positions_of_latent_attention():
     """Where the way down to the latent vectors is divided by tensor parallelism, the heads of every rank use the same
     part of the keys, that which knows the position, and Megatron does not add up their gradients. Gathered before it
-    gathers, and with sequence parallelism scattered, it takes the way of Transformer Engine's layers, which adds them
-    up."""
-    import torch
+    gathers and scattered over the sequence (without sequence parallelism such a run is refused), it takes the way of
+    Transformer Engine's layers, which adds them up."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
@@ -37,14 +36,9 @@ def key_positions_of_latent_attention():
     @functools.wraps(stock)
     def down(self, hidden_states):
         q_compressed, kv_combined = stock(self, hidden_states)
-        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
-        if kv_combined.size(-1) == sum(sizes):
-            return q_compressed, kv_combined
-        kv_combined = mappings.gather_from_tensor_model_parallel_region(kv_combined)
-        if self.config.sequence_parallel:
-            return q_compressed, mappings.scatter_to_sequence_parallel_region(kv_combined)
-        latent, position = kv_combined.split(sizes, dim=-1)
-        position = mappings.copy_to_tensor_model_parallel_region(position)
-        return q_compressed, torch.cat((latent, position), dim=-1)
+        if kv_combined.size(-1) != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim:
+            kv_combined = mappings.gather_from_tensor_model_parallel_region(kv_combined)
+            kv_combined = mappings.scatter_to_sequence_parallel_region(kv_combined)
+        return q_compressed, kv_combined
 
     replace(MLASelfAttention, "_qkv_down_projection", down)

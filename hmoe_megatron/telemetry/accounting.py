@@ -74,11 +74,15 @@ def _norm_numbers(args) -> int:
     return 1 if args.normalization == "RMSNorm" else 2
 
 
+def query_groups(args: argparse.Namespace) -> int:
+    """Heads of keys, and of values."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
 def _attention(args) -> tuple[int, int]:
     """(divided by tensor parallelism, on every rank) of a layer's attention."""
     heads_width = args.num_attention_heads * args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    qkv_width = (1 + args.attention_output_gate) * heads_width + 2 * groups * args.kv_channels
+    qkv_width = (1 + args.attention_output_gate) * heads_width + 2 * query_groups(args) * args.kv_channels
     divided = args.hidden_size * (qkv_width + heads_width) + (qkv_width if args.add_qkv_bias else 0)
     return divided, 2 * args.kv_channels * _norm_numbers(args) if args.qk_layernorm else 0
 

@@ -12,7 +12,7 @@ import argparse
 from typing import NamedTuple
 
 from hmoe_megatron.moe.layout import ExpertLayout
-from hmoe_megatron.telemetry.accounting import expected_active_width
+from hmoe_megatron.telemetry.accounting import expected_active_width, query_groups
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
 FP32 = 4
@@ -99,7 +99,7 @@ class Activations:
 
     def scratch(self) -> float:
         """What Megatron's own attention computes scores into; one for all layers."""
-        return 0.0 if self.fused else self._scores()
+        return self._scores()
 
     def _norm(self) -> float:
         return self.t * self.args.hidden_size * self._norm_bytes()
@@ -136,7 +136,7 @@ class Activations:
     def _inputs(self) -> float:
         """q, k, v and what attention gives."""
         args, heads = self.args, self._heads()
-        groups = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) / self.tensor
+        groups = query_groups(args) / self.tensor
         rope, repeats = args.position_embedding_type == "rope", groups < heads and not self.fused
         qkv = 0 if rope and repeats else heads + 2 * groups  # as they leave their product: v stays in it
         turned = heads + (0 if repeats else groups) if rope else 0
@@ -172,18 +172,15 @@ class Activations:
 
     def _swiglu(self, rows: float, width: float) -> float:
         """Of a dense FFN or the shared expert: gate and up, and their product; unfused also between."""
-        return rows * width * (5 if self._unfused_swiglu() else 3) * self.e
-
-    def _unfused_swiglu(self) -> bool:
-        return not self.args.bias_swiglu_fusion
+        return rows * width * (3 if self.args.bias_swiglu_fusion else 5) * self.e
 
     def _experts(self, layer: int) -> float:
         """Router, dispatched rows, gate and up of the pieces here, and the shared expert."""
         args, widths = self.args, self.layout.widths[layer]
         router = self.t * (len(widths) * (2 * FP32 + self.e) + self._chosen(layer) * 24)  # 24: places and probabilities
         numbers = 3 if self.layout.settings.keep_hidden else 2
-        rows = self._rows(layer)
-        pieces = sum(rows * piece.width for piece in self._pieces(layer)) * numbers * self._expert_bytes()
+        rows, e = self._rows(layer), FP32 if self._on_cpu() else self.e
+        pieces = sum(rows * piece.width for piece in self._pieces(layer)) * numbers * e
         dispatched = len(self._pieces(layer)) * rows * self._share() * args.hidden_size * self.e
         shared = self._swiglu(self.T, (args.moe_shared_expert_intermediate_size or 0) / self.tensor)
         return router + dispatched + pieces + (0 if "shared_experts" in self.selected else shared)
@@ -201,9 +198,6 @@ class Activations:
 
     def _on_cpu(self) -> bool:
         return not self.layout.computed_by.startswith("triton")
-
-    def _expert_bytes(self) -> int:
-        return FP32 if self._on_cpu() else self.e
 
     def _pieces(self, layer: int):
         return self.layout.pieces(layer)[self.rank]

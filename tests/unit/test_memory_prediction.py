@@ -1,14 +1,12 @@
 """The memory that --hmoe-check-only predicts for a rank beside what training steps on ranks take."""
 
 import gc
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.distributed.ranks import run_ranks
+from tests.live_bytes import LiveBytes
 from tests.rows import rarely
 
 # Large enough that a tensor of [tokens, hidden] is no small part, small enough for a second.
@@ -27,34 +25,6 @@ LATENT = (
     "--v-head-dim 16 --rope-type rope --qk-layernorm"
 )
 FULL = "--recompute-granularity full --recompute-num-layers"
-
-
-class MostBytes(TorchDispatchMode):
-    """The most bytes at a time of tensors that were made inside; `held` are from before."""
-
-    def __init__(self, held):
-        super().__init__()
-        self._there = {tensor.untyped_storage().data_ptr() for tensor in held}
-        self._now = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage):
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place not in self._there:
-            self._there.add(place)
-            self._now += size
-            self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._free, place, size)
-
-    def _free(self, place, size):
-        self._there.discard(place)
-        self._now -= size
 
 
 def measured(flags):
@@ -77,7 +47,7 @@ def measured(flags):
     flat = [flat for buffer in buffers for flat in (buffer.grad_data, buffer.param_data) if flat is not None]
     scalars = [buffer for chunk in trainer.model for buffer in chunk.module.buffers()]
     gc.collect()
-    with MostBytes([*parameters, *states, *updated, *flat, *scalars]) as live:
+    with LiveBytes([*parameters, *states, *updated, *flat, *scalars]) as live:
         trainer.step()
     held = (
         sum(parameter.nbytes for parameter in parameters),

@@ -1,15 +1,13 @@
 """Memory of a layer's forward and backward pass: what is kept between them, and the most that is there at a time."""
 
 import gc
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hmoe_megatron.moe.compute import ragged
 from hmoe_megatron.moe.compute.ragged.self_test import Case, drawn
+from tests.live_bytes import LiveBytes
 from tests.rows import rarely
 from tests.unit.ragged import cases
 
@@ -19,41 +17,11 @@ EQUAL = Case(HIDDEN, (WIDTH,) * PIECES, (ROWS,) * PIECES)
 UNEQUAL = EQUAL._replace(widths=(24, 40, 88, 104))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside that are still there, and the most of it."""
-
-    def __init__(self, inputs):
-        super().__init__()
-        self.now = self.most = 0
-        self._there = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage):
-        if storage.data_ptr() in self._there:  # a view, or the interpreter's second handle
-            return
-        if storage.nbytes() > 4096:
-            gc.collect()  # the interpreter leaves its arguments in cycles
-        self._there.add(storage.data_ptr())
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
-
-    def _free(self, place, size):
-        self._there.discard(place)
-        self.now -= size
-
-
 def pass_through(compute, case):
     """(bytes kept between forward and backward, most bytes) beside the inputs."""
     tensors, dy = drawn(case, torch.device("cpu"))
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    with LiveBytes([*tensors, dy]) as live:
+    with LiveBytes([*tensors, dy], in_cycles=True) as live:  # the interpreter leaves its arguments in them
         y = compute(*tensors[:2], list(case.rows), *tensors[2:], case.widths)
         gc.collect()
         kept = live.now - y.nbytes
