@@ -43,6 +43,7 @@ def missing(error: ModuleNotFoundError) -> int:
 
 def run(argv: list[str], training) -> int:
     """The run that the flags describe."""
+    from hmoe_megatron.checkpoint.run_flags import with_checkpoint_flags
     from hmoe_megatron.data.checks import check_data
     from hmoe_megatron.exits import RunEnded
 
@@ -50,6 +51,7 @@ def run(argv: list[str], training) -> int:
         return training.check_only(argv)
     try:
         training.prepare()  # ranks of torchrun or mpirun; Megatron, made to run on this machine
+        argv = with_checkpoint_flags(argv)
         args, layout, start = training.parse_arguments(argv)  # flags, checkpoint, plan; nothing has started yet
         check_data(args)  # lengths, tokenizer
         checkpoints = training.open_checkpoints(args, layout, start)  # compared, --save locked

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hmoe_megatron import collectives, machine, patches
+from hmoe_megatron.checkpoint.run_flags import with_checkpoint_flags
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
 from hmoe_megatron.command_line import add_arguments, checked_ranks
 from hmoe_megatron.config import HMoEConfig, hmoe_config_from_args, widths_from_args
@@ -43,7 +44,7 @@ from hmoe_megatron.telemetry.accounting import (
 )
 from hmoe_megatron.telemetry.counters import RoutingStats
 from hmoe_megatron.telemetry.speed import step_flops, tokens_per_s
-from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments
+from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments, met_flags
 from hmoe_megatron.validate_args.memory import fullest_rank, memory_lines
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, pad_vocabulary
 from hmoe_megatron.validate_args.unread import unread_problems
@@ -88,6 +89,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     finally:
         sys.argv = given
     settings = checked_settings(args, argv)
+    if collectives.rank() == 0:
+        print("".join(f" {line}\n" for line in met_flags(args)), end="", flush=True)
     args.exit_signal_handler |= not settings.default_signals
     start = starting_checkpoint(args)
     if start and args.padded_vocab_size is None:  # Megatron's own number of rows depends on the tensor-parallel size
@@ -241,6 +244,7 @@ def check_only(argv: list[str]) -> int:
         if ranks:
             machine.assume_gpus(ranks)
             transformer_engine_is_there()
+        argv = with_checkpoint_flags(argv)
         args, layout, start = parse_arguments(argv)
         if there := data_is_here(args):
             check_data(args)
@@ -309,7 +313,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         announce(args, layout, parameters)
     started = False
 
-    def step(data_iterator, model):
+    def step(data_iterator, model, return_schedule_plan=False):
         """Model, checkpoint and data are there by now: a start that fails before leaves the files of the run before."""
         nonlocal started
         if not started:
@@ -320,7 +324,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
                 write_run(layout, run_dir, argv)
             if screen:
                 screen.log_to(run_dir if args.rank in (0, args.world_size - 1) else None)
-        return forward_step(data_iterator, model)
+        return forward_step(data_iterator, model, return_schedule_plan)
 
     try:
         pretrain(pretrain_cfg_container_from_args(args, config), datasets_provider, ModelType.encoder_or_decoder, step)

@@ -46,7 +46,7 @@ _FREE_PREFIXES = (
 # How it is trained: may change at a resume, and is reported.
 _TRAINING = (
     "moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_router_load_balancing_type "
-    "moe_router_bias_update_rate moe_router_dtype moe_router_quantile_balancing_ema hmoe_p_penalty_coeff "
+    "moe_expert_capacity_factor moe_token_drop_policy moe_router_bias_update_rate moe_router_dtype moe_router_quantile_balancing_ema hmoe_p_penalty_coeff "
     "hmoe_router_entropy_coeff hmoe_load_balance_coeff"
 ).split()
 # The form of the optimizer's state: under another it can't be read.
@@ -72,6 +72,12 @@ def model_settings(args: argparse.Namespace, widths: dict[int, tuple[int, ...]])
     settings["tokenizer_sha256"] = tokenizer_sha256(args)
     settings["schedule"] = schedule(args)
     return settings
+
+
+def is_of_model(name: str) -> bool:
+    """Whether an attribute of the arguments says what the model is and computes, or how its experts are trained."""
+    is_free = name in _FREE or name.startswith(_FREE_PREFIXES)
+    return name in (*_STRUCTURE, *_FUNCTION) or (name.startswith(("moe_", "hmoe_")) and not is_free)
 
 
 def schedule(args: argparse.Namespace) -> dict:

@@ -61,14 +61,16 @@ def _validate(loss: torch.Tensor) -> None:
         rerun.validate_result(loss, spiky, "found a spiky loss", tolerance=0.0, fatal=False)
 
 
-def forward_step(data_iterator, model):
-    """One micro-batch through ``model``: its output and the loss function, as Megatron's schedules want them."""
+def forward_step(data_iterator, model, return_schedule_plan: bool = False):
+    """One micro-batch through ``model``: its output and the loss function, as Megatron's schedules want them.
+    return_schedule_plan: what would be computed in place of the output, for --overlap-moe-expert-parallel-comm."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     loss_mask_BS = batch["loss_mask"]
-    output = model(
+    compute = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
+    output = compute(
         batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"], loss_mask=loss_mask_BS
     )
     return output, lambda losses_BS: loss_func(loss_mask_BS, losses_BS)

@@ -3,10 +3,13 @@
 Legend: T tokens on this rank, E logical experts.
 """
 
+import copy
+
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.router import TopKRouter
 
+from hmoe_megatron.moe.capacity import capacities, within_capacity
 from hmoe_megatron.moe.losses import load_balance, p_penalty, router_entropy
 
 
@@ -32,6 +35,9 @@ class HMoERouter(TopKRouter):
     """Megatron's router with ``config.num_moe_experts`` logical experts; knows nothing of slots, pieces or ranks."""
 
     def __init__(self, config, pg_collection=None, is_mtp_layer=False, *, layout, layer: int):
+        self.capacity_factor = config.moe_expert_capacity_factor
+        config = copy.copy(config)
+        config.moe_expert_capacity_factor = None  # Megatron's is one number of tokens, whatever an expert's width
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.layer = layer
         self.hmoe, self.stats, self.widths = layout.settings, layout.stats, layout.widths[layer]
@@ -53,14 +59,26 @@ class HMoERouter(TopKRouter):
             weights_TE = weights_TE.type_as(logits)
         else:
             weights_TE, routing_map_TE = super().routing(logits, padding_mask)
+        chosen_TE = routing_map_TE
+        if self.capacity_factor is not None:
+            rows = routing_map_TE.sum() if self.hmoe.router == "topp" else len(routing_map_TE) * self.topk
+            capacity_E = capacities(self.width_E, rows, self.capacity_factor)
+            routing_map_TE = within_capacity(weights_TE, chosen_TE, capacity_E, self.config.moe_token_drop_policy)
+            weights_TE = weights_TE * routing_map_TE
+            super()._apply_expert_bias(routing_map_TE, padding_mask=flat_mask_T)
         if self.training and torch.is_grad_enabled():  # so once a step under recompute, and not in evaluation
-            weights_TE = self._attach_losses(weights_TE, routing_map_TE, logits_TE, flat_mask_T)
+            weights_TE = self._attach_losses(weights_TE, chosen_TE, routing_map_TE, logits_TE, flat_mask_T)
         return weights_TE, routing_map_TE
 
-    def _attach_losses(self, weights_TE, routing_map_TE, logits_TE, padding_mask_T):
+    def _apply_expert_bias(self, routing_map, padding_mask=None):
+        """As Megatron's, which counts what experts compute: tokens that `routing` drops later are not counted."""
+        if self.capacity_factor is None:
+            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
+
+    def _attach_losses(self, weights_TE, chosen_TE, routing_map_TE, logits_TE, padding_mask_T):
+        """Telemetry counts ``routing_map_TE``, what is computed; the losses ``chosen_TE``, dropped tokens too."""
         valid_T = None if padding_mask_T is None else ~padding_mask_T
-        counted_TE = routing_map_TE if valid_T is None else routing_map_TE & valid_T.unsqueeze(-1)
-        counts_E = counted_TE.float().sum(dim=0)  # exact; summing booleans takes a CPU six times as long
+        counts_E = _counts(routing_map_TE, valid_T)
         local_tokens = weights_TE.shape[0] if valid_T is None else valid_T.sum()
         # 0, or NaN where a logit is NaN or infinite: who is to blame is known without a copy from the device.
         least, most = logits_TE.detach().aminmax()
@@ -69,6 +87,8 @@ class HMoERouter(TopKRouter):
         coeffs = self.hmoe.loss_coeffs
         if not coeffs:
             return weights_TE
+        if chosen_TE is not routing_map_TE:
+            counts_E = _counts(chosen_TE, valid_T)
         counts_E = reduce_from_tensor_model_parallel_region(counts_E, self.tp_cp_group)
         num_tokens = local_tokens * self.tp_cp_group.size()
         if valid_T is not None:
@@ -89,3 +109,9 @@ class HMoERouter(TopKRouter):
                 weights_TE, coeff, losses[name]() * coeff, name, self.tp_cp_group, valid_token_count=local_tokens
             )
         return weights_TE
+
+
+def _counts(routing_map_TE, valid_T):
+    """Tokens of each expert, float32: exact, and summing booleans takes a CPU six times as long."""
+    counted_TE = routing_map_TE if valid_T is None else routing_map_TE & valid_T.unsqueeze(-1)
+    return counted_TE.float().sum(dim=0)

@@ -53,6 +53,7 @@ def cuda_streams():
     replace(torch.cuda, "current_stream", lambda device=None: stream)
     replace(torch.cuda, "synchronize", lambda device=None: None)
     replace(torch.cuda, "is_current_stream_capturing", lambda: False)
+    replace(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
 class Stream:

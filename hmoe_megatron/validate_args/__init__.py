@@ -4,8 +4,9 @@ import argparse
 from importlib.util import find_spec
 
 from hmoe_megatron.config import HMoEConfig
+from hmoe_megatron.flag_files import flag_named
 from hmoe_megatron.moe.slots import most_slots, slot2expert
-from hmoe_megatron.validate_args.required import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES
+from hmoe_megatron.validate_args.required import MET, REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, layout_problems, number_problems
 
 DEEPEP_MOST_SLOTS = 32  # of a token, over the expert-tensor-parallel ranks: a warp's lanes in DeepEP's kernels
@@ -14,6 +15,14 @@ DEEPEP_MOST_SLOTS = 32  # of a token, over the expert-tensor-parallel ranks: a w
 def _unwrapped(value):
     """Megatron parses some flags to lists; one entry counts as itself."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def met_flags(args: argparse.Namespace) -> list[str]:
+    """Take the flags of MET out of ``args``; a line for each that was given: why it changes nothing."""
+    given = [(name, instead, why) for name, instead, why in MET if getattr(args, name) not in (None, False)]
+    for name, instead, _ in given:
+        setattr(args, name, instead)
+    return [f"{flag_named(name)} changes nothing: {why}" for name, _, why in given]
 
 
 def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu: bool = False) -> None:

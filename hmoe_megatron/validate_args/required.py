@@ -10,21 +10,24 @@ def _row(name: str, allowed: set, remedy: str, given: str | None = None) -> tupl
 
 
 _OFF, _UNSET = {False}, {None}
+# Flags that ask for what is so in any case, or for what these experts do not need: (attribute, the value that Megatron
+# gets in its place, why).
+MET = (
+    ("moe_grouped_gemm", False, "all experts of a rank are computed together, see --hmoe-gemm-backend"),
+    ("moe_pad_expert_input_to_capacity", False, "experts take any number of rows, so none is added"),
+    ("moe_router_padding_for_fp8", False, "experts compute in the model's own precision and need no rows added"),
+    ("moe_router_padding_for_quantization", False, "experts compute in the model's own precision and need no rows added"),
+    ("moe_mlp_glu_interleave_size", None, "the order of an expert's rows is its kernel's: gate above up"),
+    ("verify_integrity", False, "every checkpoint has hashes, which a load compares"),
+)
 REQUIRED = (
     _row("swiglu", {True}, "experts are SwiGLU as in the paper: add --swiglu", given="no --swiglu"),
     _row("add_bias_linear", _OFF, "experts have none: add --disable-bias-linear", given="biases in linear layers"),
-    _row("moe_grouped_gemm", _OFF, "it needs equal widths: use --hmoe-gemm-backend"),
     _row(
         "moe_flex_dispatcher_backend",
         {"deepep", "hybridep"},
         "it needs a capacity and grouped equal experts: use deepep or hybridep",
     ),
-    _row(
-        "moe_expert_capacity_factor",
-        _UNSET,
-        "one capacity for experts of different width is not defined: remove it (no token is dropped)",
-    ),
-    _row("moe_pad_expert_input_to_capacity", _OFF, "empty slots would be padded too: remove it"),
     _row("moe_latent_size", _UNSET, "not implemented for unequal experts: remove it"),
     _row(
         "mtp_use_repeated_layer",
@@ -41,11 +44,8 @@ REQUIRED = (
         {"adam", "lion", "sgd"},
         "it treats a matrix as a whole, and experts may be cut: use adam, sgd or lion",
     ),
-    _row("moe_router_padding_for_fp8", _OFF, "empty slots would be padded too: remove it"),
-    _row("moe_router_padding_for_quantization", _OFF, "empty slots would be padded too: remove it"),
     _row("moe_expert_rank_capacity_factor", _UNSET, "it counts on grouped equal experts: remove it"),
     _row("moe_paged_stash", _OFF, "it counts on grouped equal experts: remove it"),
-    _row("moe_mlp_glu_interleave_size", _UNSET, "experts keep gate above up: remove it"),
     _row("overlap_dispatch_backward_with_experts_wgrad", _OFF, "not implemented for experts cut by width: remove it"),
     _row("expert_tensor_parallel_num_weight_shards", {None, 1}, "not implemented for unequal experts: remove it"),
     _row("tensor_parallel_num_weight_shards", {None, 1}, "not implemented for unequal experts: remove it"),
@@ -55,7 +55,6 @@ REQUIRED = (
         _UNSET,
         "its parameters are not counted yet, so activated parameters would be wrong: remove it",
     ),
-    _row("overlap_moe_expert_parallel_comm", _OFF, "the stock schedule knows equal experts only: remove it"),
     _row("delay_wgrad_compute", _OFF, "not implemented for experts cut by width: remove it"),
     _row("use_megatron_fsdp", _OFF, "it shards by equal experts: use the distributed optimizer"),
     _row("use_torch_fsdp2", _OFF, "it shards by equal experts: use the distributed optimizer"),
@@ -72,20 +71,9 @@ REQUIRED = (
     ),
     _row("spec", _UNSET, "the layer spec is HMoE's own: remove it"),
     _row(
-        "use_checkpoint_args",
-        _OFF,
-        "it knows no --hmoe-* flag: give the run's flags (run_arguments.json beside the checkpoint has them)",
-    ),
-    _row(
         "ckpt_format",
         {"torch_dist"},
         "only torch_dist names experts, the others would load them into the wrong place: use torch_dist",
-    ),
-    _row(
-        "verify_integrity",
-        _OFF,
-        "its list names temporary files that are gone after saving, so that no run could load the checkpoint: remove "
-        "it (every checkpoint has hashes, which a load checks)",
     ),
     _row(
         "non_persistent_ckpt_type",
@@ -93,18 +81,7 @@ REQUIRED = (
         "its checkpoints are not checked at a load: save more often, with --async-save where that takes long",
     ),
     _row("ckpt_convert_format", _UNSET, "there is one format, torch_dist: remove it"),
-    _row(
-        "use_mp_args_from_checkpoint_args",
-        _OFF,
-        "it unpickles a checkpoint before it is checked: give the flags (any layout loads any other)",
-    ),
     _row("enable_msc", _OFF, "checkpoints come into place by a rename, in a file system: remove it"),
-    _row(
-        "rerun_mode",
-        {"disabled", "validate_results"},
-        "Megatron 0.19.2 fails in it: use validate_results or disabled",
-        given="--rerun-mode report_stats",
-    ),
     _row("sft", _OFF, "batches are for pretraining: remove it"),
     _row("perform_rl_step", _OFF, "batches are for pretraining: remove it"),
     _row("fine_grained_activation_offloading", _OFF, "it hooks into modules that experts here do not have: remove it"),

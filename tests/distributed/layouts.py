@@ -29,6 +29,7 @@ WORDS = {
     "recompute-full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "recompute-block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "recompute-moe": "--recompute-granularity selective --recompute-modules moe",
+    "overlap-dispatch": "--overlap-moe-expert-parallel-comm",
     "recompute-rest": "--recompute-granularity selective --recompute-modules core_attn shared_experts",
 }
 # The same model whatever the layout: a run on one rank has these words too.
@@ -43,6 +44,7 @@ MODEL_WORDS = {
     ),
     "gated-attention": "--attention-output-gate",
     "MTP": "--mtp-num-layers 2",
+    "capacity": "--moe-expert-capacity-factor 0.75 --moe-router-load-balancing-type none",
     "shared-expert": "--moe-shared-expert-intermediate-size 24",
 }
 
@@ -118,6 +120,9 @@ AGAINST_STOCK = _layouts(
     2: EP2 alltoall
     2: EP2 allgather
     2: EP2 recompute-full
+    2: capacity EP2 alltoall
+    2: capacity TP2
+    2: EP2 bf16 overlap-dispatch alltoall
     2: EP2 recompute-block alltoall
     2: EP2 recompute-moe
     2: shared-expert EP2 recompute-rest alltoall
@@ -154,6 +159,7 @@ AGAINST_ONE_RANK = _layouts(
     2: MLA TP2 EP2 ETP1 DO overlap
     2: MTP EP2 alltoall
     2: Top-P EP2 allgather
+    2: capacity EP2 alltoall
     4: Top-P TP2 EP2 ETP2 alltoall
     4: PP2 EP2 recompute-full
     8: Top-P TP2 PP2 EP2 ETP1 DO overlap alltoall
@@ -176,6 +182,9 @@ AGAINST_ONE_RANK = _layouts(
     2: EP2 recompute-moe
     2: shared-expert EP2 recompute-rest alltoall
     2: Top-P EP2 recompute-full alltoall
+    2: Top-P capacity EP2 allgather
+    2: EP2 bf16 overlap-dispatch alltoall
+    4: 4-layers PP2 VPP2 EP2 bf16 overlap-dispatch alltoall DO overlap
     2: EP2 bf16
     2: Top-P TP2 EP2 ETP1 bf16 alltoall
     4: EP4 alltoall

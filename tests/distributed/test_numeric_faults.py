@@ -108,6 +108,18 @@ CAMPAIGN = {
         BadExpert([1], 2, 3, "weight"),
         "linear_fc1_weight of expert 2 [0:48) in decoder layer 1 holds NaN",
     ),
+    "NaN in logits, every step repeated for its statistics": (
+        2,
+        f"{EP2} --rerun-mode report_stats",
+        BadLogits(0, 2),
+        "step 2: rank 0: the router's logits in decoder layer 0 hold NaN",
+    ),
+    "NaN in logits, overlapped dispatch": (
+        2,
+        f"{EP2} --bf16 --moe-token-dispatcher-type alltoall --overlap-moe-expert-parallel-comm",
+        BadLogits(0, 2),
+        "step 2: rank 0: mlp.router in decoder layer 0 gave NaN",
+    ),
     "NaN in a gradient, first step": (
         2,
         EP2,

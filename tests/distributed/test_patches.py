@@ -54,6 +54,7 @@ def cuda_streams(folder):
         start.record()
         time.sleep(0.05)
         end = side.record_event()
+        torch.zeros(1).record_stream(side)
     torch.cuda.current_stream().wait_event(end)
     torch.cuda.synchronize()
     assert 50 <= start.elapsed_time(end) < 5000  # milliseconds

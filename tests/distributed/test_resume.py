@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import re
 import shutil
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from hmoe_megatron.checkpoint import directory, lock
+from hmoe_megatron.checkpoint.run_flags import with_checkpoint_flags
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE
 from tests.distributed.plans import cut, save_plan
-from tests.distributed.pretrain_run import pretrain
+from tests.distributed.pretrain_run import pretrain, start
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_run import LAYERS, steps
 from tests.rows import rarely
@@ -269,3 +271,40 @@ def test_weights_that_are_no_numbers_are_not_loaded(tmp_path):
     assert [rank.code for rank in run_ranks(1, pretrain, flags, save_whatever_it_is)] == [0]
     line = refused(go_on(tmp_path, "", ranks=1))
     assert "iter_0000003: not finite on rank 0: layer 0 expert 3 [0:64) linear_fc2_weight" in line
+
+
+TRAINING = (
+    f"{STEPS} 6 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --clip-grad 1.0 "
+    "--seed 1234 --mock-data --log-interval 1 --eval-interval 1000 --eval-iters 0 --num-workers 0 "
+    "--hmoe-console megatron --dist-ckpt-optim-fully-reshardable --init-method-std 0.1"
+)
+
+
+@pytest.mark.parametrize("layout", ["", "--use-mp-args-from-checkpoint-args"])
+def test_the_flags_of_the_model_are_taken_from_the_checkpoint(copy, layout):
+    expected = go_on(copy, "", 1) if not layout else go_on(copy)
+    flags = f"{TRAINING} --use-checkpoint-args {layout} --load {copy}".split()
+    found = run_ranks(2 if layout else 1, start, flags)
+    assert [code for code, _ in found] == [0] * len(found)
+    assert step_lines(found[-1][1]) == step_lines(expected[-1].output) and len(step_lines(found[-1][1])) == 2
+
+
+def step_lines(output):
+    """(step, loss, gradient norm) of each logged step."""
+    return re.findall(r" iteration +(\d+)/ .* lm loss: ([0-9.E+-]+) .* grad norm: ([0-9.]+)", output)
+
+
+def test_flags_of_a_run_that_are_not_the_models_are_not_taken(copy, tmp_path):
+    hostile = ["--hidden-size", "32", "--save", "elsewhere", "--trust-remote-code", "--hmoe-run-dir=x", "--lr=9"]
+    hostile += ["--hmoe-widths=16,32,48,64", "--moe-router-topk", "2", "--pipeline-model-parallel-size", "2"]
+    (copy / RUN_ARGUMENTS_FILE).write_text(json.dumps(hostile))
+    argv = ["--use-checkpoint-args", "--load", str(copy), "--hidden-size", "64"]
+    taken = ["--hidden-size", "32", "--hmoe-widths", "16,32,48,64", "--moe-router-topk", "2"]
+    assert with_checkpoint_flags(argv) == [*taken, *argv[1:]]
+    both = with_checkpoint_flags([*argv, "--use-mp-args-from-checkpoint-args"])
+    assert both == [*taken, "--pipeline-model-parallel-size", "2", *argv[1:]]
+    assert with_checkpoint_flags(argv[1:]) == argv[1:]
+    with pytest.raises(ValueError, match="--use-checkpoint-args: give --load or --pretrained-checkpoint"):
+        with_checkpoint_flags(argv[:1])
+    with pytest.raises(ValueError, match="run_arguments.json is missing"):
+        with_checkpoint_flags(["--use-checkpoint-args", "--load", str(tmp_path)])
