@@ -221,9 +221,16 @@ def hmoe_config_from_args(args: argparse.Namespace) -> HMoEConfig:
     return HMoEConfig(**{f.name: getattr(args, f"hmoe_{f.name}") for f in dataclasses.fields(HMoEConfig)})
 
 
+def expert_hidden_size(args: argparse.Namespace) -> int:
+    """Numbers of a token that routed experts get: --moe-latent-size, where it is given."""
+    return args.moe_latent_size or args.hidden_size
+
+
 def mtp_layers(args: argparse.Namespace) -> range:
-    """Numbers of the multi-token-prediction layers: they go on from the decoder layers'."""
-    return range(args.num_layers, args.num_layers + (args.mtp_num_layers or 0))
+    """Numbers of the multi-token-prediction layers: they go on from the decoder layers'. With --mtp-use-repeated-layer
+    one layer predicts every token."""
+    count = args.mtp_num_layers or 0
+    return range(args.num_layers, args.num_layers + (min(count, 1) if args.mtp_use_repeated_layer else count))
 
 
 def moe_layers(args: argparse.Namespace) -> list[int]:

@@ -17,7 +17,7 @@ from hmoe_megatron import collectives, machine, patches
 from hmoe_megatron.checkpoint.run_flags import with_checkpoint_flags
 from hmoe_megatron.checkpoint.session import Checkpoints, Start, starting_checkpoint
 from hmoe_megatron.command_line import add_arguments, checked_ranks
-from hmoe_megatron.config import HMoEConfig, hmoe_config_from_args, widths_from_args
+from hmoe_megatron.config import HMoEConfig, expert_hidden_size, hmoe_config_from_args, widths_from_args
 from hmoe_megatron.data.checks import check_data, data_is_here
 from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, atomic_write
@@ -26,7 +26,7 @@ from hmoe_megatron.launch.process import check_rank_environment, tell_torchrun
 from hmoe_megatron.launch.stop import end_after_the_step, end_at_once
 from hmoe_megatron.machine import software
 from hmoe_megatron.moe import gradient_norm
-from hmoe_megatron.moe.compute.choice import ExpertShapes, choose_compute
+from hmoe_megatron.moe.compute.choice import Activation, ExpertShapes, choose_compute
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.patches import hooks
 from hmoe_megatron.patches.as_if_gpu import transformer_engine_is_there
@@ -129,7 +129,13 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start |
     widths = widths_from_args(args, settings)
     plan = placement_plan(args, settings, widths, start)
     shapes = expert_shapes(args, plan)
-    compute, words = choose_compute(settings.gemm_backend, machine.has_gpu(), shapes, settings.keep_hidden)
+    compute, words = choose_compute(
+        settings.gemm_backend,
+        machine.has_gpu(),
+        shapes,
+        settings.keep_hidden,
+        Activation(args.activation_func_clamp_value, args.glu_linear_offset),
+    )
     return ExpertLayout(
         settings=settings,
         widths=widths,
@@ -149,14 +155,15 @@ def expert_shapes(args: argparse.Namespace, plan: PlacementPlan) -> ExpertShapes
     in_fp32 = (args.accumulate_allreduce_grads_in_fp32 or bf16_in_fp32) and not args.grad_reduce_in_bf16
     share = expert_tensor_parallel_size(args)
     on_ranks = {tuple(piece.width // share for piece in pieces) for layer in plan.layers for pieces in layer.pieces}
-    return ExpertShapes(args.hidden_size, dtype, frozenset(filter(None, on_ranks)), torch.float32 if in_fp32 else dtype)
+    hidden, grad_dtype = expert_hidden_size(args), torch.float32 if in_fp32 else dtype
+    return ExpertShapes(hidden, dtype, frozenset(filter(None, on_ranks)), grad_dtype)
 
 
 def placement_plan(args: argparse.Namespace, settings: HMoEConfig, widths, start: Start | None) -> PlacementPlan:
     """The plan that ``--hmoe-placement`` asks for, for every expert-parallel rank and MoE layer."""
     widths_LE, ranks = tuple(widths.values()), args.expert_model_parallel_size
     expert_tp = expert_tensor_parallel_size(args)
-    cost = CostModel(hidden_size=args.hidden_size)
+    cost = CostModel(hidden_size=expert_hidden_size(args))
     # Nothing is measured before a run: None expects the same number of tokens for every expert.
     if settings.placement == "contiguous":
         plan = contiguous_plan(widths_LE, ranks, cost=cost, numbers=tuple(widths))
@@ -295,7 +302,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
     parameters, run_dir = parameter_counts(args, layout.widths), run_directory(args, layout.settings)
     speed = partial(tokens_per_s, args)
     tracker = HMoEMetricsTracker(
-        layout, args.hidden_size, parameters, args.log_interval, run_dir, numeric_guard.end_for_router, speed
+        layout, expert_hidden_size(args), parameters, args.log_interval, run_dir, numeric_guard.end_for_router, speed
     )
     set_moe_metrics_tracker(tracker)
     expected = sum(
@@ -338,7 +345,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:
     """Print what will be trained, and where. Activated parameters are those of even routing."""
     width = sum(expected_active_width(layout.settings, args.moe_router_topk, of) for of in layout.widths.values())
-    active = parameters.always_active + expert_parameters(args.hidden_size, width)
+    active = parameters.always_active + expert_parameters(expert_hidden_size(args), width)
     print(f" {machine.machine_line(args)}\n experts computed by {layout.computed_by}")
     print(plan_table(layout.plan))
     print(

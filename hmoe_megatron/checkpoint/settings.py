@@ -16,15 +16,15 @@ _STRUCTURE = (
     "num_layers hidden_size num_attention_heads group_query_attention num_query_groups kv_channels normalization "
     "add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm layernorm_zero_centered_gamma position_embedding_type "
     "rotary_interleaved untie_embeddings_and_output_weights num_experts moe_layer_freq moe_shared_expert_gate "
-    "moe_shared_expert_intermediate_size moe_router_enable_expert_bias tokenizer_type vocab_size swiglu squared_relu "
+    "moe_shared_expert_intermediate_size moe_latent_size moe_router_enable_expert_bias tokenizer_type vocab_size swiglu squared_relu "
     "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate "
-    "mtp_num_layers"
+    "mtp_num_layers mtp_use_repeated_layer"
 ).split()
 # The function that the weights compute.
 _FUNCTION = (
     "layernorm_epsilon rotary_base rotary_percent use_rope_scaling rope_scaling_factor "
     "rotary_seq_len_interpolation_factor rope_type rotary_scaling_factor mscale mscale_all_dim beta_fast beta_slow "
-    "original_max_position_embeddings window_size softmax_type no_rope_freq apply_residual_connection_post_layernorm"
+    "original_max_position_embeddings window_size softmax_type no_rope_freq activation_func_clamp_value glu_linear_offset apply_residual_connection_post_layernorm"
 ).split()
 # Of the moe_* and hmoe_* settings: how it is computed and where, what is printed and where to.
 _FREE = (

@@ -32,6 +32,8 @@ _EXPORTED = {
     "attention_output_gate": (False,),
     "mtp_num_layers": (None, 0),
     "softmax_type": ("vanilla",),
+    "activation_func_clamp_value": (None,),
+    "glu_linear_offset": (0.0,),
     "moe_router_score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),
     "moe_router_num_groups": (None,),

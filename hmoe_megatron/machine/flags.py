@@ -41,6 +41,7 @@ LIMITED = {
     "--cross-entropy-fusion-impl": (("native",), _NEEDS_TE, "use native"),
     "--use-transformer-engine-op-fuser": ((), _NEEDS_TE, _LEAVE_OUT),
     "--fused-residual-rmsnorm": ((), _NEEDS_TE, _LEAVE_OUT),
+    "--use-te-activation-func": ((), _NEEDS_TE, _LEAVE_OUT),
     "--te-rng-tracker": ((), _NEEDS_TE, _LEAVE_OUT),
     "--use-precision-aware-optimizer": ((), _NEEDS_TE, _LEAVE_OUT),
     "--tp-comm-overlap": ((), _NEEDS_TE, _LEAVE_OUT),

@@ -1,6 +1,6 @@
 """The experts of one layer on one rank: parameters by logical expert and piece, forward, sharded state.
 
-Legend: R routed rows of this rank, H hidden size, L slots of this rank, F full width of a logical expert, W width of
+Legend: R routed rows of this rank, H hidden size (with --moe-latent-size that), L slots of this rank, F full width of a logical expert, W width of
 all pieces of this rank.
 """
 
@@ -29,8 +29,9 @@ def expert_seed(seed: int, layer: int, expert: int) -> int:
 def initial_weights(config, seed: int, layer: int, expert: int, width: int, device):
     """(fc1 [2, F, H], fc2 [H, F]) of a whole expert in fp32, drawn by Megatron's init methods on ``device``: whoever
     needs a piece takes it from the same weights, under any plan. A GPU and a CPU draw different ones."""
-    fc1 = torch.empty(2 * width, config.hidden_size, device=device)
-    fc2 = torch.empty(config.hidden_size, width, device=device)
+    hidden = config.moe_latent_size or config.hidden_size
+    fc1 = torch.empty(2 * width, hidden, device=device)
+    fc2 = torch.empty(hidden, width, device=device)
     # The generator of this device only, which init methods draw from: torch.manual_seed would seed all of them, and the
     # ranks' streams would differ by what each has drawn here.
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
@@ -79,13 +80,13 @@ class HMoEExperts(MegatronModule):
         if not rows:
             return None
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-        weight = torch.nn.Parameter(
-            torch.empty(rows, self.config.hidden_size, device=device, dtype=self.config.params_dtype)
-        )
+        hidden = self.config.moe_latent_size or self.config.hidden_size
+        weight = torch.nn.Parameter(torch.empty(rows, hidden, device=device, dtype=self.config.params_dtype))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
         # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can load the
         # other's checkpoint.
         weight.allreduce = False
+        weight.used_often = self.config.mtp_use_repeated_layer and self.layer >= self.config.num_layers
         placeholder(weight.shape, weight.dtype, weight.device)  # now: in a backward pass it would meet the activations
         return weight
 

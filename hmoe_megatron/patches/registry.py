@@ -69,7 +69,8 @@ def replace(owner, attribute: str, after) -> None:
     """Set owner.attribute; that of a module also where one of Megatron's took the old value by `from x import y`."""
     before = getattr(owner, attribute)
     bindings = [(owner, attribute)]
-    for name, module in [] if isinstance(owner, type) else list(sys.modules.items()):
+    names_a_thing = not isinstance(owner, type) and not isinstance(before, bool | None)  # True is what others are too
+    for name, module in list(sys.modules.items()) if names_a_thing else []:
         if name.startswith("megatron."):
             bindings += [
                 (module, key)

@@ -8,7 +8,7 @@ import argparse
 import copy
 import dataclasses
 
-from hmoe_megatron.config import HMoEConfig, mtp_layers
+from hmoe_megatron.config import HMoEConfig, expert_hidden_size, mtp_layers
 from hmoe_megatron.patches import hooks
 
 
@@ -34,7 +34,7 @@ def parameter_counts(args: argparse.Namespace, widths: dict[int, tuple[int, ...]
     """Count the model that ``args`` (Megatron's, validated) and ``widths`` (decoder layer -> widths) describe."""
     layers = range(args.num_layers + len(mtp_layers(args)))
     always = dense_parameters(args, widths, layers, is_first=True, is_last=True)
-    return ParameterCounts(always, int(expert_parameters(args.hidden_size, sum(map(sum, widths.values())))))
+    return ParameterCounts(always, int(expert_parameters(expert_hidden_size(args), sum(map(sum, widths.values())))))
 
 
 def dense_parameters(
@@ -54,6 +54,7 @@ def dense_parameters(
     for layer in layers:
         if layer in widths:
             divided += expert_parameters(hidden, shared_width)
+            whole += 2 * hidden * (args.moe_latent_size or 0)  # to the experts' size and back
             whole += hidden * (len(widths[layer]) + bool(args.moe_shared_expert_gate and shared_width))
         else:
             divided += expert_parameters(hidden, args.ffn_hidden_size)

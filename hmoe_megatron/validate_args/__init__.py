@@ -68,6 +68,12 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
             f"--moe-apply-probs-on-input with --moe-router-topk {args.moe_router_topk}: it is for one expert a token: "
             "remove it, or use --moe-router-topk 1"
         )
+    for name in ("activation_func_clamp_value", "glu_linear_offset"):
+        if getattr(args, name) and args.bias_swiglu_fusion:
+            problems.append(
+                f"{flag_named(name)} without --no-bias-swiglu-fusion: Megatron's fused SwiGLU of dense layers and shared "
+                "experts ignores it: add --no-bias-swiglu-fusion"
+            )
     if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):
         problems.append("--recompute-modules moe_act: it needs grouped experts; use moe (the whole layer) instead")
     if args.mtp_num_layers and args.recompute_method == "uniform" and args.recompute_num_layers != 1:
@@ -91,6 +97,7 @@ def _gpu_kernel_problems(args):
         for flag, wanted in (
             (f"--context-parallel-size {args.context_parallel_size}", args.context_parallel_size > 1),
             (f"--fp8-format {args.fp8}", args.fp8),
+            ("--use-te-activation-func", args.use_te_activation_func),
         ):
             if wanted:
                 yield f"{flag} contradicts --transformer-impl local: use --transformer-impl transformer_engine"

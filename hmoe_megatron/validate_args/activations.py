@@ -11,6 +11,7 @@ those that are here between layers (sequence parallelism leaves T / tensor-paral
 import argparse
 from typing import NamedTuple
 
+from hmoe_megatron.config import expert_hidden_size
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.telemetry.accounting import expected_active_width, query_groups
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
@@ -63,6 +64,8 @@ class Activations:
         return decoder[:number], [*decoder[number:], *layers[len(decoder) :]]
 
     def _whole(self, layers) -> Kept:
+        often = self.args.mtp_num_layers if self.args.mtp_use_repeated_layer else 1
+        layers = [layer for layer in layers for _ in range(often if layer >= self.args.num_layers else 1)]
         return Kept(sum(map(self._attention, layers)), sum(map(self._ffn, layers)))
 
     def embedding(self) -> float:
@@ -181,7 +184,8 @@ class Activations:
         numbers = 3 if self.layout.settings.keep_hidden else 2
         rows, e = self._rows(layer), FP32 if self._on_cpu() else self.e
         pieces = sum(rows * piece.width for piece in self._pieces(layer)) * numbers * e
-        dispatched = len(self._pieces(layer)) * rows * self._share() * args.hidden_size * self.e
+        dispatched = len(self._pieces(layer)) * rows * self._share() * expert_hidden_size(args) * self.e
+        dispatched += self.t * (args.moe_latent_size or 0) * self.e  # what goes back to the hidden size
         shared = self._swiglu(self.T, (args.moe_shared_expert_intermediate_size or 0) / self.tensor)
         return router + dispatched + pieces + (0 if "shared_experts" in self.selected else shared)
 
@@ -191,7 +195,7 @@ class Activations:
         if layer not in self.layout.widths:
             return self.T * (3 * self.args.ffn_hidden_size / self.tensor * self.e + rows_of_hidden / self.tensor)
         rows, pieces = self._rows(layer), self._pieces(layer)
-        dispatched = len(pieces) * rows * self._share() * rows_of_hidden
+        dispatched = len(pieces) * rows * self._share() * 2 * expert_hidden_size(self.args) * self.e
         if self._on_cpu():  # piece by piece, in fp32
             return dispatched + 10 * max((rows * piece.width for piece in pieces), default=0.0) * FP32
         return dispatched + sum(rows * piece.width for piece in pieces) * self.e

@@ -3,7 +3,7 @@
 import argparse
 from typing import NamedTuple
 
-from hmoe_megatron.config import mtp_layers
+from hmoe_megatron.config import expert_hidden_size, mtp_layers
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.telemetry.accounting import dense_parameters, expert_parameters
 from hmoe_megatron.validate_args.activations import Activations
@@ -55,7 +55,7 @@ def of_rank(args: argparse.Namespace, layout: ExpertLayout, stage: int, rank: in
     is_last, tensor = stage == args.pipeline_model_parallel_size - 1, args.tensor_model_parallel_size
     dense = dense_parameters(args, layout.widths, layers, stage == 0, is_last, tensor)
     held = _expert_width(layout, layers, rank)
-    experts = expert_parameters(args.hidden_size, held) // expert_tensor_parallel_size(args)
+    experts = expert_parameters(expert_hidden_size(args), held) // expert_tensor_parallel_size(args)
     replicas = args.data_parallel_size * args.context_parallel_size
     expert_replicas = args.world_size // (
         args.pipeline_model_parallel_size * layout.plan.ranks * expert_tensor_parallel_size(args)

@@ -16,7 +16,11 @@ MET = (
     ("moe_grouped_gemm", False, "all experts of a rank are computed together, see --hmoe-gemm-backend"),
     ("moe_pad_expert_input_to_capacity", False, "experts take any number of rows, so none is added"),
     ("moe_router_padding_for_fp8", False, "experts compute in the model's own precision and need no rows added"),
-    ("moe_router_padding_for_quantization", False, "experts compute in the model's own precision and need no rows added"),
+    (
+        "moe_router_padding_for_quantization",
+        False,
+        "experts compute in the model's own precision and need no rows added",
+    ),
     ("moe_mlp_glu_interleave_size", None, "the order of an expert's rows is its kernel's: gate above up"),
     ("verify_integrity", False, "every checkpoint has hashes, which a load compares"),
 )
@@ -27,12 +31,6 @@ REQUIRED = (
         "moe_flex_dispatcher_backend",
         {"deepep", "hybridep"},
         "it needs a capacity and grouped equal experts: use deepep or hybridep",
-    ),
-    _row("moe_latent_size", _UNSET, "not implemented for unequal experts: remove it"),
-    _row(
-        "mtp_use_repeated_layer",
-        _OFF,
-        "gradients of experts go past autograd, which can't add up those of two uses in a step: remove it",
     ),
     _row("moe_use_upcycling", _OFF, "it copies one dense width to every expert: remove it"),
     _row(
@@ -45,7 +43,6 @@ REQUIRED = (
         "it treats a matrix as a whole, and experts may be cut: use adam, sgd or lion",
     ),
     _row("moe_expert_rank_capacity_factor", _UNSET, "it counts on grouped equal experts: remove it"),
-    _row("moe_paged_stash", _OFF, "it counts on grouped equal experts: remove it"),
     _row("overlap_dispatch_backward_with_experts_wgrad", _OFF, "not implemented for experts cut by width: remove it"),
     _row("expert_tensor_parallel_num_weight_shards", {None, 1}, "not implemented for unequal experts: remove it"),
     _row("tensor_parallel_num_weight_shards", {None, 1}, "not implemented for unequal experts: remove it"),
@@ -87,9 +84,6 @@ REQUIRED = (
     _row("fine_grained_activation_offloading", _OFF, "it hooks into modules that experts here do not have: remove it"),
     _row("yaml_cfg", _UNSET, "give the settings as flags"),
     _row("cuda_graph_impl", {None, "none"}, "rows of an expert change every step: remove it"),
-    _row("activation_func_clamp_value", _UNSET, "not implemented for experts: remove it"),
-    _row("glu_linear_offset", {None, 0.0}, "not implemented for experts: remove it"),
-    _row("use_te_activation_func", _OFF, "not implemented for experts: remove it"),
 )
 REQUIRED_TOPP = (
     _row(

@@ -45,6 +45,9 @@ MODEL_WORDS = {
     "gated-attention": "--attention-output-gate",
     "MTP": "--mtp-num-layers 2",
     "capacity": "--moe-expert-capacity-factor 0.75 --moe-router-load-balancing-type none",
+    "repeated-MTP": "--mtp-num-layers 2 --mtp-use-repeated-layer",
+    "latent-experts": "--moe-latent-size 16",
+    "clamped-SwiGLU": "--activation-func-clamp-value 0.5 --glu-linear-offset 1.0",
     "shared-expert": "--moe-shared-expert-intermediate-size 24",
 }
 
@@ -83,8 +86,13 @@ class Layout:
         return "bf16" in self.words.split()
 
     @property
+    def predicting(self) -> str | None:
+        """The word of it that has multi-token prediction."""
+        return next((word for word in self.words.split() if word.endswith("MTP")), None)
+
+    @property
     def num_layers(self) -> int:
-        return (4 if "4-layers" in self.words.split() else 2) + (2 if "MTP" in self.words.split() else 0)
+        return (4 if "4-layers" in self.words.split() else 2) + {"MTP": 2, "repeated-MTP": 1}.get(self.predicting, 0)
 
     def __str__(self):
         return f"{self.ranks}: {self.words}"
@@ -122,6 +130,10 @@ AGAINST_STOCK = _layouts(
     2: EP2 recompute-full
     2: capacity EP2 alltoall
     2: capacity TP2
+    2: clamped-SwiGLU shared-expert EP2
+    2: repeated-MTP EP2 alltoall
+    2: latent-experts shared-expert EP2 alltoall
+    4: latent-experts TP2 EP2 ETP2 bf16
     2: EP2 bf16 overlap-dispatch alltoall
     2: EP2 recompute-block alltoall
     2: EP2 recompute-moe
@@ -183,6 +195,10 @@ AGAINST_ONE_RANK = _layouts(
     2: shared-expert EP2 recompute-rest alltoall
     2: Top-P EP2 recompute-full alltoall
     2: Top-P capacity EP2 allgather
+    2: clamped-SwiGLU EP2
+    2: repeated-MTP EP2 alltoall DO overlap
+    2: latent-experts EP2 alltoall
+    4: latent-experts TP2 EP2 ETP1 DO overlap
     2: EP2 bf16 overlap-dispatch alltoall
     4: 4-layers PP2 VPP2 EP2 bf16 overlap-dispatch alltoall DO overlap
     2: EP2 bf16

@@ -406,6 +406,11 @@ TESTS = {
         "distributed/test_resume",
         "test_the_learning_rate_changes_at_a_resume_and_the_moments_stay",
     ),
+    "latent_projections_of_experts": ("distributed/test_layouts", "test_equal_widths_are_bitwise_megatrons"),
+    "name_of_report_stats": (
+        "distributed/test_numeric_faults",
+        "test_what_is_not_finite_ends_every_rank_with_its_cause",
+    ),
     "head_sizes_of_latent_attention": ("unit/test_accounting", "test_counted_parameters_are_those_of_the_built_model"),
     "key_positions_of_latent_attention": ("distributed/test_layouts", "test_unequal_widths_agree_with_one_rank"),
     "rng_of_ranks": (

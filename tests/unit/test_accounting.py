@@ -19,6 +19,7 @@ VARIANTS = {
     "grouped queries, qkv bias, qk norm": "--group-query-attention --num-query-groups 2 --add-qkv-bias --qk-layernorm",
     "layer norm, a dense layer": "--normalization LayerNorm --moe-layer-freq [0,1] --ffn-hidden-size 40",
     "shared expert with gate": "--moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate",
+    "experts of a latent size": "--moe-latent-size 16 --moe-shared-expert-intermediate-size 24",
     "latent attention": f"{LATENT} --q-lora-rank 12 --qk-layernorm",
     "latent attention, queries as they are": f"{LATENT} --normalization LayerNorm",
     "attention with a gate": "--attention-output-gate",

@@ -87,7 +87,8 @@ def test_contradictions_among_our_flags(settings, message):
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
     values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
-    values |= {"async_save": False}
+    values |= {"async_save": False, "bias_swiglu_fusion": False, "use_te_activation_func": False}
+    values |= {"activation_func_clamp_value": None, "glu_linear_offset": 0.0}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
     values |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "tensor_model_parallel_size": 1}
@@ -237,7 +238,7 @@ def test_more_experts_a_token_than_there_are(changes, settings, message):
         check_megatron_arguments(good_arguments(**changes), settings)
 
 
-NO_MTP = {"mtp_num_layers": None}
+NO_MTP = {"mtp_num_layers": None, "mtp_use_repeated_layer": False}
 
 
 def test_megatrons_width_is_the_mean_of_a_schedule():

@@ -70,6 +70,8 @@ def measured(flags):
         (1, f"{FULL} 2 --recompute-method uniform"),
         (1, f"{LATENT} --mtp-num-layers 2 --bf16"),
         *rarely(
+            (1, "--mtp-num-layers 2 --mtp-use-repeated-layer"),
+            (2, "--moe-latent-size 32 --expert-model-parallel-size 2 --moe-shared-expert-intermediate-size 48"),
             (2, f"{LATENT} --tensor-model-parallel-size 2 --sequence-parallel"),
             (2, "--pipeline-model-parallel-size 2 --mtp-num-layers 1 --attention-output-gate"),
             (1, f"{FULL} 2 --recompute-method block --moe-layer-freq [0,1,1,1] --ffn-hidden-size 160"),

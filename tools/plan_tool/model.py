@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hmoe_megatron.config import hmoe_config_from_args, moe_layers, widths_from_args
+from hmoe_megatron.config import expert_hidden_size, hmoe_config_from_args, moe_layers, widths_from_args
 from hmoe_megatron.placement.ranks import MAX_RANKS
 from hmoe_megatron.telemetry.accounting import expected_active_width
 from hmoe_megatron.tools.plan_tool.model_flags import SIZES, parse
@@ -78,7 +78,7 @@ def model_of(words: Sequence[str], more: Sequence[str]) -> Model:
         layers=tuple(widths),
         widths_LE=tuple(widths.values()),
         stages=_stages(tuple(moe_layers(args)), args.num_layers, stages),
-        hidden_size=args.hidden_size,
+        hidden_size=expert_hidden_size(args),
         ranks=args.expert_model_parallel_size,
         expert_tp=expert_tp,
         tokens=gpus

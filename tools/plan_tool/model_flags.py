@@ -10,6 +10,7 @@ SIZES = {  # Megatron's flags: default
     "--num-experts": None,
     "--hidden-size": None,
     "--moe-ffn-hidden-size": None,
+    "--moe-latent-size": None,
     "--seq-length": 4096,
     "--micro-batch-size": 1,
     "--moe-router-topk": 2,
@@ -30,6 +31,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--moe-layer-freq", default="1")
     parser.add_argument("--recompute-granularity")
+    parser.add_argument("--mtp-use-repeated-layer", action="store_true")
     try:
         return add_hmoe_arguments(parser).parse_known_args(list(words))
     except argparse.ArgumentError as error:

@@ -38,6 +38,13 @@ class DeviceFailed(ValueError):
     on_every_rank = False
 
 
+class Activation(NamedTuple):
+    """What Megatron's flags change about SwiGLU, see reference_experts."""
+
+    clamp: float | None = None
+    offset: float = 0.0
+
+
 class Chosen(NamedTuple):
     """A backend, and in a few words which and why."""
 
@@ -45,8 +52,17 @@ class Chosen(NamedTuple):
     words: str
 
 
-def choose_compute(name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool = False) -> Chosen:
+def choose_compute(
+    name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool = False, activation: Activation = Activation()
+) -> Chosen:
     """The backend of ``--hmoe-gemm-backend``. Raises ValueError for one that this machine should not use."""
+    if activation != Activation():
+        if name not in ("auto", "reference"):
+            raise ValueError(
+                f"--hmoe-gemm-backend {name} computes SwiGLU as it is: use reference with --activation-func-clamp-value "
+                "or --glu-linear-offset"
+            )
+        return Chosen(partial(reference_experts, **activation._asdict()), "reference, for its clamp or offset")
     if name == "cpu" and has_gpu:
         raise ValueError("--hmoe-gemm-backend cpu on a machine with a GPU: use auto or reference")
     if name == "cpu" or (name == "auto" and not has_gpu):

@@ -11,7 +11,10 @@ import torch
 
 
 def main_grads(*weights: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """Megatron's buffers of the weights' gradients, where all have one that a kernel can write to."""
+    """Megatron's buffers of the weights' gradients, where all have one that a kernel can write to. None for weights
+    that are used more than once in a pass: autograd adds their gradients up itself."""
+    if any(getattr(weight, "used_often", False) for weight in weights):
+        return None
     grads = [getattr(weight, "main_grad", None) for weight in weights]
     fit = all(grad is not None and grad.is_contiguous() and grad.data_ptr() % 16 == 0 for grad in grads)
     return tuple(grads) if fit else None
