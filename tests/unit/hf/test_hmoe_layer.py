@@ -2,21 +2,22 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import TOP_K, TOP_P, tiny_model
 
 from hmoe_megatron.config import HMoEConfig
 from hmoe_megatron.hf.hmoe_layer import HMoELayer, LayerSettings, route, router_loss
 
-TOP_P = {"router": "topp"}
 REFUSED = [
     ({"hidden_size": 0}, r"hidden_size 0: give a whole number of at least 1"),
     ({"router": "sinkhorn"}, r"router 'sinkhorn' is not known: give one of 'topk', 'topp'"),
-    ({**TOP_P, "router_top_p": 1.5}, r"router_top_p 1\.5: router 'topp' needs a probability above 0, at most 1"),
-    ({**TOP_P, "router_top_p": 0.0}, r"router_top_p 0\.0: router 'topp' needs"),
-    ({**TOP_P, "num_experts_per_tok": 2}, r"num_experts_per_tok 2 has no effect with router 'topp': remove it"),
+    ({"router": "topp", "router_top_p": 1.5}, r"router_top_p 1\.5: router 'topp' needs a probability above 0, at most"),
+    ({"router": "topp", "router_top_p": 0.0}, r"router_top_p 0\.0: router 'topp' needs"),
+    ({"router": "topp", "num_experts_per_tok": 2}, r"num_experts_per_tok 2 has no effect with router 'topp': remove"),
     ({"router_top_p": 0.6}, r"router_top_p 0\.6 has no effect with router 'topk': remove it"),
     ({"num_experts_per_tok": 2.0}, r"num_experts_per_tok 2\.0: give a whole number"),
     ({"expert_path": "grouped"}, r"expert_path 'grouped' is not known: give one of 'sorted', 'loop'"),
@@ -66,6 +67,16 @@ def test_every_matrix_is_drawn_and_the_loss_is_the_layers():
     valid_T = torch.arange(15) < 9
     torch.testing.assert_close(layer.loss(logits_TE, valid_T), layer.loss(logits_TE[:9]))
     assert route(logits_TE, layer.config)[1].sum(dim=1).min() >= 1
+
+
+@pytest.mark.parametrize("kind", [TOP_K, TOP_P], ids=["topk", "topp"])
+def test_a_layer_of_an_exported_model_loads_by_name(kind):
+    block = tiny_model(**kind).model.layers[0].mlp
+    shared = {field.name: getattr(block.config, field.name) for field in fields(LayerSettings)}
+    layer = HMoELayer(LayerSettings(**shared), block.config.expert_widths[0])
+    layer.load_state_dict(block.state_dict())
+    x_BSH = torch.randn(2, 7, 32)
+    assert all(map(torch.equal, layer(x_BSH), block(x_BSH)))
 
 
 # An import of what the package otherwise needs, or a process group, ends the process.
