@@ -236,7 +236,7 @@ class HMoERouter(nn.Module):
 
 
 class HMoEBlock(nn.Module):
-    """Router and experts of one layer."""
+    """Router and experts of one layer; the router's weight is left undrawn. config: HMoEConfig or LayerSettings."""
 
     def __init__(self, config, widths_E: list[int]):
         super().__init__()
@@ -256,18 +256,19 @@ class HMoELayer(HMoEBlock):
     """HMoEBlock for any torch model: settings and widths checked, weights drawn, the router's losses at hand.
 
     forward: x_BSH (any leading dimensions) -> (y_BSH in its dtype, logits_TE). Each matrix, the router's too, is drawn
-    as nn.Linear draws its own, uniform within 1 / sqrt(inputs). ``layer.to(torch.bfloat16)``, optimizers, state_dict:
-    as of any module. Raises ValueError for widths that are no whole numbers of at least 1, and fewer than K of them.
+    as nn.Linear draws its own, uniform within 1 / sqrt(inputs). Raises ValueError for widths that are no whole numbers
+    of at least 1, and for fewer than K of them.
     """
 
     def __init__(self, settings: LayerSettings, widths_E: Sequence[int]):
-        widths_E = tuple(widths_E)
+        widths_E = tuple(widths_E.tolist() if hasattr(widths_E, "tolist") else widths_E)  # of NumPy or torch
         if not widths_E or not all(map(is_count, widths_E)):
             raise ValueError(f"HMoELayer: widths_E {widths_E!r}: give a whole number of at least 1 for each expert")
         if problem := experts_problem(settings, widths_E, "widths_E"):
             raise ValueError(f"HMoELayer: {problem}")
         super().__init__(settings, widths_E)
         self.widths_E = widths_E
+        # Not in HMoERouter: HMoEForCausalLM draws its own, and one draw more would change all weights of a seed.
         nn.init.kaiming_uniform_(self.gate.weight, a=math.sqrt(5))
 
     def loss(self, logits_TE: torch.Tensor, valid_T: torch.Tensor | None = None) -> torch.Tensor:

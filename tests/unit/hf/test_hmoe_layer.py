@@ -57,7 +57,7 @@ def test_defaults_are_those_of_training(router):
 
 def test_every_matrix_is_drawn_and_the_loss_is_the_layers():
     torch.manual_seed(0)
-    layer = HMoELayer(LayerSettings(64, router="topp"), (24, 40, 8))
+    layer = HMoELayer(LayerSettings(64, router="topp"), torch.tensor([24, 40, 8]))
     for name, weight in layer.named_parameters():
         bound = weight.shape[1] ** -0.5
         assert 0.9 * bound < weight.abs().max() <= bound and abs(weight.mean()) < bound / 10, name
