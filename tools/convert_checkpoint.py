@@ -5,7 +5,7 @@ python tools/convert_checkpoint.py from-hf --load exported --save runs/b --text 
 python tools/convert_checkpoint.py upcycle --load dense --save runs/c --text held_out.txt --num-experts 8 \
     --hmoe-widths arithmetic:9:23 --moe-router-topk 2
 
-to-hf writes sharded safetensors, config, tokenizer, modeling_hmoe.py and a model card, a layer at a time on
+to-hf writes sharded safetensors, config, tokenizer, the model's code and a model card, a layer at a time on
 one CPU, from a checkpoint of any layout and plan. Each tensor is read back from the disk and compared with
 the checkpoint's; then the logits of both models are compared in fp32 on --text (the beginning of it), each
 in a process that holds the whole model; --no-logits leaves that out.

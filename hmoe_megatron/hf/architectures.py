@@ -12,10 +12,10 @@ EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_
 
 
 class Native:
-    """Our own, with configuration_hmoe.py and modeling_hmoe.py beside the weights."""
+    """Our own, with the model's code beside the weights."""
 
     model_type = MODEL_TYPE
-    code = ("configuration_hmoe.py", "modeling_hmoe.py")
+    code = ("configuration_hmoe.py", "hmoe_layer.py", "modeling_hmoe.py")
     cost = 1.0  # parameters of the experts as they are stored, over their own
 
     def __init__(self, model: ModelSettings):

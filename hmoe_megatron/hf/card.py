@@ -30,7 +30,7 @@ def model_card(form: Native, flags: Sequence[str], iteration: int, size_bytes: i
     """README.md of the exported directory."""
     model = form.model
     code = (
-        "# modeling_hmoe.py in this directory is the model; read it before you trust it.\n"
+        "# modeling_hmoe.py and hmoe_layer.py in this directory are the model; read them before you trust them.\n"
         if form.code
         else f"# Every expert is padded with zeros to the widest: a stock {form.stock_name}.\n"
     )

@@ -5,7 +5,7 @@ import torch
 from tiny_models import FP32_BOUND, TOP_K, TOP_P, gradients, tiny_config, tiny_model, token_ids
 from torch import nn
 
-from hmoe_megatron.hf.modeling_hmoe import HMoEMLP, loop_path, sorted_path
+from hmoe_megatron.hf.hmoe_layer import HMoEMLP, loop_path, sorted_path
 
 TOKENS, WIDTHS = 24, [16, 24, 40, 8]
 # In bf16 the loop rounds after each expert, torch adds up the rows of one call in float32 and rounds once.

@@ -15,13 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import hmoe_megatron.hf
+from hmoe_megatron.hf.architectures import Native
+from hmoe_megatron.hf.model_settings import AUTO_MAP
 
-CODE = [Path(hmoe_megatron.hf.__path__[0], name) for name in ("configuration_hmoe.py", "modeling_hmoe.py")]
-AUTO_MAP = {
-    "AutoConfig": "configuration_hmoe.HMoEConfig",
-    "AutoModel": "modeling_hmoe.HMoEModel",
-    "AutoModelForCausalLM": "modeling_hmoe.HMoEForCausalLM",
-}
+CODE = [Path(hmoe_megatron.hf.__path__[0], name) for name in Native.code]
 # site-packages by hand: -S leaves out its .pth files, one of which is this package's editable install.
 SCRIPT = """
 import importlib.util, json, sys
@@ -97,13 +94,20 @@ def test_code_without_consent_is_not_run(exported):
         AutoModelForCausalLM.from_pretrained(exported[0], trust_remote_code=False)
 
 
+ALLOWED = {
+    "hmoe_layer.py": {"torch", "math", "collections", "dataclasses"},
+    "configuration_hmoe.py": {"transformers", ".hmoe_layer"},
+    "modeling_hmoe.py": {"torch", "transformers", ".configuration_hmoe", ".hmoe_layer"},
+}
+
+
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
 def test_code_imports_torch_transformers_and_itself(path):
-    allowed = {"torch", "transformers", "math", ".configuration_hmoe"}
+    """The layer torch alone. The model names each file itself: not every transformers looks for the files of a file."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + node.module if node.level else node.module.split(".")[0])
-    assert "transformers" in imported and imported <= allowed
+    assert imported == ALLOWED[path.name]

@@ -5,7 +5,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
 from tiny_models import TOP_K, TOP_P, tiny_config, tiny_model, token_ids
 
-from hmoe_megatron.hf.modeling_hmoe import HMoERouter, route, router_loss, top_k_routing, top_p_routing
+from hmoe_megatron.hf.hmoe_layer import HMoERouter, route, router_loss, top_k_routing, top_p_routing
 from hmoe_megatron.moe import losses, router
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
-from hmoe_megatron.hf.modeling_hmoe import top_k_routing, top_p_routing
+from hmoe_megatron.hf.hmoe_layer import top_k_routing, top_p_routing
 from hmoe_megatron.hf.upcycling import Upcycled
 from tests.rows import rarely
 from tests.unit.hf.conversions import assert_same_logits, convert, tensors_of, to_hf, train
