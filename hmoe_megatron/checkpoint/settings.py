@@ -16,15 +16,16 @@ _STRUCTURE = (
     "num_layers hidden_size num_attention_heads group_query_attention num_query_groups kv_channels normalization "
     "add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm layernorm_zero_centered_gamma position_embedding_type "
     "rotary_interleaved untie_embeddings_and_output_weights num_experts moe_layer_freq moe_shared_expert_gate "
-    "moe_shared_expert_intermediate_size moe_latent_size moe_router_enable_expert_bias tokenizer_type vocab_size swiglu squared_relu "
-    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate "
-    "mtp_num_layers mtp_use_repeated_layer"
+    "moe_shared_expert_intermediate_size moe_latent_size moe_router_enable_expert_bias tokenizer_type vocab_size "
+    "swiglu squared_relu multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim "
+    "attention_output_gate mtp_num_layers mtp_use_repeated_layer"
 ).split()
 # The function that the weights compute.
 _FUNCTION = (
     "layernorm_epsilon rotary_base rotary_percent use_rope_scaling rope_scaling_factor "
     "rotary_seq_len_interpolation_factor rope_type rotary_scaling_factor mscale mscale_all_dim beta_fast beta_slow "
-    "original_max_position_embeddings window_size softmax_type no_rope_freq activation_func_clamp_value glu_linear_offset apply_residual_connection_post_layernorm"
+    "original_max_position_embeddings window_size softmax_type no_rope_freq apply_residual_connection_post_layernorm "
+    "activation_func_clamp_value glu_linear_offset"
 ).split()
 # Of the moe_* and hmoe_* settings: how it is computed and where, what is printed and where to.
 _FREE = (
@@ -46,7 +47,8 @@ _FREE_PREFIXES = (
 # How it is trained: may change at a resume, and is reported.
 _TRAINING = (
     "moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_router_load_balancing_type "
-    "moe_expert_capacity_factor moe_token_drop_policy moe_router_bias_update_rate moe_router_dtype moe_router_quantile_balancing_ema hmoe_p_penalty_coeff "
+    "moe_expert_capacity_factor moe_token_drop_policy "
+    "moe_router_bias_update_rate moe_router_dtype moe_router_quantile_balancing_ema hmoe_p_penalty_coeff "
     "hmoe_router_entropy_coeff hmoe_load_balance_coeff"
 ).split()
 # The form of the optimizer's state: under another it can't be read.

@@ -1,7 +1,7 @@
 """The experts of one layer on one rank: parameters by logical expert and piece, forward, sharded state.
 
-Legend: R routed rows of this rank, H hidden size (with --moe-latent-size that), L slots of this rank, F full width of a logical expert, W width of
-all pieces of this rank.
+Legend: R routed rows of this rank, H hidden size (--moe-latent-size where it is given), L slots of this rank, F full
+width of a logical expert, W width of all pieces of this rank.
 """
 
 import hashlib

@@ -14,8 +14,9 @@ from hmoe_megatron import machine
 from hmoe_megatron.patches import registry
 
 _MODULES = (
-    "as_if_gpu cpu_async_save cpu_cuda cpu_gloo cpu_megatron fix_dataset_helpers fix_latent_attention fix_latent_experts "
-    "fix_learning_rate fix_optimizer_checkpoints fix_rerun_mode fix_rng_of_ranks fix_sequence_parallel_norm fix_torch_adam hooks"
+    "as_if_gpu cpu_async_save cpu_cuda cpu_gloo cpu_megatron fix_dataset_helpers fix_latent_attention "
+    "fix_latent_experts fix_learning_rate fix_optimizer_checkpoints fix_rerun_mode fix_rng_of_ranks "
+    "fix_sequence_parallel_norm fix_torch_adam hooks"
 ).split()
 
 

@@ -34,3 +34,4 @@ def latent_projections_of_experts():
         return False
     replace(moe_layer, "HAVE_TE", True)  # read there for these projections only, and under FP8
     replace(moe_layer, "TELinear", ReplicatedLinear)
+    return True

@@ -71,8 +71,8 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
     for name in ("activation_func_clamp_value", "glu_linear_offset"):
         if getattr(args, name) and args.bias_swiglu_fusion:
             problems.append(
-                f"{flag_named(name)} without --no-bias-swiglu-fusion: Megatron's fused SwiGLU of dense layers and shared "
-                "experts ignores it: add --no-bias-swiglu-fusion"
+                f"{flag_named(name)} without --no-bias-swiglu-fusion: Megatron's fused SwiGLU of dense layers and "
+                "shared experts ignores it: add --no-bias-swiglu-fusion"
             )
     if args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ()):
         problems.append("--recompute-modules moe_act: it needs grouped experts; use moe (the whole layer) instead")

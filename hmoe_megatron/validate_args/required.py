@@ -10,17 +10,14 @@ def _row(name: str, allowed: set, remedy: str, given: str | None = None) -> tupl
 
 
 _OFF, _UNSET = {False}, {None}
+_UNPADDED = "experts compute in the model's own precision and need no rows added"
 # Flags that ask for what is so in any case, or for what these experts do not need: (attribute, the value that Megatron
 # gets in its place, why).
 MET = (
     ("moe_grouped_gemm", False, "all experts of a rank are computed together, see --hmoe-gemm-backend"),
     ("moe_pad_expert_input_to_capacity", False, "experts take any number of rows, so none is added"),
-    ("moe_router_padding_for_fp8", False, "experts compute in the model's own precision and need no rows added"),
-    (
-        "moe_router_padding_for_quantization",
-        False,
-        "experts compute in the model's own precision and need no rows added",
-    ),
+    ("moe_router_padding_for_fp8", False, _UNPADDED),
+    ("moe_router_padding_for_quantization", False, _UNPADDED),
     ("moe_mlp_glu_interleave_size", None, "the order of an expert's rows is its kernel's: gate above up"),
     ("verify_integrity", False, "every checkpoint has hashes, which a load compares"),
 )

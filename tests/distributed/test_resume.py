@@ -274,8 +274,8 @@ def test_weights_that_are_no_numbers_are_not_loaded(tmp_path):
 
 
 TRAINING = (
-    f"{STEPS} 6 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --clip-grad 1.0 "
-    "--seed 1234 --mock-data --log-interval 1 --eval-interval 1000 --eval-iters 0 --num-workers 0 "
+    f"{STEPS} 6 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant "
+    "--clip-grad 1.0 --seed 1234 --mock-data --log-interval 1 --eval-interval 1000 --eval-iters 0 --num-workers 0 "
     "--hmoe-console megatron --dist-ckpt-optim-fully-reshardable --init-method-std 0.1"
 )
 

@@ -45,6 +45,9 @@ class Activation(NamedTuple):
     offset: float = 0.0
 
 
+SWIGLU = Activation()
+
+
 class Chosen(NamedTuple):
     """A backend, and in a few words which and why."""
 
@@ -53,14 +56,14 @@ class Chosen(NamedTuple):
 
 
 def choose_compute(
-    name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool = False, activation: Activation = Activation()
+    name: str, has_gpu: bool, shapes: ExpertShapes, keep_hidden: bool = False, activation: Activation = SWIGLU
 ) -> Chosen:
     """The backend of ``--hmoe-gemm-backend``. Raises ValueError for one that this machine should not use."""
-    if activation != Activation():
+    if activation != SWIGLU:
         if name not in ("auto", "reference"):
             raise ValueError(
-                f"--hmoe-gemm-backend {name} computes SwiGLU as it is: use reference with --activation-func-clamp-value "
-                "or --glu-linear-offset"
+                f"--hmoe-gemm-backend {name} computes SwiGLU as it is: use reference with "
+                "--activation-func-clamp-value or --glu-linear-offset"
             )
         return Chosen(partial(reference_experts, **activation._asdict()), "reference, for its clamp or offset")
     if name == "cpu" and has_gpu:
