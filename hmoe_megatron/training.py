@@ -89,8 +89,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     finally:
         sys.argv = given
     settings = checked_settings(args, argv)
+    changes_nothing = met_flags(args)
     if collectives.rank() == 0:
-        print("".join(f" {line}\n" for line in met_flags(args)), end="", flush=True)
+        print("".join(f" {line}\n" for line in changes_nothing), end="", flush=True)
     args.exit_signal_handler |= not settings.default_signals
     start = starting_checkpoint(args)
     if start and args.padded_vocab_size is None:  # Megatron's own number of rows depends on the tensor-parallel size

@@ -97,6 +97,7 @@ def _gpu_kernel_problems(args):
         for flag, wanted in (
             (f"--context-parallel-size {args.context_parallel_size}", args.context_parallel_size > 1),
             (f"--fp8-format {args.fp8}", args.fp8),
+            (f"--fp4-format {args.fp4}", args.fp4),
             ("--use-te-activation-func", args.use_te_activation_func),
         ):
             if wanted:

@@ -33,7 +33,6 @@ REQUIRED = (
     _row(
         "fp8_param_gather", _OFF, "experts have no FP8 weights (they compute in the model's own precision): remove it"
     ),
-    _row("fp4", _UNSET, "experts compute in bf16, fp16 or fp32: remove it", given="--fp4-format"),
     _row(
         "optimizer",
         {"adam", "lion", "sgd"},

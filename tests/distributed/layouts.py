@@ -45,6 +45,7 @@ MODEL_WORDS = {
     "gated-attention": "--attention-output-gate",
     "MTP": "--mtp-num-layers 2",
     "capacity": "--moe-expert-capacity-factor 0.75 --moe-router-load-balancing-type none",
+    "padded": "--moe-pad-expert-input-to-capacity",
     "repeated-MTP": "--mtp-num-layers 2 --mtp-use-repeated-layer",
     "latent-experts": "--moe-latent-size 16",
     "clamped-SwiGLU": "--activation-func-clamp-value 0.5 --glu-linear-offset 1.0",
@@ -130,6 +131,7 @@ AGAINST_STOCK = _layouts(
     2: EP2 recompute-full
     2: capacity EP2 alltoall
     2: capacity TP2
+    2: capacity padded EP2 alltoall
     2: clamped-SwiGLU shared-expert EP2
     2: repeated-MTP EP2 alltoall
     2: latent-experts shared-expert EP2 alltoall
