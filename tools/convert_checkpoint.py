@@ -10,8 +10,8 @@ one CPU, from a checkpoint of any layout and plan. Each tensor is read back from
 the checkpoint's; then the logits of both models are compared in fp32 on --text (the beginning of it), each
 in a process that holds the whole model; --no-logits leaves that out.
 
-from-hf reads what to-hf wrote, native or padded, and stock Mixtral and Qwen3-MoE, whose experts then have one
-width. No code of the directory is run. The checkpoint is for any layout and plan, with the flags of its model:
+from-hf reads what to-hf wrote, native or padded, and stock Mixtral, Qwen3-MoE and DeepSeek-V3, whose experts then
+have one width. No code of the directory is run. The checkpoint is for any layout and plan, with the flags of its model:
 
 examples/run.py runs/b/model.args --finetune --load runs/b --save runs/next ...
 
@@ -42,7 +42,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights (default: the checkpoint's)")
     to_hf.add_argument(
         "--padded",
-        choices=["mixtral", "qwen3_moe"],
+        choices=["mixtral", "qwen3_moe", "deepseek_v3"],
         help="a stock model of transformers, without our code: each expert padded with zeros to the widest; Top-K only",
     )
     to_hf.add_argument("--tokenizer-model", help="where the run's tokenizer is now (default: where it was)")
@@ -149,6 +149,9 @@ def bring_back(args: argparse.Namespace) -> None:
             is_lossless = not is_upcycled or source.is_lossless
             check_logits(ours, Side("foreign", args.load), first_tokens(flags, text, source.form.model), is_lossless)
 
+    if source.is_less:
+        said = "no tensors of the layers that predict more tokens: the checkpoint has none"
+        print(f"convert_checkpoint: note: {said}", file=sys.stderr)
     tokenizer = []
     if args.tokenizer_type:  # a path from anywhere: it is in the flags of the checkpoint
         model = Path(args.tokenizer_model)

@@ -1,14 +1,14 @@
 """The forms of a Hugging Face directory: how each names and shapes its tensors, and its config.json, both ways."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
-from hmoe_megatron.hf.model_settings import MODEL_TYPE, ModelSettings, from_config, to_config
-from hmoe_megatron.widths import MAX_EXPERTS, MAX_LAYERS
+from hmoe_megatron.hf.model_settings import EXPORTED, MODEL_TYPE, ModelSettings, from_config, to_config
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+_WIDTH_MULTIPLE = 8
 
 
 class Native:
@@ -17,6 +17,7 @@ class Native:
     model_type = MODEL_TYPE
     code = ("configuration_hmoe.py", "hmoe_layer.py", "modeling_hmoe.py")
     cost = 1.0  # parameters of the experts as they are stored, over their own
+    exported = EXPORTED  # settings of a checkpoint that it computes
 
     def __init__(self, model: ModelSettings):
         self.model = model
@@ -27,6 +28,15 @@ class Native:
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
         return from_config(config)
+
+    @classmethod
+    def stored(cls, model: ModelSettings, config: Mapping) -> "Native":
+        """That of a directory with this config.json. Raises ValueError."""
+        return cls(model)
+
+    def as_stored(self, names: Collection[str]) -> "Native":
+        """Less what a directory with these tensors may leave out."""
+        return self
 
     def name(self, name: str) -> str:
         """Its name of the tensor that we call so."""
@@ -42,13 +52,16 @@ class Native:
 
 
 class Padded(Native):
-    """A stock model of transformers, with no code of ours: every expert padded with zeros to the widest, which adds
+    """A stock model of transformers, with no code of ours: every expert padded with zeros to one width, which adds
     zeros to its output. Top-K only. ``hmoe_expert_widths`` in the config tells the way back."""
 
     code = ()
     stock_name = ""  # of transformers' classes
+    width_field = "moe_intermediate_size"
 
-    def __init__(self, model: ModelSettings):
+    def __init__(self, model: ModelSettings, width: int | None = None):
+        """width: of every expert as it is stored; None is of the widest, with rows of whole 16 bytes in bf16, without
+        which torch's grouped matrix product fails in transformers."""
         problems = {
             "--hmoe-router topp": model.router != "topk",
             "--moe-router-topk-scaling-factor": model.scaling_factor is not None,
@@ -56,19 +69,31 @@ class Padded(Native):
         } | self.problems(model)
         found = [what for what, is_there in problems.items() if is_there]
         if found:
-            what = f"{self.stock_name} has no {', no '.join(found)}"
-            raise ValueError(f"--padded {self.model_type}: {what}; leave --padded out")
+            raise ValueError(self.refusal(found))
         if not any(model.widths):
             raise ValueError(f"config.json of a {self.model_type}: no layer has experts")
         super().__init__(model)
-        self.width = max(max(widths_E, default=0) for widths_E in model.widths)
+        widest = max(max(widths_E, default=0) for widths_E in model.widths)
+        self.width = width or -(-widest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+        if self.width < widest:
+            raise ValueError(f"config.json: {self.width_field} {width}, and an expert of width {widest}")
         layers = sum(map(bool, model.widths))
         self.cost = self.width * model.experts * layers / sum(map(sum, model.widths))
+
+    @classmethod
+    def stored(cls, model: ModelSettings, config: Mapping) -> "Padded":
+        width = config[cls.width_field]
+        if type(width) is not int or width < 1:
+            raise ValueError(f"config.json: {cls.width_field} {width!r:.40}")
+        return cls(model, width)
 
     @staticmethod
     def problems(model: ModelSettings) -> dict[str, bool]:
         """What the stock model lacks: flag -> whether this model has it."""
         raise NotImplementedError
+
+    def refusal(self, found: list[str]) -> str:
+        return f"--padded {self.model_type}: {self.stock_name} has no {', no '.join(found)}; leave --padded out"
 
     def config(self, dtype: str, token_ids: Mapping) -> dict:
         model = self.model
@@ -99,30 +124,32 @@ class Padded(Native):
             "hmoe_router_fp32": model.router_fp32,
         } | dict(token_ids)
 
-    def _dimension(self, name: str) -> int | None:
-        """Along which an expert's matrix has its width; None for any other tensor."""
+    def padding(self, name: str) -> tuple[int, int, int] | None:
+        """(dimension, own width, stored width) of a matrix that is padded; None of any other tensor."""
         found = EXPERT.fullmatch(name)
-        return None if found is None else int(found[3] == "down")
+        if found is None:
+            return None
+        return int(found[3] == "down"), self.model.widths[int(found[1])][int(found[2])], self.width
 
     def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        dim = self._dimension(name)
-        if dim is None:
+        padding = self.padding(name)
+        if padding is None:
             return tensor
-        missing = self.width - tensor.shape[dim]
+        dim, _, stored = padding
+        missing = stored - tensor.shape[dim]
         return torch.nn.functional.pad(tensor, (0, missing) if dim else (0, 0, 0, missing))
 
     def unpack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        dim = self._dimension(name)
-        if dim is None:
+        padding = self.padding(name)
+        if padding is None:
             return tensor
-        layer, expert = map(int, EXPERT.fullmatch(name).groups()[:2])
-        width = self.model.widths[layer][expert]
+        dim, width, _ = padding
         if tensor.shape[dim] < width:
-            raise ValueError(f"{self.name(name)}: {tensor.shape[dim]} wide, hmoe_expert_widths says {width}")
+            raise ValueError(f"{self.name(name)}: {tensor.shape[dim]} wide, config.json says {width}")
         if tensor.narrow(dim, width, tensor.shape[dim] - width).count_nonzero():
             raise ValueError(
-                f"{self.name(name)}: not zero beyond the width {width} of hmoe_expert_widths: it was "
-                "trained since; take hmoe_expert_widths out of config.json to keep what was learnt"
+                f"{self.name(name)}: not zero beyond the width {width} of config.json: it was trained since; take its "
+                "hmoe_expert_widths and hmoe_shared_expert_width out to keep what was learnt"
             )
         return tensor.narrow(dim, 0, width)
 
@@ -132,6 +159,7 @@ class Mixtral(Padded):
 
     model_type = "mixtral"
     stock_name = "Mixtral"
+    width_field = "intermediate_size"
 
     @staticmethod
     def problems(model: ModelSettings) -> dict[str, bool]:
@@ -149,7 +177,7 @@ class Mixtral(Padded):
     def settings(config: Mapping) -> ModelSettings:
         experts, layers = config["num_local_experts"], config["num_hidden_layers"]
         widths = config.get("hmoe_expert_widths") or [[config["intermediate_size"]] * experts] * layers
-        return _stock_settings(config, widths, pre_softmax=False, theta=1e6)  # what transformers has without one
+        return stock_settings(config, widths, pre_softmax=False, theta=1e6)  # what transformers has without one
 
     def name(self, name: str) -> str:
         name = name.replace(".mlp.", ".block_sparse_moe.")
@@ -193,7 +221,7 @@ class Qwen3Moe(Padded):
             experts if layer not in dense and (layer + 1) % step == 0 else []
             for layer in range(config["num_hidden_layers"])
         ]
-        return _stock_settings(config, widths, pre_softmax=not config.get("norm_topk_prob", False), qk_norm=True)
+        return stock_settings(config, widths, pre_softmax=not config.get("norm_topk_prob", False), qk_norm=True)
 
 
 class Llama(Native):
@@ -203,7 +231,7 @@ class Llama(Native):
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
-        return _stock_settings(config, [()] * config["num_hidden_layers"], pre_softmax=False)
+        return stock_settings(config, [()] * config["num_hidden_layers"], pre_softmax=False)
 
 
 class Qwen3(Native):
@@ -213,7 +241,7 @@ class Qwen3(Native):
 
     @staticmethod
     def settings(config: Mapping) -> ModelSettings:
-        return _stock_settings(
+        return stock_settings(
             config,
             [()] * config["num_hidden_layers"],
             pre_softmax=False,
@@ -222,31 +250,11 @@ class Qwen3(Native):
         )
 
 
-_MOST = {"num_hidden_layers": MAX_LAYERS, "num_local_experts": MAX_EXPERTS, "num_experts": MAX_EXPERTS}
-FORMS = {form.model_type: form for form in (Native, Mixtral, Qwen3Moe, Llama, Qwen3)}
-
-
-def form_of(config: Mapping) -> Native:
-    """The form of a directory by its config.json, untrusted. Raises ValueError for one that is not known or lacks a
-    field."""
-    kind = config.get("model_type")
-    if type(kind) is not str or kind not in FORMS:
-        raise ValueError(f"config.json: model_type {kind!r:.60}: only {', '.join(FORMS)} become HMoE checkpoints")
-    for name, most in _MOST.items():  # before lists of that length are made
-        value = config.get(name, 1)
-        if type(value) is not int or not 0 < value <= most:
-            raise ValueError(f"config.json: {name} {value!r:.40}: 1 to {most}")
-    try:
-        model = FORMS[kind].settings(config)
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"config.json of a {kind}: {error}: missing or of the wrong type") from None
-    model.check()
-    return FORMS[kind](model)
-
-
-def _stock_settings(
-    config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False, theta: float = 10000.0
+def stock_settings(
+    config: Mapping, widths, pre_softmax: bool, qk_norm=False, qkv_bias=False, theta: float = 10000.0, allowed=()
 ) -> ModelSettings:
+    """Of a config.json as transformers has it. allowed: field -> (its value, those that can be trained here), over the
+    usual ones. Raises ValueError that lists fields that can't, KeyError or TypeError for what is missing."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     # Qwen's has a size whether it is used or not.
@@ -256,7 +264,8 @@ def _stock_settings(
         "sliding_window": (window, (None,)),
         "partial_rotary_factor": (partial, (None, 1.0)),
         "hidden_act": (config.get("hidden_act"), (None, "silu")),
-    }
+        "quantization_config": (config.get("quantization_config"), (None,)),
+    } | dict(allowed)
     wrong = [f"{name} {value!r:.40}" for name, (value, allowed) in given.items() if value not in allowed]
     if wrong:
         raise ValueError(f"config.json: {', '.join(wrong)}: a model with it can't be trained here")

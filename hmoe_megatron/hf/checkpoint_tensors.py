@@ -11,7 +11,7 @@ from hmoe_megatron.checkpoint import directory, manifest
 from hmoe_megatron.checkpoint.reader import CheckpointReader, read_metadata
 from hmoe_megatron.exits import CheckpointRefused
 
-_MODEL = ("embedding.", "decoder.", "output_layer.")
+_MODEL = ("embedding.", "decoder.", "mtp.", "output_layer.")
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -49,8 +49,8 @@ class CheckpointTensors:
         return (self._rows, *shape[1:]) if is_cut else shape
 
     @property
-    def dtypes(self) -> set[torch.dtype]:
-        return {kind.properties.dtype for kind in self._kinds.values()}
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {key: kind.properties.dtype for key, kind in self._kinds.items()}
 
     def read(self, keys: list[str]) -> dict[str, torch.Tensor]:
         """These tensors, each put together from the pieces it was saved in. Raises CheckpointRefused for a range that

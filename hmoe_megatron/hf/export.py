@@ -16,9 +16,10 @@ import torch
 from hmoe_megatron.files import atomic_directory
 from hmoe_megatron.flag_files import last_value, run_arguments
 from hmoe_megatron.hf import card, tokenizer_files
-from hmoe_megatron.hf.architectures import FORMS, Native
+from hmoe_megatron.hf.architectures import Native
 from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
-from hmoe_megatron.hf.model_settings import ModelSettings, from_checkpoint
+from hmoe_megatron.hf.forms import form_for
+from hmoe_megatron.hf.model_settings import ModelSettings
 from hmoe_megatron.hf.shards import ShardWriter, digest_of_all
 from hmoe_megatron.hf.tensors import Part, listed, stored_parts
 
@@ -52,9 +53,10 @@ def to_hf(
 ) -> Exported:
     """root: --save directory of a run. output: a directory that does not exist; it appears when it is whole.
 
-    form: "hmoe", our own, or "mixtral" or "qwen3_moe", padded. dtype: fp32 or bf16; None keeps the checkpoint's.
-    tokenizer_model: where the run's tokenizer is now. check: called with (directory, model, iteration, flags of the
-    run) before it gets its name; what it raises ends the export, what it returns, if anything, is in EXPORT_FILE.
+    form: "hmoe", our own, or "mixtral", "qwen3_moe" or "deepseek_v3", padded. dtype: fp32 or bf16; None keeps the
+    checkpoint's. tokenizer_model: where the run's tokenizer is now. check: called with (directory, model, iteration,
+    flags of the run) before it gets its name; what it raises ends the export, what it returns, if anything, is in
+    EXPORT_FILE.
 
     Raises ValueError with the list of what does not fit, CheckpointRefused for a damaged checkpoint; nothing is left.
     """
@@ -71,11 +73,11 @@ def to_hf(
 
 
 def _write(checkpoint: CheckpointTensors, flags: list[str], folder: Path, form: str, dtype: str | None) -> Exported:
-    model = from_checkpoint(checkpoint.settings, checkpoint.shapes, flags)
-    form = FORMS[form](model)
+    form = form_for(form, checkpoint.settings, checkpoint.shapes, flags)
+    model = form.model
     parts = stored_parts(model, list(checkpoint.shapes))
     _check_shapes(checkpoint, parts)
-    stored = checkpoint.dtypes
+    stored = {checkpoint.dtypes[key] for keyed in parts.values() for key, part in keyed if part.dtype is None}
     if dtype is None and len(stored) > 1:
         raise ValueError(f"{checkpoint.path}: tensors of {', '.join(map(str, stored))}; give --dtype")
     wanted = DTYPES[dtype] if dtype else next(iter(stored))
@@ -129,11 +131,14 @@ def _write_block(
     tensors = {}
     for key, part in keyed:
         for theirs, tensor in zip(part.names, part.split(source[key]), strict=True):
-            tensors[form.name(theirs)] = form.pack(theirs, tensor.to(dtype))
+            tensors[form.name(theirs)] = form.pack(theirs, tensor.to(part.dtype or dtype))
+        tensors |= {form.name(copy): tensors[form.name(part.names[0])].clone() for copy in part.copies}
     writer.write(tensors)
     for key, part in keyed:  # the way back from the disk must give what was read
         joined = part.join([form.unpack(theirs, writer.read_back(form.name(theirs))) for theirs in part.names])
-        if not torch.equal(joined, source[key].to(dtype)):
+        copies = [writer.read_back(form.name(copy)) for copy in part.copies]
+        expected = source[key].to(part.dtype or dtype)
+        if not all(torch.equal(found, expected) for found in (joined, *copies)):
             raise OSError(f"{name}: {key} on the disk is not what was written; nothing is left")
 
 

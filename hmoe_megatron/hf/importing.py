@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hmoe_megatron.files import atomic_directory, open_regular, read_text
-from hmoe_megatron.hf.architectures import Native, form_of
+from hmoe_megatron.hf.architectures import Native
+from hmoe_megatron.hf.forms import form_of
 from hmoe_megatron.hf.model_settings import megatron_flags
 from hmoe_megatron.hf.one_process import ONE_PROCESS, build_model
 from hmoe_megatron.hf.shards import INDEX_FILE
@@ -48,6 +49,8 @@ class HFDirectory:
         self.config = self._json("config.json")
         self.form: Native = form_of(self.config)
         self._headers = self._read_headers()
+        named, self.form = self.form, self.form.as_stored(self._headers)
+        self.is_less = self.form is not named  # than config.json names
         self._check()
 
     def _json(self, name: str) -> dict:
@@ -86,12 +89,11 @@ class HFDirectory:
 
     def _check(self) -> None:
         wanted = {}
-        for _, parts in blocks(self.form.model):
-            for part in parts:
-                for name, shape in zip(part.names, part.hf_shapes(), strict=True):
-                    packed = self.form.pack(name, torch.empty(shape, device="meta"))
-                    wanted[self.form.name(name)] = tuple(packed.shape)
-        self._drop_the_tied_head()
+        for part in self._parts():
+            for name, shape in zip(part.names, part.hf_shapes(), strict=True):
+                packed = self.form.pack(name, torch.empty(shape, device="meta"))
+                wanted[self.form.name(name)] = tuple(packed.shape)
+        self._drop_copies()
         self._drop_rotary_tables()
         check_complete(
             sorted(wanted.keys() - self._headers.keys()), sorted(self._headers.keys() - wanted.keys()), str(self.folder)
@@ -104,14 +106,21 @@ class HFDirectory:
         if wrong:
             raise ValueError(f"{self.folder}: {listed(wrong, '; ')}")
 
-    def _drop_the_tied_head(self) -> None:
-        """Some write the one matrix twice. Raises ValueError if the two differ."""
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if self.form.model.tied and {head, embedding} <= self._headers.keys():
-            with self.opened(head) as ours, self.opened(embedding) as theirs:
-                if not torch.equal(ours[:], theirs[:]):
-                    raise ValueError(f"{self.folder}: tie_word_embeddings, but {head} is not {embedding}")
-            del self._headers[head]
+    def _parts(self) -> Iterator[Part]:
+        return (part for _, parts in blocks(self.form.model) for part in parts)
+
+    def _drop_copies(self) -> None:
+        """One matrix under several names: of layers that predict a token, and some write a tied head too. Raises
+        ValueError if two differ."""
+        copies = {copy: part.names[0] for part in self._parts() for copy in part.copies}
+        if self.form.model.tied:
+            copies["lm_head.weight"] = "model.embed_tokens.weight"
+        for copy, name in copies.items():
+            if {copy, name} <= self._headers.keys():
+                with self.opened(copy) as ours, self.opened(name) as theirs:
+                    if not torch.equal(ours[:], theirs[:]):
+                        raise ValueError(f"{self.folder}: {copy} is not {name}: Megatron's model has one of them")
+                del self._headers[copy]
 
     def _drop_rotary_tables(self) -> None:
         """transformers wrote them until 2023, as Llama 2's files have them; the configuration says what they are.
@@ -130,14 +139,13 @@ class HFDirectory:
 
     def tensors(self) -> Iterator[tuple[Part, torch.Tensor]]:
         """Every Megatron tensor, one at a time. Raises ValueError for one that is not finite."""
-        for _, parts in blocks(self.form.model):
-            for part in parts:
-                read = []
-                for name in part.names:
-                    read.append(self.read(name))
-                    if not read[-1].isfinite().all():
-                        raise ValueError(f"{self.folder}: {self.form.name(name)} is not finite")
-                yield part, part.join(read)
+        for part in self._parts():
+            read = []
+            for name in part.names:
+                read.append(self.read(name))
+                if not read[-1].isfinite().all():
+                    raise ValueError(f"{self.folder}: {self.form.name(name)} is not finite")
+            yield part, part.join(read)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor that we call so."""
@@ -152,10 +160,13 @@ class HFDirectory:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 or float32, which holds every value of all tensors. Raises ValueError if neither does."""
+        """bfloat16 or float32, which holds every value of all tensors that have no dtype of their own. Raises
+        ValueError if neither does."""
         held = {header.dtype for header in self._headers.values()}
         if not held <= {"F32", "F16", "BF16"}:
             raise ValueError(f"{self.folder}: tensors of {', '.join(sorted(held))}: only F32, F16 and BF16")
+        fixed = {self.form.name(name) for part in self._parts() if part.dtype for name in part.names}
+        held = {header.dtype for name, header in self._headers.items() if name not in fixed}
         return torch.bfloat16 if held == {"BF16"} else torch.float32
 
 

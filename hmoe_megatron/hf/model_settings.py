@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from hmoe_megatron.flag_files import flag_named, last_value
+from hmoe_megatron.hf.deepseek_settings import DeepSeek
 
 MODEL_TYPE = "hmoe"
 AUTO_MAP = {
@@ -14,7 +15,7 @@ AUTO_MAP = {
 }
 
 # Settings of a checkpoint that modeling_hmoe.py computes as Megatron does: name -> what is allowed.
-_EXPORTED = {
+EXPORTED = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
@@ -42,6 +43,7 @@ _EXPORTED = {
     "moe_apply_probs_on_input": (False,),
     "moe_latent_size": (None,),
     "moe_shared_expert_intermediate_size": (None,),
+    "moe_shared_expert_gate": (False,),
     "moe_router_dtype": (None, "fp32"),
 }
 
@@ -49,7 +51,8 @@ _EXPORTED = {
 @dataclass(frozen=True)
 class ModelSettings:
     """vocabulary_rows: of the embedding, those that only pad it too, so that logits stay the same. widths: of the
-    experts of each layer; () for a dense layer, which then has dense_width. scaling_factor: of Top-K's weights."""
+    experts of each layer, those that predict one more token last; () for a dense layer, which then has dense_width.
+    scaling_factor: of Top-K's weights. deepseek: its parts; head_dim is then of the positions alone."""
 
     layers: int
     hidden: int
@@ -76,6 +79,7 @@ class ModelSettings:
     load_balance_coeff: float
     router_entropy_coeff: float
     init_std: float
+    deepseek: DeepSeek | None = None
 
     @property
     def experts(self) -> int:
@@ -106,6 +110,8 @@ class ModelSettings:
                 "router_entropy_coeff",
             )
         }
+        if self.deepseek:
+            sizes, numbers = sizes | self.deepseek.sizes(), numbers | self.deepseek.numbers()
         wrong = [
             f"{name} {value!r:.40}"
             for name, value in sizes.items()
@@ -118,11 +124,13 @@ class ModelSettings:
         ]
         if not wrong and self.heads % self.groups:
             wrong = [f"{self.heads} heads in {self.groups} groups"]
-        if not wrong and (len(self.widths) != self.layers or {0, self.experts} < {0, *map(len, self.widths)}):
+        rows = self.layers + (self.deepseek.mtp_num_layers if self.deepseek else 0)
+        if not wrong and (len(self.widths) != rows or {0, self.experts} < {0, *map(len, self.widths)}):
             wrong = [f"experts of {len(self.widths)} layers, {sorted({*map(len, self.widths)})[:9]} each"]
         if not wrong and not all(self.widths) and self.dense_width is None:
             wrong = ["no width of the dense layers"]
         positive = ("norm_eps", "rope_theta", "init_std") + (("top_p",) if self.router == "topp" else ())
+        positive += () if self.scaling_factor is None else ("scaling_factor",)  # Megatron takes 0 for none
         if not wrong:
             wrong += [f"{name} {getattr(self, name)!r}" for name in positive if not (getattr(self, name) or 0) > 0]
         if not wrong and int(self.rope_theta) != self.rope_theta:
@@ -133,20 +141,25 @@ class ModelSettings:
             raise ValueError(f"config.json: not the sizes of a model: {'; '.join(wrong[:9])}")
 
 
-def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flags: Sequence[str]) -> ModelSettings:
-    """settings: of the checkpoint's manifest; shapes: of its tensors by key; flags: of the run.
+def from_checkpoint(
+    settings: Mapping, shapes: Mapping[str, Sequence[int]], flags: Sequence[str], exported: Mapping[str, tuple]
+) -> ModelSettings:
+    """settings: of the checkpoint's manifest; shapes: of its tensors by key; flags: of the run. exported: what settings
+    the exported model may have, () for any.
 
     Raises ValueError that lists everything the exported model could not compute.
     """
     problems = [
         f"{flag_named(name)} {settings[name]}"
-        for name, allowed in _EXPORTED.items()
-        if name in settings and settings[name] not in allowed
+        for name, allowed in exported.items()
+        if allowed and name in settings and settings[name] not in allowed
     ]
     if problems:
         raise ValueError(f"the exported model has no {', no '.join(problems)}: it can't be exported")
+    deepseek = DeepSeek.of(settings) if settings.get("multi_latent_attention") else None
     layers = settings["num_layers"]
-    widths = tuple(tuple(settings["expert_widths"].get(str(layer), ())) for layer in range(layers))
+    rows = layers + (deepseek.mtp_num_layers if deepseek else 0)
+    widths = tuple(tuple(settings["expert_widths"].get(str(layer), ())) for layer in range(rows))
     dense = [layer for layer in range(layers) if not widths[layer]]
     dense_width = shapes[f"decoder.layers.{dense[0]}.mlp.linear_fc2.weight"][1] if dense else None
     top_p = settings["hmoe_router"] == "topp"
@@ -165,7 +178,7 @@ def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flag
         hidden=settings["hidden_size"],
         heads=settings["num_attention_heads"],
         groups=settings["num_query_groups"] if settings["group_query_attention"] else settings["num_attention_heads"],
-        head_dim=settings["kv_channels"],
+        head_dim=deepseek.qk_pos_emb_head_dim if deepseek else settings["kv_channels"],
         vocabulary_rows=shapes["embedding.word_embeddings.weight"][0],
         max_positions=min(int(length) for length in context if length),
         norm_eps=settings["layernorm_epsilon"],
@@ -186,6 +199,7 @@ def from_checkpoint(settings: Mapping, shapes: Mapping[str, Sequence[int]], flag
         load_balance_coeff=settings["hmoe_load_balance_coeff"],
         router_entropy_coeff=entropy,
         init_std=float(last_value(flags, "--init-method-std", 0.02)),
+        deepseek=deepseek,
     )
 
 
@@ -243,7 +257,7 @@ def from_config(config: Mapping) -> ModelSettings:
         "widths": tuple(map(tuple, config["expert_widths"])),
         "router_fp32": config.get("router_dtype") == "float32",
     }
-    assert values.keys() == {field.name for field in fields(ModelSettings)}
+    assert values.keys() == {field.name for field in fields(ModelSettings)} - {"deepseek"}
     return ModelSettings(**values)
 
 
@@ -273,7 +287,7 @@ def megatron_flags(model: ModelSettings) -> list[str]:
     if model.groups != model.heads:
         flags["num-query-groups"] = model.groups
     if model.dense_width is not None:
-        is_moe = ",".join(str(int(bool(widths_E))) for widths_E in model.widths)
+        is_moe = ",".join(str(int(bool(widths_E))) for widths_E in model.widths[: model.layers])
         flags |= {"ffn-hidden-size": model.dense_width, "moe-layer-freq": f"[{is_moe}]"}
     optional = {
         "moe-router-topk": model.experts_per_token,
@@ -284,6 +298,8 @@ def megatron_flags(model: ModelSettings) -> list[str]:
         "moe-router-dtype": "fp32" if model.router_fp32 else None,
     }
     flags |= {name: value for name, value in optional.items() if value is not None}
+    if model.deepseek:
+        flags |= model.deepseek.flags()
     switches = {
         "swiglu": True,
         "disable-bias-linear": True,
@@ -292,6 +308,9 @@ def megatron_flags(model: ModelSettings) -> list[str]:
         "qk-layernorm": model.qk_norm,
         "moe-router-pre-softmax": model.pre_softmax,
         "untie-embeddings-and-output-weights": not model.tied,
+        "multi-latent-attention": model.deepseek is not None,
+        "no-rope-fusion": model.deepseek is not None,  # Megatron's is for yarn, and needs a GPU
+        "moe-router-enable-expert-bias": model.deepseek is not None,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return words + [f"--{name}" for name, is_on in switches.items() if is_on]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hmoe_megatron.hf.checkpoint_tensors import CheckpointTensors
+from hmoe_megatron.hf.importing import HFDirectory
 from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_alone, run_ranks
 from tests.unit.hf.preloaded_logits import fork_ahead
@@ -61,6 +64,33 @@ def assert_same_logits(one, other) -> None:
     tokens_T = torch.arange(16)[None]
     with torch.no_grad():
         torch.testing.assert_close(one(tokens_T).logits, other(tokens_T).logits, rtol=0, atol=1e-5)
+
+
+def assert_same_tensors(run: Path, back: Path) -> None:
+    """Of two runs' last checkpoints, to the bit."""
+    ours, others = CheckpointTensors(run), CheckpointTensors(back)
+    assert others.shapes == ours.shapes and others.dtypes == ours.dtypes
+    for key, tensor in ours.read(list(ours.shapes)).items():
+        assert torch.equal(tensor, others.read([key])[key]), key
+
+
+WRONG = [None, -1, 0, "x", 1e30, float("nan"), [], {}, [[]], [[-1]], [["x"] * 4] * 2, 2**40, True, [[2**70] * 4] * 2]
+
+
+def assert_configs_are_refused_or_fit(exported: Path, folder: Path) -> None:
+    """Each field of an exported directory's config.json with each wrong value, in `folder`."""
+    for path in exported.glob("model*"):
+        (folder / path.name).symlink_to(path)  # as the hub's cache has it
+    config = json.loads((exported / "config.json").read_text())
+    refused = 0
+    for name in config:
+        for value in WRONG:
+            (folder / "config.json").write_text(json.dumps(config | {name: value}))
+            try:
+                HFDirectory(folder)
+            except ValueError:
+                refused += 1
+    assert refused > 100
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

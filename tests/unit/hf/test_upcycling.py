@@ -173,7 +173,7 @@ def test_halves_are_scaled_in_fp32(tmp_path):
     ],
 )
 def test_what_a_config_asks_in_vain_is_refused(folder, changed):
-    from hmoe_megatron.hf.architectures import form_of
+    from hmoe_megatron.hf.forms import form_of
 
     config = json.loads((folder / "dense/config.json").read_text())
     more = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
@@ -247,7 +247,7 @@ def test_one_half_precision_tensor_makes_no_half_precision_model(folder, tmp_pat
 
 
 def test_layers_of_qwens_sparse_step_are_those_of_transformers():
-    from hmoe_megatron.hf.architectures import form_of
+    from hmoe_megatron.hf.forms import form_of
 
     config = transformers.Qwen3MoeConfig(
         **SIZES, num_experts=4, moe_intermediate_size=48, num_experts_per_tok=2, decoder_sparse_step=2
@@ -268,7 +268,7 @@ def test_layers_of_qwens_sparse_step_are_those_of_transformers():
     ],
 )
 def test_a_qwen3_moe_that_is_none(changed, said):
-    from hmoe_megatron.hf.architectures import form_of
+    from hmoe_megatron.hf.forms import form_of
 
     config = transformers.Qwen3MoeConfig(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2).to_dict()
     form_of(config)
