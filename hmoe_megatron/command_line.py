@@ -45,8 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Ours, and short errors (Megatron's ``extra_args_provider``)."""
     parser.error = functools.partial(_say_what_is_wrong, parser)
     add_hmoe_arguments(parser)
+    next(action for action in parser._actions if action.dest == "yaml_cfg").type = _no_yaml
     parser.add_argument("--world-size", type=int, dest="checked_ranks", help="ranks, for --hmoe-check-only")
     return parser
+
+
+def _no_yaml(path: str):
+    """Megatron reads that file while it parses, and then forgets all flags, ours too."""
+    raise argparse.ArgumentTypeError(f"{path:.80}: no settings are taken from YAML: give them as flags")
 
 
 def checked_ranks(argv: Sequence[str]) -> int | None:

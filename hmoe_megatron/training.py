@@ -82,6 +82,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
+    from hmoe_megatron.moe.specs import spec_of_user
+
     given = sys.argv
     sys.argv = [given[0], *machine.machine_argv(argv)]
     try:
@@ -106,6 +108,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, 
     validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     args.num_experts = logical
     core_transformer_config_from_args(args)  # for its checks, before anything starts
+    spec_of_user(args.spec)
     return args, layout, start
 
 
@@ -204,13 +207,13 @@ def model_config(args: argparse.Namespace, layout: ExpertLayout):
     """Megatron's GPTModelConfig with HMoE's layer specs for ``layout``."""
     from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
-    from hmoe_megatron.moe.specs import hmoe_block_spec
+    from hmoe_megatron.moe.specs import hmoe_block_spec, spec_of_user
 
     transformer = core_transformer_config_from_args(args)
     # Layers of different widths can't be stacked in one checkpoint key. (The spelling is Megatron's.)
     transformer.hetereogenous_dist_checkpoint = True
     config = gpt_config_from_args(args, config=transformer)
-    config.transformer_layer_spec = partial(hmoe_block_spec, layout)
+    config.transformer_layer_spec = partial(hmoe_block_spec, layout, given=spec_of_user(args.spec))
     return config
 
 

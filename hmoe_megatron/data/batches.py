@@ -20,6 +20,7 @@ from megatron.training.utils.common_utils import get_blend_and_blend_per_split, 
 
 from hmoe_megatron import collectives
 from hmoe_megatron.data.checks import verify_data
+from hmoe_megatron.data.conversations import Conversations, mask_of
 from hmoe_megatron.exits import DataRefused
 
 SPIKY_LOSS_FACTOR = 10.0  # Megatron's: of the largest loss seen
@@ -33,6 +34,8 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     sample = next(data_iterator)
     device = torch.cuda.current_device()
     batch = {key: sample[key].to(device, non_blocking=True) if key in sample else None for key in BATCH_KEYS}
+    if "cu_seqlens" in sample:
+        batch["attention_mask"] = mask_of(sample["cu_seqlens"].to(device), batch["tokens"].shape[1])
     if get_args().context_parallel_size > 1:
         sliced = get_batch_on_this_cp_rank(
             {**batch, "cu_seqlens": None}, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
@@ -82,6 +85,7 @@ def dataset_config(args) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
+        context_parallel_size=args.context_parallel_size,
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
@@ -120,6 +124,8 @@ def datasets_provider(num_samples, vp_stage=None):
     if args.hmoe_verify_data and not vp_stage:  # once, not for every virtual pipeline stage
         _verify(args)
     dataset, config = MockGPTDataset if args.mock_data else GPTDataset, dataset_config(args)
+    if args.sft:
+        dataset = Conversations
     leave_out_unread(config, num_samples)
     builder = BlendedMegatronDatasetBuilder(
         dataset, num_samples, lambda: is_first_or_last_pipeline_stage(vp_stage), config

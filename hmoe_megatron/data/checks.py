@@ -9,8 +9,8 @@ from hmoe_megatron.files import file_hashes
 
 
 def data_sets(args: argparse.Namespace) -> list[DataSet]:
-    """Those that --data-path and its kin name on this disk, each once."""
-    if args.mock_data:
+    """Those that --data-path and its kin name on this disk, each once; none with --sft, whose files are text."""
+    if args.mock_data or args.sft:
         return []
     blend, per_split = given_blends(args)
     prefixes = [prefix for prefixes, _ in filter(None, [blend, *(per_split or [])]) for prefix in prefixes]
@@ -28,8 +28,13 @@ def check_data(args: argparse.Namespace) -> None:
 
     Raises ValueError.
     """
-    found = data_sets(args)
     check_tokenizer_file(args.tokenizer_type, args.tokenizer_model)
+    if args.sft:
+        from hmoe_megatron.data.conversations import check_conversations  # Megatron is slow to import
+
+        check_conversations(args)
+        return
+    found = data_sets(args)
     flags = f"--tokenizer-type {args.tokenizer_type}"
     if args.tokenizer_model:
         flags += f" --tokenizer-model {args.tokenizer_model}"

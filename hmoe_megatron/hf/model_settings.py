@@ -32,6 +32,7 @@ EXPORTED = {
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
     "mtp_num_layers": (None, 0),
+    "mtp_use_repeated_layer": (False,),
     "softmax_type": ("vanilla",),
     "activation_func_clamp_value": (None,),
     "glu_linear_offset": (0.0,),

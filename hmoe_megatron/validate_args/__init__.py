@@ -81,14 +81,39 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
             f"--mtp-num-layers with --recompute-num-layers {args.recompute_num_layers}: Megatron recomputes layers of "
             "multi-token prediction one by one only: use --recompute-num-layers 1, or --recompute-method block"
         )
+    tied = not args.untie_embeddings_and_output_weights
+    if args.mtp_num_layers and tied and args.pipeline_model_parallel_size > 1 and args.save:
+        problems.append(
+            "--mtp-num-layers over pipeline stages without --untie-embeddings-and-output-weights: Megatron 0.19.2 "
+            "fails when it saves: add --untie-embeddings-and-output-weights"
+        )
     if args.num_experts and (hmoe.max_experts_per_token or 0) > args.num_experts:
         problems.append(
             f"--hmoe-max-experts-per-token {hmoe.max_experts_per_token} exceeds --num-experts {args.num_experts}: "
             "lower it"
         )
-    problems += _gpu_kernel_problems(args)
+    problems += [*_mask_problems(args), *_gpu_kernel_problems(args)]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _mask_problems(args):
+    """Of what keeps the documents or conversations of a sequence apart by a mask."""
+    flag = "--sft" if args.sft else "--reset-attention-mask"
+    if not (args.sft or args.reset_attention_mask):
+        return
+    if args.transformer_impl == "transformer_engine":
+        yield f"{flag}: Transformer Engine's causal attention takes no mask, and would ignore it: use local"
+    virtual = (
+        "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage pipeline_model_parallel_layout"
+    )
+    if args.pipeline_model_parallel_size > 2 or any(getattr(args, name) for name in virtual.split()):
+        yield f"{flag}: only the first and the last pipeline stage have the mask: use two stages at most, none virtual"
+    if args.sft:
+        wrong = {"--tokenizer-type": args.tokenizer_type != "SFTTokenizer", "--mock-data": args.mock_data}
+        wrong |= {"--reset-attention-mask": args.reset_attention_mask, "--reset-position-ids": args.reset_position_ids}
+        if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+            yield f"--sft with {', '.join(found)}: it reads conversations, with --tokenizer-type SFTTokenizer"
 
 
 def _gpu_kernel_problems(args):

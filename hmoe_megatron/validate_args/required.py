@@ -21,48 +21,80 @@ MET = (
     ("moe_mlp_glu_interleave_size", None, "the order of an expert's rows is its kernel's: gate above up"),
     ("verify_integrity", False, "every checkpoint has hashes, which a load compares"),
 )
+# What is refused: why, what it would take, and what to do instead.
 REQUIRED = (
-    _row("swiglu", {True}, "experts are SwiGLU as in the paper: add --swiglu", given="no --swiglu"),
-    _row("add_bias_linear", _OFF, "experts have none: add --disable-bias-linear", given="biases in linear layers"),
+    _row(
+        "swiglu",
+        {True},
+        "experts are SwiGLU as in the paper, and other forms need kernels of their own: add --swiglu",
+        given="no --swiglu",
+    ),
+    _row(
+        "add_bias_linear",
+        _OFF,
+        "experts have none, and a cut one would have to add its own once only: add --disable-bias-linear",
+        given="biases in linear layers",
+    ),
     _row(
         "moe_flex_dispatcher_backend",
         {"deepep", "hybridep"},
-        "it needs a capacity and grouped equal experts: use deepep or hybridep",
+        "it has one buffer of a fixed number of rows a rank: use deepep or hybridep",
     ),
-    _row("moe_use_upcycling", _OFF, "it copies one dense width to every expert: remove it"),
+    _row("moe_use_upcycling", _OFF, "it copies one width to every expert: use tools/convert_checkpoint.py upcycle"),
     _row(
-        "fp8_param_gather", _OFF, "experts have no FP8 weights (they compute in the model's own precision): remove it"
+        "fp8_param_gather",
+        _OFF,
+        "routed experts have no FP8 weights, and it was never tried beside bf16 ones: remove it",
     ),
     _row(
         "optimizer",
         {"adam", "lion", "sgd"},
-        "it treats a matrix as a whole, and experts may be cut: use adam, sgd or lion",
+        "it treats a matrix as a whole, and pieces of cut experts would have to be gathered: use adam, sgd or lion",
     ),
-    _row("moe_expert_rank_capacity_factor", _UNSET, "it counts on grouped equal experts: remove it"),
-    _row("overlap_dispatch_backward_with_experts_wgrad", _OFF, "not implemented for experts cut by width: remove it"),
-    _row("expert_tensor_parallel_num_weight_shards", {None, 1}, "not implemented for unequal experts: remove it"),
-    _row("tensor_parallel_num_weight_shards", {None, 1}, "not implemented for unequal experts: remove it"),
-    _row("hybrid_layer_pattern", _UNSET, "layers are attention and experts: remove it"),
+    _row(
+        "moe_expert_rank_capacity_factor",
+        _UNSET,
+        "it sizes a rank's buffer by Transformer Engine's grouped equal experts: use --moe-expert-capacity-factor",
+    ),
+    _row(
+        "overlap_dispatch_backward_with_experts_wgrad",
+        _OFF,
+        "experts' weight gradients would have to be a node of their own: use --overlap-moe-expert-parallel-comm",
+    ),
+    _row(
+        "delay_wgrad_compute",
+        _OFF,
+        "experts' weight gradients would have to be a node of their own: use --overlap-moe-expert-parallel-comm alone",
+    ),
+    _row(
+        "expert_tensor_parallel_num_weight_shards",
+        {None, 1},
+        "it gathers weights of Transformer Engine's modules, and experts are none: remove it",
+    ),
+    _row(
+        "tensor_parallel_num_weight_shards",
+        {None, 1},
+        "it changes the data-parallel groups that experts are reduced over, which was never tried: remove it",
+    ),
+    _row("hybrid_layer_pattern", _UNSET, "it builds Megatron's hybrid model, whose layers have no plan: remove it"),
     _row(
         "experimental_attention_variant",
         _UNSET,
-        "its parameters are not counted yet, so activated parameters would be wrong: remove it",
+        "Megatron builds it of Transformer Engine's layers only, and its parameters are not counted: remove it",
     ),
-    _row("delay_wgrad_compute", _OFF, "not implemented for experts cut by width: remove it"),
-    _row("use_megatron_fsdp", _OFF, "it shards by equal experts: use the distributed optimizer"),
-    _row("use_torch_fsdp2", _OFF, "it shards by equal experts: use the distributed optimizer"),
+    _row("use_megatron_fsdp", _OFF, "it cuts weights without regard to experts: use --use-distributed-optimizer"),
+    _row("use_torch_fsdp2", _OFF, "it cuts weights without regard to experts: use --use-distributed-optimizer"),
     _row(
         "heterogeneous_layers_config_path",
         _UNSET,
-        "that is another kind of heterogeneity: give widths with --hmoe-widths",
+        "that is another kind of heterogeneity, without experts: give widths with --hmoe-widths",
     ),
     _row(
         "transformer_impl",
         {"local", "transformer_engine"},
-        "training needs local or transformer_engine",
+        "it has no backward pass: use local or transformer_engine",
         given="--transformer-impl inference_optimized",
     ),
-    _row("spec", _UNSET, "the layer spec is HMoE's own: remove it"),
     _row(
         "ckpt_format",
         {"torch_dist"},
@@ -71,14 +103,16 @@ REQUIRED = (
     _row(
         "non_persistent_ckpt_type",
         _UNSET,
-        "its checkpoints are not checked at a load: save more often, with --async-save where that takes long",
+        "its checkpoints are not checked at a load: use a small --save-interval with --save-retain-interval, and "
+        "--async-save where saving takes long",
     ),
     _row("ckpt_convert_format", _UNSET, "there is one format, torch_dist: remove it"),
     _row("enable_msc", _OFF, "checkpoints come into place by a rename, in a file system: remove it"),
-    _row("sft", _OFF, "batches are for pretraining: remove it"),
-    _row("perform_rl_step", _OFF, "batches are for pretraining: remove it"),
-    _row("fine_grained_activation_offloading", _OFF, "it hooks into modules that experts here do not have: remove it"),
-    _row("yaml_cfg", _UNSET, "give the settings as flags"),
+    _row(
+        "fine_grained_activation_offloading",
+        _OFF,
+        "it hooks into modules that experts here do not have: use recomputation",
+    ),
     _row("cuda_graph_impl", {None, "none"}, "rows of an expert change every step: remove it"),
 )
 REQUIRED_TOPP = (

@@ -15,10 +15,11 @@ _REMEDIES = {
 _OTHERS = (
     "--bert- --biencoder- --block-data-path --classes-fraction --data-per-class-fraction --dino- --embedding-path "
     "--evidence-data-path --fim- --grpo- --ict- --indexer- --langrl-env-config --logits-load- --mask- --mtp-hybrid- "
-    "--num-channels --num-classes --onnx-safe --output-bert-embeddings --query-in-block-prob --retriever- --rl- "
-    "--short-seq-prob --swin- --titles-data-path --use-legacy-static-engine --use-one-sent-docs --vision- "
-    "--vocab-extra-ids --inference-batch-times-seqlen-threshold --inference-dynamic-batching --inference-max-requests "
-    "--inference-shards --inference-text-gen-server-logging --inference-wandb-logging --max-tokens-to-oom"
+    "--num-channels --num-classes --onnx-safe --output-bert-embeddings --perform-rl-step --query-in-block-prob "
+    "--retriever- --rl- --short-seq-prob --swin- --titles-data-path --use-legacy-static-engine --use-one-sent-docs "
+    "--vision- --vocab-extra-ids --inference-batch-times-seqlen-threshold --inference-dynamic-batching "
+    "--inference-max-requests --inference-shards --inference-text-gen-server-logging --inference-wandb-logging "
+    "--max-tokens-to-oom"
 ).split()
 
 

@@ -45,6 +45,7 @@ MODEL_WORDS = {
     "gated-attention": "--attention-output-gate",
     "MTP": "--mtp-num-layers 2",
     "capacity": "--moe-expert-capacity-factor 0.75 --moe-router-load-balancing-type none",
+    "own-spec": "--spec tests.distributed.own_specs halved",
     "padded": "--moe-pad-expert-input-to-capacity",
     "repeated-MTP": "--mtp-num-layers 2 --mtp-use-repeated-layer",
     "latent-experts": "--moe-latent-size 16",
@@ -132,6 +133,7 @@ AGAINST_STOCK = _layouts(
     2: capacity EP2 alltoall
     2: capacity TP2
     2: capacity padded EP2 alltoall
+    2: own-spec EP2
     2: clamped-SwiGLU shared-expert EP2
     2: repeated-MTP EP2 alltoall
     2: latent-experts shared-expert EP2 alltoall
@@ -198,6 +200,7 @@ AGAINST_ONE_RANK = _layouts(
     2: Top-P EP2 recompute-full alltoall
     2: Top-P capacity EP2 allgather
     2: clamped-SwiGLU EP2
+    2: own-spec MTP PP2
     2: repeated-MTP EP2 alltoall DO overlap
     2: latent-experts EP2 alltoall
     4: latent-experts TP2 EP2 ETP1 DO overlap

@@ -57,6 +57,7 @@ def said_of(words):
         (["--hmoe-width", "equal"], "  --hmoe-width: no such flag; did you mean --hmoe-widths?"),
         (["--num-expert", "4", "--lr", "1"], "  --num-expert: no such flag; did you mean --num-experts?"),
         (["--qqqqqqq"], "  --qqqqqqq: no such flag"),
+        (["--yaml-cfg", "a.yaml"], "argument --yaml-cfg: a.yaml: no settings are taken from YAML: give them as flags"),
         (["--lr", "much"], "argument --lr: invalid float value: 'much'"),
         (["--hmoe-router", "top"], "argument --hmoe-router: invalid choice: 'top'"),
     ],

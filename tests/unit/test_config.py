@@ -2,12 +2,21 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from hmoe_megatron import validate_args as refusals
 from hmoe_megatron.config import HMoEConfig, add_hmoe_arguments, hmoe_config_from_args, widths_from_args
-from hmoe_megatron.validate_args import REQUIRED, REQUIRED_TOPP, REQUIRED_WITH_LOSSES, check_megatron_arguments
+from hmoe_megatron.validate_args import (
+    MET,
+    REQUIRED,
+    REQUIRED_TOPP,
+    REQUIRED_WITH_LOSSES,
+    check_megatron_arguments,
+    met_flags,
+)
+from hmoe_megatron.validate_args.page import megatron_flags_document
 
 FLAGS = {
     "--hmoe-widths",
@@ -88,6 +97,9 @@ def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
     values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
     values |= {"async_save": False, "bias_swiglu_fusion": False, "use_te_activation_func": False}
+    values |= {"sft": False, "reset_attention_mask": False, "fp4": None, "untie_embeddings_and_output_weights": True}
+    values |= {"num_virtual_stages_per_pipeline_rank": None, "num_layers_per_virtual_pipeline_stage": None}
+    values |= {"pipeline_model_parallel_layout": None}
     values |= {"activation_func_clamp_value": None, "glu_linear_offset": 0.0}
     values |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"), 4)
     values |= {"context_parallel_size": 1, "fp8": None, "bf16": False, "moe_token_dispatcher_type": "alltoall"}
@@ -100,18 +112,14 @@ def good_arguments(**changes):
 
 # Frozen: a row that is lost lets a setting through that trains something else in silence.
 REFUSED = set(
-    "mtp_use_repeated_layer swiglu add_bias_linear moe_grouped_gemm moe_flex_dispatcher_backend "
-    "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_latent_size moe_use_upcycling "
-    "fp8_param_gather fp4 optimizer moe_router_padding_for_fp8 "
-    "moe_router_padding_for_quantization "
-    "moe_expert_rank_capacity_factor moe_paged_stash moe_mlp_glu_interleave_size "
-    "overlap_dispatch_backward_with_experts_wgrad expert_tensor_parallel_num_weight_shards "
-    "tensor_parallel_num_weight_shards hybrid_layer_pattern experimental_attention_variant "
-    "overlap_moe_expert_parallel_comm delay_wgrad_compute use_megatron_fsdp use_torch_fsdp2 "
-    "heterogeneous_layers_config_path transformer_impl spec use_checkpoint_args ckpt_format sft perform_rl_step "
-    "non_persistent_ckpt_type ckpt_convert_format use_mp_args_from_checkpoint_args enable_msc rerun_mode "
-    "fine_grained_activation_offloading yaml_cfg cuda_graph_impl activation_func_clamp_value glu_linear_offset "
-    "use_te_activation_func verify_integrity".split()
+    (
+        "swiglu add_bias_linear moe_flex_dispatcher_backend moe_use_upcycling fp8_param_gather optimizer "
+        "moe_expert_rank_capacity_factor overlap_dispatch_backward_with_experts_wgrad delay_wgrad_compute "
+        "expert_tensor_parallel_num_weight_shards tensor_parallel_num_weight_shards hybrid_layer_pattern "
+        "experimental_attention_variant use_megatron_fsdp use_torch_fsdp2 heterogeneous_layers_config_path "
+        "transformer_impl ckpt_format non_persistent_ckpt_type ckpt_convert_format enable_msc "
+        "fine_grained_activation_offloading cuda_graph_impl "
+    ).split()
 )
 REFUSED_TOPP = set(
     "moe_router_load_balancing_type moe_aux_loss_coeff moe_router_score_function moe_router_enable_expert_bias "
@@ -157,6 +165,8 @@ def test_recompute_of_norms_needs_transformer_engine(monkeypatch):
     [
         ({"context_parallel_size": 2}, "--context-parallel-size 2 contradicts --transformer-impl local"),
         ({"fp8": "hybrid"}, "--fp8-format hybrid contradicts --transformer-impl local"),
+        ({"fp4": "e2m1"}, "--fp4-format e2m1 contradicts --transformer-impl local"),
+        ({"use_te_activation_func": True}, "--use-te-activation-func contradicts --transformer-impl local"),
         ({"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}, "add --bf16"),
         ({"moe_token_dispatcher_type": "flex", "bf16": True}, "nothing is dispatched; use alltoall"),
     ],
@@ -201,14 +211,14 @@ def test_every_checked_flag_exists_in_megatron():
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = {action.dest for action in parser._actions}
-    assert {name for name, *_ in (*REQUIRED, *REQUIRED_TOPP)} <= known
+    assert {name for name, *_ in (*REQUIRED, *REQUIRED_TOPP, *MET)} <= known
 
 
 def test_all_problems_are_listed_not_the_first_only():
     args = good_arguments(
         num_layers=None,
         num_experts=None,
-        moe_grouped_gemm=True,
+        enable_msc=True,
         recompute_granularity="selective",
         recompute_modules=["moe_act"],
     )
@@ -218,7 +228,7 @@ def test_all_problems_are_listed_not_the_first_only():
     assert len(lines) == 4
     assert "--num-layers is missing" in lines[0]
     assert "--num-experts is missing" in lines[1]
-    assert "--moe-grouped-gemm" in lines[2]
+    assert "--enable-msc" in lines[2]
     assert "--recompute-modules moe_act" in lines[3]
 
 
@@ -280,3 +290,53 @@ def test_each_loss_has_its_own_coefficient():
     )
     expected = {"p_penalty_loss": 0.2, "load_balance_loss": 0.01, "router_entropy_loss": 0.05}
     assert settings.loss_coeffs == expected
+
+
+def test_flags_that_change_nothing_are_taken_out_and_said():
+    given = {"moe_grouped_gemm": True, "verify_integrity": True, "moe_mlp_glu_interleave_size": 32}
+    args = argparse.Namespace(**{name: instead for name, instead, _ in MET} | given)
+    lines = met_flags(args)
+    assert [line.split(" changes nothing: ")[0] for line in lines] == [
+        "--moe-grouped-gemm",
+        "--moe-mlp-glu-interleave-size",
+        "--verify-integrity",
+    ]
+    assert all(getattr(args, name) == instead for name, instead, _ in MET) and met_flags(args) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"glu_linear_offset": 1.0, "bias_swiglu_fusion": True}, "--glu-linear-offset without --no-bias-swiglu-fusion"),
+        (
+            {"reset_attention_mask": True, "transformer_impl": "transformer_engine"},
+            "--reset-attention-mask: Transformer Engine's causal attention takes no mask",
+        ),
+        (
+            {"reset_attention_mask": True, "pipeline_model_parallel_size": 3, "world_size": 3},
+            "--reset-attention-mask: only the first and the last pipeline stage have the mask",
+        ),
+        (
+            {
+                "reset_attention_mask": True,
+                "pipeline_model_parallel_size": 2,
+                "pipeline_model_parallel_layout": "Et|t|tL",
+            },
+            "--reset-attention-mask: only the first and the last pipeline stage have the mask",
+        ),
+        (
+            {"mtp_num_layers": 1, "untie_embeddings_and_output_weights": False, "pipeline_model_parallel_size": 2}
+            | {"save": "runs/a", "save_interval": 1, "recompute_method": None},
+            "--mtp-num-layers over pipeline stages without --untie-embeddings-and-output-weights",
+        ),
+    ],
+)
+def test_what_megatron_would_ignore_or_fail_in_late(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}") as refused:
+        check_megatron_arguments(good_arguments(**changes), HMoEConfig())
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_page_of_megatrons_flags_is_up_to_date():
+    page = Path(__file__).parents[2] / "docs" / "megatron_flags.md"
+    assert page.read_text() == megatron_flags_document()

@@ -77,3 +77,18 @@ def test_the_stock_spec_is_left_as_it_was():
     assert ours.submodules.mlp.keywords["layer"] == 5
     dense = gpt_layer_specs.get_gpt_layer_local_spec()
     assert with_hmoe_layer(None, dense, 5) is dense
+
+
+def built_with_a_spec_without_experts():
+    from tests.distributed.training_run import TINY, build
+
+    try:
+        build([*TINY, "--hmoe-widths", "16,32,48,64", "--spec", "tests.distributed.own_specs", "dense"])
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_spec_without_experts_is_refused_where_layers_have_some():
+    assert run_ranks(1, built_with_a_spec_without_experts) == [
+        "--spec has MoELayer in layers [], --moe-layer-freq in [0, 1]: change one of them"
+    ]

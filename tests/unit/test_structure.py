@@ -67,7 +67,7 @@ def test_no_module_imports_one_that_imports_it():
 def test_files_are_small():
     assert {str(path.relative_to(ROOT)): lines for path, lines in LINES.items() if lines > 400} == {}
     assert statistics.median(LINES.values()) < 150
-    assert sum(LINES.values()) <= 16_800
+    assert sum(LINES.values()) <= 17_600
     assert len(list(PACKAGE.glob("*.py"))) <= 12
 
 
