@@ -58,7 +58,7 @@ _OWN = {
         "the flags of the model, and of its layout, from the run that --load names ([checkpoints.md](checkpoints.md))"
     ),
     "--spec MODULE NAME": "each MoELayer of that spec becomes ours; parameters and FLOPs are counted as without it",
-    "--fp8-format, --fp4-format": "of attention, dense layers and shared experts; routed ones keep the model's precision",
+    "--fp8-format, --fp4-format": "of attention, dense layers, shared experts; routed ones keep the model's precision",
     "--rerun-mode report_stats": "works; Megatron 0.19.2 ends with a ValueError",
 }
 

@@ -42,6 +42,7 @@ MODEL_WORDS = {
         "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 24 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
         "--v-head-dim 8 --qk-layernorm --rope-type rope"
     ),
+    "yarn": "--rope-type yarn --rotary-scaling-factor 4 --mscale 1.0 --mscale-all-dim 1.0",
     "gated-attention": "--attention-output-gate",
     "MTP": "--mtp-num-layers 2",
     "capacity": "--moe-expert-capacity-factor 0.75 --moe-router-load-balancing-type none",
@@ -120,6 +121,7 @@ AGAINST_STOCK = _layouts(
     2: PP2
     2: DO
     2: MLA TP2
+    2: MLA yarn EP2
     2: MTP TP2
     2: MTP PP2
     2: MTP EP2 alltoall
@@ -192,6 +194,7 @@ AGAINST_ONE_RANK = _layouts(
     2: Top-P EP2 alltoall
     4: MLA TP2 EP2 ETP2 alltoall
     2: MLA PP2
+    2: MLA yarn TP2 EP2 ETP1
     2: MTP PP2
     4: MTP MLA TP2 EP2 ETP1 DO overlap alltoall
     2: gated-attention EP2
