@@ -66,6 +66,17 @@ class HMoEConfig:
         None, "Most cuts a layer that --hmoe-placement auto may make; default: ranks - 1. 0: whole experts only."
     )
     cut_multiple: int = _setting(16, "Experts are cut at multiples of this width (--hmoe-placement auto).")
+    replan_interval: int | None = _setting(
+        None,
+        "Look every so many steps whether experts should be on other ranks, by the tokens that came since, and move "
+        "them with their optimizer state where that pays. Off unless given.",
+    )
+    replan_max_loss: float = _setting(0.015, "Share of the run's time that moves of --hmoe-replan-interval may take.")
+    replan_room: float = _setting(
+        0.25,
+        "Room that every rank keeps for experts that may come, as a share of an even share of each layer's width: so "
+        "much more memory for experts' weights, gradients and optimizer state. With --hmoe-replan-interval.",
+    )
     gemm_backend: str = _setting(
         "auto",
         "Compute of the experts: reference (linear layers, one expert at a time), cpu (one autograd node a layer, bf16 "
@@ -128,10 +139,13 @@ class HMoEConfig:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 yield f"{flag_of(name)} {value}: give a finite number, 0 or more (0 turns the loss off)"
         counts = "total_width width_multiple max_experts_per_token cut_multiple idle_expert_steps max_failed_saves"
-        for name in counts.split():
+        for name in (*counts.split(), "replan_interval"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{flag_of(name)} {value}: give a whole number of at least 1"
+        for name, most in (("replan_max_loss", 1.0), ("replan_room", 100.0)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                yield f"{flag_of(name)} {value}: give a number from 0 to {most:g}"
         if self.max_cuts is not None and self.max_cuts < 0:
             yield f"--hmoe-max-cuts {self.max_cuts}: give 0 or more"
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -14,6 +14,7 @@ PLAN_FILE = "placement_plan.json"
 RUN_ARGUMENTS_FILE = "run_arguments.json"
 RUN_SOFTWARE_FILE = "run_software.json"
 TELEMETRY_FILE = "telemetry.jsonl"
+REPLANS_FILE = "replans.jsonl"
 LOG_FILE = "megatron.log"
 
 

@@ -27,7 +27,7 @@ from hmoe_megatron.launch.stop import end_after_the_step, end_at_once
 from hmoe_megatron.machine import software
 from hmoe_megatron.moe import gradient_norm
 from hmoe_megatron.moe.compute.choice import Activation, ExpertShapes, choose_compute
-from hmoe_megatron.moe.layout import ExpertLayout
+from hmoe_megatron.moe.layout import ExpertLayout, most_widths
 from hmoe_megatron.patches import hooks
 from hmoe_megatron.patches.as_if_gpu import transformer_engine_is_there
 from hmoe_megatron.placement.cost import CostModel
@@ -133,6 +133,9 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start |
     widths = widths_from_args(args, settings)
     plan = placement_plan(args, settings, widths, start)
     shapes = expert_shapes(args, plan)
+    most = None
+    if settings.replan_interval:
+        most = most_widths(plan, settings.replan_room, settings.cut_multiple * expert_tensor_parallel_size(args))
     compute, words = choose_compute(
         settings.gemm_backend,
         machine.has_gpu(),
@@ -148,6 +151,7 @@ def expert_layout(args: argparse.Namespace, settings: HMoEConfig, start: Start |
         computed_by=words,
         stats=RoutingStats(list(widths), args.num_experts),
         seed=args.seed,
+        most=most,
     )
 
 
@@ -313,7 +317,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         expected_active_width(layout.settings, args.moe_router_topk, widths) for widths in layout.widths.values()
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
-    numeric_guard.install(layout.stats)
+    numeric_guard.install(layout.stats, replanner(args, layout, run_dir))
     if screen := console.current():
         peak = peak_flops(torch.cuda.get_device_name()) if machine.has_gpu() else None
         screen.run_is(args.seq_length, partial(step_flops, args), peak and peak * args.world_size)
@@ -344,6 +348,18 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
             checkpoints.end()
         raise
     checkpoints.end()
+
+
+def replanner(args: argparse.Namespace, layout: ExpertLayout, run_dir: Path | None):
+    """What --hmoe-replan-interval does before each step; None without it."""
+    if layout.settings.replan_interval is None:
+        return None
+    from megatron.training.async_utils import maybe_finalize_async_save
+
+    from hmoe_megatron.replan.replanner import Replanner
+
+    multiple = layout.settings.cut_multiple * expert_tensor_parallel_size(args)
+    return Replanner(layout, multiple, run_dir, lambda: maybe_finalize_async_save(blocking=True)).before_step
 
 
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:

@@ -12,7 +12,15 @@ import shutil
 from pathlib import Path
 
 from hmoe_megatron.exits import CheckpointRefused
-from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE, atomic_write, sync
+from hmoe_megatron.files import (
+    PLAN_FILE,
+    REPLANS_FILE,
+    RUN_ARGUMENTS_FILE,
+    RUN_SOFTWARE_FILE,
+    TELEMETRY_FILE,
+    atomic_write,
+    sync,
+)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "hmoe_manifest.json"
@@ -20,7 +28,7 @@ MAX_ITERATION = 10**12
 _CHECKPOINT = re.compile(r"iter_(\d{7,12})")
 _LEFTOVER = re.compile(r"\.(iter_\d{7,12})\.(saving|replaced)")
 _WRITTEN_WHOLE = "|".join(
-    map(re.escape, (TRACKER_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE))
+    map(re.escape, (TRACKER_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE, REPLANS_FILE))
 )
 _TEMPORARY = re.compile(rf"\.({_WRITTEN_WHOLE})\.\d+\.tmp")  # of `atomic_write`
 

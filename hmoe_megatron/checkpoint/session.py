@@ -69,7 +69,7 @@ class Checkpoints:
     """What `--save` and the checkpoint that it starts from mean for one run."""
 
     def __init__(self, args: argparse.Namespace, layout: ExpertLayout, start: Start | None):
-        self.args, self.plan, self.hmoe, self.start = args, layout.plan, layout.settings, start
+        self.args, self.layout, self.hmoe, self.start = args, layout, layout.settings, start
         self.settings = settings.model_settings(args, layout.widths)
         self._lock = None
 
@@ -154,7 +154,7 @@ class Checkpoints:
         self.saver = saving.Saver(
             Path(self.args.save or "."),
             self.manifest,
-            lambda folder: self.plan.save(folder / PLAN_FILE),
+            lambda folder: self.layout.plan.save(folder / PLAN_FILE),
             self.hmoe.max_failed_saves,
         )
         hooks.checkpoints(

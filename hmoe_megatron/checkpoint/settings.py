@@ -34,7 +34,8 @@ _FREE = (
     "moe_ffn_hidden_size moe_grouped_gemm moe_router_force_load_balancing moe_router_force_biased "
     "hmoe_widths hmoe_total_width hmoe_width_multiple hmoe_placement hmoe_max_cuts hmoe_cut_multiple hmoe_gemm_backend "
     "hmoe_keep_hidden hmoe_run_dir hmoe_skip_integrity hmoe_verify_data hmoe_max_failed_saves hmoe_default_signals "
-    "hmoe_console hmoe_check_only hmoe_idle_expert_steps no_save_optim"
+    "hmoe_console hmoe_check_only hmoe_idle_expert_steps hmoe_replan_interval hmoe_replan_max_loss "
+    "hmoe_replan_room no_save_optim"
 ).split()
 _FREE_PREFIXES = (
     "moe_ncclep",

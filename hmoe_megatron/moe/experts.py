@@ -5,6 +5,7 @@ width of a logical expert, W width of all pieces of this rank.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -45,12 +46,20 @@ def initial_weights(config, seed: int, layer: int, expert: int, width: int, devi
     return fc1.view(2, width, -1), fc2
 
 
+def shares_of(planned: Sequence[Piece], rank: int, size: int) -> tuple[Piece, ...]:
+    """What expert-tensor-parallel rank ``rank`` of ``size`` has of planned pieces: of each an equal range."""
+    widths = [piece.width // size for piece in planned]
+    starts = [piece.lo + rank * width for piece, width in zip(planned, widths, strict=True)]
+    return tuple(Piece(p.expert, lo, lo + width) for p, lo, width in zip(planned, starts, widths, strict=True))
+
+
 class HMoEExperts(MegatronModule):
     """The pieces of one rank. ``config`` is the logical one; the plan says which pieces this rank holds.
 
     All pieces are in two parameters, so that autograd, Megatron's buffers and the optimizer see two tensors a layer
-    however many there are: linear_fc1_weight [2 W, H] and linear_fc2_weight [W, H] (see gemm/flat.py), in
-    ``config.params_dtype``; None on a rank without pieces.
+    however many there are: linear_fc1_weight [2 W, H] and linear_fc2_weight [W, H] (see compute/flat.py), in
+    ``config.params_dtype``; None on a rank without pieces. Where experts may move W is ``held_width``, what this rank
+    has room for.
     """
 
     def __init__(self, num_slots: int, config, *, layout, layer: int, pg_collection, name: str | None = None):
@@ -60,28 +69,27 @@ class HMoEExperts(MegatronModule):
         self.seed = layout.seed
         self.stats = layout.stats
         self.tp_group, self.dp_group, self.ep_group = pg_collection.expt_tp, pg_collection.expt_dp, pg_collection.ep
-        planned = layout.pieces(layer)[utils.get_pg_rank(self.ep_group)]
-        self.pieces = tuple(self._share(piece) for piece in planned)
-        self.piece_widths = tuple(piece.width for piece in self.pieces)
-        self.compute = partial(layout.compute, widths=self.piece_widths)
+        self.take_pieces(layout)
+        room = layout.most_width(layer)
+        self.held_width = room // utils.get_pg_size(self.tp_group) if room else sum(self.piece_widths)
         for matrix, dim, stride, rows in (("linear_fc1_weight", 0, 2, 2), ("linear_fc2_weight", 1, 1, 1)):
-            self.register_parameter(matrix, self._weight(rows * sum(self.piece_widths), dim, stride))
+            self.register_parameter(matrix, self._weight(rows * self.held_width, dim, stride))
         if config.perform_initialization:
             self._initialize()
 
-    def _share(self, planned: Piece) -> Piece:
-        """This expert-tensor-parallel rank's share of it."""
-        size, rank = utils.get_pg_size(self.tp_group), utils.get_pg_rank(self.tp_group)
-        share = planned.width // size
-        lo = planned.lo + rank * share
-        return Piece(planned.expert, lo, lo + share)
+    def take_pieces(self, layout) -> None:
+        """Those of ``layout``'s plan for this rank. What the parameters hold is not looked at."""
+        planned, share = layout.pieces(self.layer)[utils.get_pg_rank(self.ep_group)], utils.get_pg_rank(self.tp_group)
+        self.pieces = shares_of(planned, share, utils.get_pg_size(self.tp_group))
+        self.piece_widths = tuple(piece.width for piece in self.pieces)
+        self.compute = partial(layout.compute, widths=self.piece_widths)
 
     def _weight(self, rows: int, dim: int, stride: int):
         if not rows:
             return None
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         hidden = self.config.moe_latent_size or self.config.hidden_size
-        weight = torch.nn.Parameter(torch.empty(rows, hidden, device=device, dtype=self.config.params_dtype))
+        weight = torch.nn.Parameter(torch.zeros(rows, hidden, device=device, dtype=self.config.params_dtype))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
         # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can load the
         # other's checkpoint.
@@ -115,7 +123,10 @@ class HMoEExperts(MegatronModule):
         assert sum(rows) == x_RH.shape[0], f"layer {self.layer}: {x_RH.shape[0]} rows, but slots count {rows}"
         if not used:
             # Both inputs stay in the graph, or this rank would skip a backward all-to-all that the others wait in.
-            return x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype), None
+            y_RH = x_RH * probs_R.unsqueeze(-1).to(x_RH.dtype)
+            if self.linear_fc1_weight is not None:  # of a plan to come; its gradient, zero, is waited for
+                y_RH = y_RH + (self.linear_fc1_weight[:0].sum() + self.linear_fc2_weight[:0].sum())
+            return y_RH, None
         if self.config.moe_apply_probs_on_input:
             x_RH, probs_R = (probs_R.unsqueeze(-1) * x_RH).to(x_RH.dtype), torch.ones_like(probs_R)
         with self.stats.expert_time(x_RH, self.training) as timed:
@@ -133,7 +144,7 @@ class HMoEExperts(MegatronModule):
         Keys: ``{prefix}{expert}.linear_fc1.weight`` of global shape [2, F, H] and ``...linear_fc2.weight`` [H, F].
         """
         assert not sharded_offsets, "layers of different widths can't be stacked: hetereogenous_dist_checkpoint is on"
-        if not self.pieces:
+        if self.linear_fc1_weight is None:
             return {}
         replica_id = (0, 0, utils.get_pg_rank(self.dp_group))
         return {
@@ -141,7 +152,7 @@ class HMoEExperts(MegatronModule):
                 f"{prefix}{matrix.removesuffix('_weight')}.weight",
                 getattr(self, matrix),
                 partial(build, self.pieces, self.widths),
-                merge,
+                partial(merge, getattr(self, matrix).shape),
                 replica_id,
             )
             for matrix, build, merge in (
@@ -196,9 +207,16 @@ def _shards(pieces, key, parts, place, replica_id, flattened_range) -> dict[str,
     return shards
 
 
-def _merge_fc1(shards):
-    return torch.cat([part.flatten(0, 1) for part in shards.values()])
+def _merge_fc1(shape, shards):
+    return _with_rows_of_no_piece(shape, [part.flatten(0, 1) for part in shards.values()])
 
 
-def _merge_fc2(shards):
-    return torch.cat([part.reshape(-1, part.shape[0]) for part in shards.values()])
+def _merge_fc2(shape, shards):
+    return _with_rows_of_no_piece(shape, [part.reshape(-1, part.shape[0]) for part in shards.values()])
+
+
+def _with_rows_of_no_piece(shape, pieces: list[torch.Tensor]) -> torch.Tensor:
+    """[rows, H] of a weight from its pieces; the rows behind them are zero."""
+    if not pieces:
+        return torch.zeros(shape)
+    return torch.nn.functional.pad(joined := torch.cat(pieces), (0, 0, 0, shape[0] - len(joined)))

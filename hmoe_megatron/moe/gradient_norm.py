@@ -104,7 +104,7 @@ def logical_norms(layers: list[HMoEExperts], find, shared_by=None) -> list[torch
 
 def _by_piece(layer, start: int, grad: torch.Tensor, elements: int):
     """(logical experts, their parts) of a weight's flat gradient from element ``start`` on; those that have any."""
-    end, total, first = start + grad.numel(), sum(layer.piece_widths), 0
+    end, total, first = start + grad.numel(), layer.held_width, 0
     experts, sizes = [], []
     for piece in layer.pieces:
         last = first + elements // total * piece.width
@@ -112,7 +112,7 @@ def _by_piece(layer, start: int, grad: torch.Tensor, elements: int):
             experts.append(piece.expert)
             sizes.append(size)
         first = last
-    return experts, list(grad.split(sizes)) if sizes else []
+    return experts, list(grad[: sum(sizes)].split(sizes)) if sizes else []  # rows of no piece come last
 
 
 def _as_megatron_lays(experts: int, ep_group) -> tuple[int, int]:

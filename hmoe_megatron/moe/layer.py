@@ -16,12 +16,15 @@ from functools import partial
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
 from hmoe_megatron.moe.experts import HMoEExperts
 from hmoe_megatron.moe.router import HMoERouter
 from hmoe_megatron.moe.slots import dispatch_slots, logical_slot_order, to_slots, unpadded
 from hmoe_megatron.moe.token_dispatcher import LogicalOrderDispatcher, OneRankDispatcher
 from hmoe_megatron.patches.hooks import unpadded_flex_dispatcher
+
+_DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
 
 
 class HMoELayer(MoELayer):
@@ -62,12 +65,29 @@ class HMoELayer(MoELayer):
         if self.flex:
             unpadded_flex_dispatcher(self.token_dispatcher, unpadded(slot_config))
         self.register_buffer("slot2expert_S", None, persistent=False)
-        if slots != list(range(config.num_moe_experts)):
-            self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
-        if config.moe_token_dispatcher_type == "alltoall":
-            self._choose_dispatcher(logical_slot_order(layout.pieces(layer)), pg_collection)
+        self.layout, self.layer, self.logical_config = layout, layer, config
+        self.groups = pg_collection or get_default_pg_collection()
+        self._dispatch_to(slots)
 
-    def _choose_dispatcher(self, slot_order: list[int], pg_collection) -> None:
+    def take_plan(self) -> None:
+        """The layout's plan: slots, dispatcher and pieces of this layer. What the parameters hold is not looked at."""
+        slots, self.config = dispatch_slots(self.logical_config, self.layout, self.layer)
+        self.num_local_experts = len(slots) // self.groups.ep.size()
+        first = self.groups.ep.rank() * self.num_local_experts
+        self.local_expert_indices = list(range(first, first + self.num_local_experts))
+        self.token_dispatcher = self._new_dispatcher(_DISPATCHERS[self.config.moe_token_dispatcher_type])
+        self._dispatch_to(slots)
+        self.experts.take_pieces(self.layout)
+
+    def _dispatch_to(self, slots: list[int]) -> None:
+        """slots: logical expert of each."""
+        self.slot2expert_S = None
+        if slots != list(range(self.logical_config.num_moe_experts)):
+            self.slot2expert_S = torch.tensor(slots, device=torch.cuda.current_device())
+        if self.config.moe_token_dispatcher_type == "alltoall":
+            self._choose_dispatcher(logical_slot_order(self.layout.pieces(self.layer)))
+
+    def _choose_dispatcher(self, slot_order: list[int]) -> None:
         """Another than Megatron's where the order of the slots could show in the last bit, or rows are of one rank."""
         # Two addends commute: with at most two rows a token Megatron's own order gives the same bits.
         several = self.config.moe_router_topk > 2 or self.config.moe_expert_capacity_factor is not None
@@ -77,15 +97,17 @@ class HMoELayer(MoELayer):
             kind = OneRankDispatcher
         else:
             return
+        self.token_dispatcher = self._new_dispatcher(kind)
+
+    def _new_dispatcher(self, kind):
+        """One of this kind in place of the one at hand, whose shared experts it takes over."""
         shared_experts = self.token_dispatcher.shared_experts
-        self.token_dispatcher = kind(
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=self.config,
-            pg_collection=pg_collection or get_default_pg_collection(),
+        dispatcher = kind(
+            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=self.groups
         )
         if shared_experts is not None:
-            self.token_dispatcher.set_shared_experts(shared_experts)
+            dispatcher.set_shared_experts(shared_experts)
+        return dispatcher
 
     def route(self, hidden_states, padding_mask=None):
         """Probabilities and routing map of the slots, [T, S] each, from the router's [T, E]."""

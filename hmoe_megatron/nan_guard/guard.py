@@ -124,8 +124,9 @@ def end_for_router(step: int, layers: list[int]) -> None:
     sys.exit(EXIT_CODE)
 
 
-def install(stats) -> None:
-    """Put the guard into Megatron's training loop. ``stats``: the run's RoutingStats."""
+def install(stats, before_step=None) -> None:
+    """Put the guard into Megatron's training loop. ``stats``: the run's RoutingStats. before_step(steps done, model
+    chunks, optimizer): called before each step."""
     from megatron.training import get_args
 
     def train_step(stock, forward_step_func, data_iterator, model, optimizer, *more, iteration, **named):
@@ -134,6 +135,8 @@ def install(stats) -> None:
             guard.chunks = model
             if get_args().check_for_nan_in_loss_and_grad:
                 _check_norm(optimizer, guard, stats)
+        if before_step:
+            before_step(iteration, model, optimizer)
         guard.step = iteration + 1
         result = stock(forward_step_func, data_iterator, model, optimizer, *more, iteration=iteration, **named)
         if guard.fault:

@@ -53,10 +53,10 @@ def plan_layer(
 def _layer_plan(held, problem: LayerProblem, ranks, cost, bound: float, kind_R: Sequence[int]) -> LayerPlan:
     """Ranks of one kind are put in order."""
     pieces = _laid_out(held, problem.widths_E, kind_R, problem.unit)
-    return _predicted(pieces, problem.widths_E, tuple(problem.tokens_E.tolist()), ranks, cost, bound)
+    return predicted_layer(pieces, problem.widths_E, tuple(problem.tokens_E.tolist()), ranks, cost, bound)
 
 
-def _predicted(pieces, widths, tokens, ranks, cost, bound: float | None = None) -> LayerPlan:
+def predicted_layer(pieces, widths, tokens, ranks, cost, bound: float | None = None) -> LayerPlan:
     """With what the pieces cost; without a bound, that with any cuts anywhere."""
     if bound is None:
         bound = lower_bound(LayerProblem.of(tokens, widths, ranks, cost, max_cuts=0, unit=1))
@@ -217,14 +217,14 @@ def whole_plan(
         pieces: list[list[Piece]] = [[] for _ in ranks]
         for e, rank in enumerate(owners(tokens, widths)):
             pieces[rank].append(Piece(e, 0, widths[e]))
-        layers.append(_predicted(tuple(map(tuple, pieces)), widths, tokens, ranks, cost))
+        layers.append(predicted_layer(tuple(map(tuple, pieces)), widths, tokens, ranks, cost))
     return PlacementPlan(tuple(layers), cost, ranks, stages, numbers)
 
 
 def under(plan: PlacementPlan, other: PlacementPlan) -> PlacementPlan:
     """The pieces of `plan` with what they cost under the loads, ranks, cost and stages of `other`."""
     layers = tuple(
-        _predicted(held.pieces, held.widths, to.tokens, other.rank_specs, other.cost)
+        predicted_layer(held.pieces, held.widths, to.tokens, other.rank_specs, other.cost)
         for held, to in zip(plan.layers, other.layers, strict=True)
     )
     return PlacementPlan(layers, other.cost, other.rank_specs, other.stages, other.numbers)

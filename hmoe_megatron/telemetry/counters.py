@@ -18,7 +18,7 @@ class RoutingStats:
     def __init__(self, layers: list[int], num_experts: int):
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._shape = (len(layers), num_experts + 2)  # and: tokens routed, 0 or NaN of a router that was not finite
-        self._totals = None
+        self._totals = self._window = None
         self._intervals = []
         self.timing = False
 
@@ -83,11 +83,23 @@ class RoutingStats:
         marked: the layers whose router gave logits that are not finite, on any rank.
         """
         totals = self._on(device).clone()
+        if self._window is not None:
+            self._window += totals
         self._totals.zero_()
         for group in groups:
             torch.distributed.all_reduce(totals, group=group)
         totals = totals.cpu()
         return totals[:, :-2], totals[:, -2], self._marked(totals)
+
+    def take_window(self, groups, device) -> torch.Tensor:
+        """counts_LE since the last call, whatever `take` took of them, float64 on the CPU, summed over each group."""
+        if self._window is None:
+            self._window = torch.zeros(self._shape, dtype=torch.float64, device=device)
+        window = self._window + self._on(device)
+        self._window = -self._on(device)  # what is in them has been seen
+        for group in groups:
+            torch.distributed.all_reduce(window, group=group)
+        return window.cpu()[:, :-2]
 
     def take_expert_time_ms(self) -> float:
         """Milliseconds this rank spent in its experts, forward and backward, in the steps timed since the last call."""

@@ -1,4 +1,4 @@
-"""telemetry.jsonl of a run, as it is written. reader.py reads it."""
+"""telemetry.jsonl of a run, and its like, as they are written. reader.py reads it."""
 
 import errno
 import json
@@ -14,8 +14,8 @@ class TelemetryFile:
     A disk that is full or read-only costs records, not the run; it is said once.
     """
 
-    def __init__(self, directory: Path):
-        self.path = Path(directory) / TELEMETRY_FILE
+    def __init__(self, directory: Path, name: str = TELEMETRY_FILE):
+        self.path = Path(directory) / name
         self._file = None
         self._first = None  # iteration of the first record of this run
         self._told = False

@@ -95,7 +95,8 @@ def layers_of(args: argparse.Namespace, stage: int) -> range:
 
 
 def _expert_width(layout: ExpertLayout, layers: range, rank: int) -> int:
-    return sum(piece.width for layer in layers if layer in layout.widths for piece in layout.pieces(layer)[rank])
+    held = [layer for layer in layers if layer in layout.widths]
+    return sum(layout.most_width(layer) or sum(piece.width for piece in layout.pieces(layer)[rank]) for layer in held)
 
 
 def _copies(args, replicas: int) -> _Copies:

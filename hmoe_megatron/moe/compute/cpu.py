@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from hmoe_megatron.moe.compute.flat import fc1_pieces, fc2_pieces
+from hmoe_megatron.moe.compute.flat import fc1_pieces, fc2_pieces, new_gradient
 from hmoe_megatron.moe.compute.main_grad import added, main_grads
 
 
@@ -48,7 +48,8 @@ class _CpuExperts(torch.autograd.Function):
         x_RH, probs_R, fc1, fc2, *gate_ups = ctx.saved_tensors
         rows, widths, dtype = ctx.rows, ctx.widths, _compute_dtype(x_RH)
         dx_RH, dprobs_R = torch.empty_like(x_RH), torch.empty_like(probs_R)
-        dfc1, dfc2 = ctx.main_grads or (torch.empty_like(fc1), torch.empty_like(fc2))
+        held = sum(widths)
+        dfc1, dfc2 = ctx.main_grads or (new_gradient(fc1, 2 * held), new_gradient(fc2, held))
         weight_grad = _written
         if ctx.main_grads:
             # One piece at a time, in a buffer that stays in the cache; the sum is the one of Megatron's hook.

@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from hmoe_megatron.moe.compute.flat import new_gradient
 from hmoe_megatron.moe.compute.main_grad import added, main_grads
 from hmoe_megatron.moe.compute.ragged import launches
 from hmoe_megatron.moe.compute.ragged.schedule import Layer
@@ -97,10 +98,11 @@ class _RaggedSwiGLU(torch.autograd.Function):
         weight1, weight2 = ctx.weights
         dfc2 = dfc1 = None
         if needs_fc2:
-            dfc2 = _weight_grad(launches.run_fc2_grad, layer, batch, hidden, dy_RH, weight2, main2)
+            dfc2 = _weight_grad(launches.run_fc2_grad, layer, batch, hidden, dy_RH, weight2, main2, sum(layer.widths))
         del hidden
         if needs_fc1:
-            dfc1 = _weight_grad(launches.run_fc1_grad, layer, batch, gate_up, x_RH, weight1, main1)
+            rows = 2 * sum(layer.widths)
+            dfc1 = _weight_grad(launches.run_fc1_grad, layer, batch, gate_up, x_RH, weight1, main1, rows)
         dx_RH = None
         if needs_x:
             dx_RH = torch.empty_like(x_RH)
@@ -114,10 +116,11 @@ def _rows(x_RH):
     return x_RH if aligned else x_RH.clone(memory_format=torch.contiguous_format)
 
 
-def _weight_grad(run, layer, batch, by_width, by_hidden, weight, main_grad):
-    """Gradient of a weight; added to ``main_grad`` if there is one, and then a tensor without memory."""
+def _weight_grad(run, layer, batch, by_width, by_hidden, weight, main_grad, rows: int):
+    """Gradient of a weight with so many rows of pieces; added to ``main_grad`` if there is one, and then a tensor
+    without memory."""
     if main_grad is None:
-        grad = torch.empty_like(weight)
+        grad = new_gradient(weight, rows)
         run(layer, batch, by_width, by_hidden, grad, accumulate=False)
         return grad
     run(layer, batch, by_width, by_hidden, main_grad, accumulate=True)

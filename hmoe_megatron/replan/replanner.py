@@ -1,0 +1,87 @@
+"""Between two training steps: loads of the window, a decision on rank 0, the moves, what is said of them."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from hmoe_megatron import collectives
+from hmoe_megatron.files import PLAN_FILE, REPLANS_FILE
+from hmoe_megatron.placement.plan import PlacementPlan
+from hmoe_megatron.replan.decision import Decision, Verdict
+from hmoe_megatron.replan.moves import change_plan
+from hmoe_megatron.replan.proposal import proposed_plan
+from hmoe_megatron.telemetry.writer import TelemetryFile
+
+
+class Replanner:
+    """layout: ExpertLayout, whose plan changes. finish_saves: waits until no checkpoint is being written."""
+
+    def __init__(self, layout, cut_multiple: int, run_dir: Path | None, finish_saves):
+        settings = layout.settings
+        self.layout, self.finish_saves, self.run_dir = layout, finish_saves, run_dir
+        self.interval, self.max_cuts, self.cut_multiple = settings.replan_interval, settings.max_cuts, cut_multiple
+        self.decision = Decision(settings.replan_max_loss)
+        self.file = TelemetryFile(run_dir, REPLANS_FILE) if run_dir else None
+        self.began_s = None
+
+    def before_step(self, done: int, model, optimizer) -> None:
+        """done: steps of the run so far. Every rank calls it before a step. Ordinary steps wait for nothing here."""
+        if self.began_s is None:  # the first step of this start: there are no loads yet
+            self.began_s = time.monotonic()
+            return
+        if done % self.interval:
+            return
+        tokens_LE = self._loads()
+        verdict = collectives.run_on_rank0(lambda: self._judged(tokens_LE))
+        if verdict.plan is None:
+            if verdict.why and collectives.rank() == 0:
+                print(f" step {done:>6} | {verdict.why}", flush=True)
+            return
+        self.finish_saves()
+        before = self.layout.plan
+        moved = change_plan(model, optimizer, self.layout, verdict.plan)
+        sent_bytes = sum(collectives.all_ranks(lambda: moved.sent_bytes))
+        if collectives.rank() == 0:
+            self.decision.made(before, self.layout.plan, verdict.gain, moved.seconds)
+            self._say(done, verdict, moved, sent_bytes)
+
+    def _loads(self) -> list[np.ndarray]:
+        """Tokens of each expert of each layer since the last call, of all ranks."""
+        groups = (
+            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
+        counts_LE = self.layout.stats.take_window(groups, torch.device(torch.cuda.current_device()))
+        return list(counts_LE.numpy())
+
+    def _judged(self, tokens_LE) -> Verdict:
+        plan = self.layout.plan
+        if min(tokens_E.sum() for tokens_E in tokens_LE) <= 0:  # no step yet, or one that was left out
+            return Verdict(None, 0.0, 1.0, 1.0, "")
+        proposed = proposed_plan(plan, tokens_LE, self.layout.most, self.max_cuts, self.cut_multiple)
+        return self.decision.judge(plan, proposed, tokens_LE, time.monotonic() - self.began_s)
+
+    def _say(self, done: int, verdict: Verdict, moved, sent_bytes: int) -> None:
+        plan: PlacementPlan = self.layout.plan
+        line = f"experts moved in {len(moved.layers)} layers, {sent_bytes / 1e6:,.1f} MB in {moved.seconds:.2f} s"
+        balance = f"slowest rank over mean {verdict.before:.3f} -> {verdict.after:.3f}"
+        print(f" step {done:>6} | {line}, {balance}", flush=True)
+        for problem in filter(None, (verdict.why, moved.failure)):
+            print(f" step {done:>6} | {problem}", flush=True)
+        if self.file:
+            plan.save(self.run_dir / PLAN_FILE)
+            self.file.write(
+                {
+                    "iteration": done,
+                    "layers": moved.layers,
+                    "bytes": sent_bytes,
+                    "seconds": moved.seconds,
+                    "balance_before": verdict.before,
+                    "balance_after": verdict.after,
+                    "gain": verdict.gain,
+                    "failure": moved.failure,
+                }
+            )
