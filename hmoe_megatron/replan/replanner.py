@@ -26,6 +26,7 @@ class Replanner:
         self.decision = Decision(settings.replan_max_loss)
         self.file = TelemetryFile(run_dir, REPLANS_FILE) if run_dir else None
         self.began_s = None
+        layout.stats.open_window()
 
     def before_step(self, done: int, model, optimizer) -> None:
         """done: steps of the run so far. Every rank calls it before a step. Ordinary steps wait for nothing here."""

@@ -84,17 +84,20 @@ class RoutingStats:
         """
         totals = self._on(device).clone()
         if self._window is not None:
-            self._window += totals
+            self._window = self._window + totals
         self._totals.zero_()
         for group in groups:
             torch.distributed.all_reduce(totals, group=group)
         totals = totals.cpu()
         return totals[:, :-2], totals[:, -2], self._marked(totals)
 
+    def open_window(self) -> None:
+        """From now on `take_window` can be called."""
+        self._window = 0.0
+
     def take_window(self, groups, device) -> torch.Tensor:
-        """counts_LE since the last call, whatever `take` took of them, float64 on the CPU, summed over each group."""
-        if self._window is None:
-            self._window = torch.zeros(self._shape, dtype=torch.float64, device=device)
+        """counts_LE since the last call, or since `open_window`, whatever `take` took of them: float64 on the CPU,
+        summed over each group."""
         window = self._window + self._on(device)
         self._window = -self._on(device)  # what is in them has been seen
         for group in groups:

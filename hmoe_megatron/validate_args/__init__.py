@@ -81,6 +81,8 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
             f"--mtp-num-layers with --recompute-num-layers {args.recompute_num_layers}: Megatron recomputes layers of "
             "multi-token prediction one by one only: use --recompute-num-layers 1, or --recompute-method block"
         )
+    if hmoe.replan_interval:
+        problems += _replan_problems(args)
     tied = not args.untie_embeddings_and_output_weights
     if args.mtp_num_layers and tied and args.pipeline_model_parallel_size > 1 and args.save:
         problems.append(
@@ -95,6 +97,20 @@ def check_megatron_arguments(args: argparse.Namespace, hmoe: HMoEConfig, has_gpu
     problems += [*_mask_problems(args), *_gpu_kernel_problems(args)]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _replan_problems(args):
+    """Of --hmoe-replan-interval, whose moves know Megatron's own optimizers and what a dispatcher of any plan needs."""
+    flag = "--hmoe-replan-interval"
+    if args.expert_model_parallel_size < 2:
+        yield f"{flag} needs --expert-model-parallel-size of 2 or more: with one rank nothing can move: remove it"
+    if args.moe_token_dispatcher_type == "flex":
+        yield f"{flag} with --moe-token-dispatcher-type flex: its buffers are of one plan: use alltoall"
+    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+        if getattr(args, name):
+            yield f"{flag} with {flag_named(name)}: its state can't be moved yet: remove one of them"
+    if args.num_distributed_optimizer_instances > 1:
+        yield f"{flag} with --num-distributed-optimizer-instances above 1: it was never tried: remove one of them"
 
 
 def _mask_problems(args):
