@@ -126,7 +126,7 @@ LAYOUTS = {
     "Top-P": (2, "Top-P EP2 alltoall"),
     "overlapped dispatch": (2, "EP2 bf16 alltoall overlap-dispatch"),
 }
-SUITE = ("EP2", "bf16, two copies, distributed optimizer, overlap")
+SUITE = ("bf16, two copies, distributed optimizer, overlap",)
 
 
 def flags_of(words: str) -> str:
@@ -158,13 +158,13 @@ def equal_to_the_bit(ranks, others):
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        (2, "EP2 alltoall DO"),
         *rarely(
+            (2, "EP2 alltoall DO"),
             (4, "EP2 alltoall DO overlap"),
             (4, "TP2 EP2 ETP2 alltoall"),
             (4, "PP2 EP2 allgather"),
             (4, "MTP MLA TP2 EP2 ETP1 alltoall DO overlap"),
-        ),
+        )
     ],
 )
 def test_cut_experts_move_too(ranks, words):
@@ -180,7 +180,7 @@ def test_cut_experts_move_too(ranks, words):
 
 
 @pytest.mark.parametrize(("layer", "rank"), [(0, 1), *rarely((0, 0), (1, 0), (1, 1))], ids=lambda at: str(at))
-@pytest.mark.parametrize("phase", ["memory", "digest"])
+@pytest.mark.parametrize("phase", ["digest", *rarely("memory")])
 def test_a_rank_that_fails_before_the_switch_leaves_all_on_the_old_plan(layer, rank, phase):
     flags = f"{flags_of('EP2 alltoall DO')} --deterministic-mode"
     still = run_ranks(2, moving, flags, 4, (), False)
@@ -212,6 +212,7 @@ def many_moves(flags: str) -> list[int]:
     return counts
 
 
+@pytest.mark.campaign
 def test_two_hundred_changes_leave_memory_where_it_was():
     for counts in run_ranks(2, many_moves, flags_of("EP2 alltoall DO"), timeout_s=300):
         assert len(counts) == 3 and max(counts) - min(counts) <= 0.01 * min(counts)

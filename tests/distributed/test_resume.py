@@ -280,7 +280,7 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("layout", ["", "--use-mp-args-from-checkpoint-args"])
+@pytest.mark.parametrize("layout", [*rarely(""), "--use-mp-args-from-checkpoint-args"])
 def test_the_flags_of_the_model_are_taken_from_the_checkpoint(copy, layout):
     expected = go_on(copy, "", 1) if not layout else go_on(copy)
     flags = f"{TRAINING} --use-checkpoint-args {layout} --load {copy}".split()

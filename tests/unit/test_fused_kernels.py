@@ -76,7 +76,7 @@ def test_a_flag_that_needs_the_engine_is_refused_without_it_and_taken_with_it(fl
 
 
 def test_what_needs_a_gpu_only_is_taken_where_there_is_one():
-    for flag in ("--moe-grouped-gemm", "--log-straggler", "--moe-token-dispatcher-type"):
+    for flag in ("--moe-enable-deepep", "--log-straggler", "--moe-token-dispatcher-type"):
         assert flag in LIMITED and flag in gpu_argv([flag], NONE)
     assert gpu_argv(["--context-parallel-size", "1"], NONE)[-1] == "1"
 

@@ -50,7 +50,7 @@ def test_what_the_user_gave_is_not_given_twice(user):
         (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type flex"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
         (["--attention-backend", "flash"], "--attention-backend flash"),
-        (["--moe-grouped-gemm", "--lr", "1"], "--moe-grouped-gemm"),
+        (["--moe-enable-deepep", "--lr", "1"], "--moe-enable-deepep"),
         (["--lr", "1", "--tp-comm-overlap"], "--tp-comm-overlap"),
         (["--profile"], "--profile"),
     ],

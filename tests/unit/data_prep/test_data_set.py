@@ -32,6 +32,7 @@ def run_args(data, model, **changed):
         "data_path": [data.prefix],
         "split": "1,0,0",
         "mock_data": False,
+        "sft": False,
         "multiple_validation_sets": False,
         "full_validation": False,
         "eval_iters": 0,
