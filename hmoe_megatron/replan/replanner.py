@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.training.global_vars import get_tensorboard_writer
 
 from hmoe_megatron import collectives
 from hmoe_megatron.files import PLAN_FILE, REPLANS_FILE
@@ -45,6 +46,10 @@ class Replanner:
         before = self.layout.plan
         moved = change_plan(model, optimizer, self.layout, verdict.plan)
         sent_bytes = sum(collectives.all_ranks(lambda: moved.sent_bytes))
+        if writer := get_tensorboard_writer():  # of the last rank
+            values = {"bytes": sent_bytes, "seconds": moved.seconds, "balance-before": verdict.before}
+            for name, value in (values | {"balance-after": verdict.after}).items():
+                writer.add_scalar(f"replan/{name}", value, done)
         if collectives.rank() == 0:
             self.decision.made(before, self.layout.plan, verdict.gain, moved.seconds)
             self._say(done, verdict, moved, sent_bytes)

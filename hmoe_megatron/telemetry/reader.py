@@ -26,6 +26,20 @@ def read_records(path: Path, notes: list[str]) -> Iterator[tuple[int, dict]]:
     A last line that was cut off when the run was killed is left out, which is said in `notes`. Raises ValueError with
     file, line where there is one, and remedy.
     """
+    is_empty = True
+    for numbered in _read_lines(path, notes, _check):
+        is_empty = False
+        yield numbered
+    if is_empty:
+        raise ValueError(f"{path}: holds no step; {_REMEDY}")
+
+
+def read_changes(path: Path, notes: list[str]) -> Iterator[tuple[int, dict]]:
+    """The same of replans.jsonl: every change of plan while training."""
+    return _read_lines(path, notes, _check_change)
+
+
+def _read_lines(path: Path, notes: list[str], check) -> Iterator[tuple[int, dict]]:
     last, number = None, 0
     with open_with_remedy(path, _REMEDY) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -35,13 +49,11 @@ def read_records(path: Path, notes: list[str]) -> Iterator[tuple[int, dict]]:
                 if record is None and not line.endswith(b"\n"):
                     notes.append(f"{path.name} ends in the middle of line {number}, which is left out.")
                     break
-                _check(record, last)
+                check(record, last)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             last = record
             yield number, record
-    if last is None:
-        raise ValueError(f"{path}: holds no step; {_REMEDY}")
 
 
 def open_with_remedy(path: Path, remedy: str) -> BinaryIO:
@@ -74,11 +86,7 @@ def _parse(line: bytes) -> dict | None:
 
 def _check(record, last: dict | None) -> None:
     """Raises ValueError for wrong types and sizes, numbers out of range, and steps that do not follow each other."""
-    if type(record) is not dict:
-        raise ValueError(f"a {type(record).__name__}, not a JSON object")
-    after = last["iteration"] + 1 if last else 0
-    if type(record.get("iteration")) is not int or not after <= record["iteration"] <= MAX_ITERATION:
-        raise ValueError(f"iteration {shown(record.get('iteration'))} is not a whole number from {after} on")
+    _check_iteration(record, last)
     _number(record, "total_parameters", MAX_AMOUNT)
     _number(record, "activated_parameters", MAX_AMOUNT)
     for name in BALANCES:
@@ -104,6 +112,21 @@ def _check(record, last: dict | None) -> None:
             raise ValueError(f"experts_without_token: {shown(pair)} is not [layer, expert]")
         if pair[0] not in known or not 0 <= pair[1] < experts:
             raise ValueError(f"experts_without_token: no layer {shown(pair[0])} with expert {shown(pair[1])}")
+
+
+def _check_change(record, last: dict | None) -> None:
+    _check_iteration(record, last)
+    for name, most in (("bytes", MAX_AMOUNT), ("seconds", MAX_AMOUNT), ("balance_before", MAX_RANKS)):
+        _number(record, name, most)
+    _number(record, "balance_after", MAX_RANKS)
+
+
+def _check_iteration(record, last: dict | None) -> None:
+    if type(record) is not dict:
+        raise ValueError(f"a {type(record).__name__}, not a JSON object")
+    after = last["iteration"] + 1 if last else 0
+    if type(record.get("iteration")) is not int or not after <= record["iteration"] <= MAX_ITERATION:
+        raise ValueError(f"iteration {shown(record.get('iteration'))} is not a whole number from {after} on")
 
 
 def _check_layer(layer, experts: int | None) -> int:

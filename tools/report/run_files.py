@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hmoe_megatron.files import PLAN_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE, read_text
+from hmoe_megatron.files import PLAN_FILE, REPLANS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE, read_text
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.placement.plan_checks import MAX_FILE_BYTES
-from hmoe_megatron.telemetry.reader import BALANCES, open_with_remedy, read_records
+from hmoe_megatron.telemetry.reader import BALANCES, open_with_remedy, read_changes, read_records
 from hmoe_megatron.tools.report.scalars import Scalars
 from hmoe_megatron.untrusted import parsed
 
@@ -27,7 +27,8 @@ class Run:
     tokens, sums to 1, and ratio_NE: of all tokens, sums to the experts a token, both mean over layers. active_N:
     parameters a token activates, of total_parameters; active_NL: of these in the experts of layer_L. balance: name of
     BALANCES -> busiest rank over mean of the ranks, [N]. last: the last record. tokens_per_s: median over records, None
-    where none has it. commit: of the code that ran, or None. losses: TensorBoard's, by tag.
+    where none has it. commit: of the code that ran, or None. losses: TensorBoard's, by tag. changes: of the plan while
+    training, as replans.jsonl has them.
     """
 
     iteration_N: np.ndarray
@@ -45,6 +46,7 @@ class Run:
     tokens_per_s: float | None
     commit: str | None
     losses: Scalars = field(default_factory=dict)
+    changes: list[dict] = field(default_factory=list)
 
 
 def read_run(directory: Path, notes: list[str]) -> Run:
@@ -82,8 +84,13 @@ def read_run(directory: Path, notes: list[str]) -> Run:
         last=last,
         plan=plan,
         tokens_per_s=float(np.median(speeds)) if speeds else None,
+        changes=_read_changes(directory / REPLANS_FILE, notes),
         commit=_read_commit(directory / RUN_SOFTWARE_FILE),
     )
+
+
+def _read_changes(path: Path, notes: list[str]) -> list[dict]:
+    return [record for _, record in read_changes(path, notes)] if path.exists() else []
 
 
 def _read_commit(path: Path) -> str | None:

@@ -72,8 +72,18 @@ def _facts(run: Run) -> dict[str, str]:
         **parameter_facts(run),
         **({"tokens/s, median": f"{run.tokens_per_s:,.0f}"} if run.tokens_per_s else {}),
         "ranks": f"{len(run.last['expert_time_ms'])}" + (f", expert-parallel {run.plan.ranks}" if run.plan else ""),
+        **({"experts moved": _changes(run.changes)} if run.changes else {}),
         **({"commit": run.commit} if run.commit else {}),
     }
+
+
+def _changes(changes: list[dict]) -> str:
+    amount, seconds = (sum(change[name] for change in changes) for name in ("bytes", "seconds"))
+    first, last = changes[0]["balance_before"], changes[-1]["balance_after"]
+    return (
+        f"{len(changes)} times, {amount / 1e6:,.1f} MB in {seconds:.1f} s; slowest rank over mean "
+        f"{first:.2f} \u2192 {last:.2f}"
+    )
 
 
 def parameter_facts(run: Run) -> dict[str, str]:

@@ -105,12 +105,15 @@ def activated_parameters(run: Run) -> Figure:
 
 def rank_balance(run: Run) -> Figure:
     """Work of the busiest rank over the mean of the ranks; 1 is perfect. Time is measured on the logged step,
-    forward and backward of the experts."""
+    forward and backward of the experts. A vertical line is a change of plan."""
     figure, (axes,) = drawing.new_figure(4.6)
     for of, (name, colour, line) in BALANCE_LOOKS.items():
         look = {"color": colour, "linestyle": line, "linewidth": 1.5} | drawing.marker(len(run.iteration_N))
         axes.plot(run.iteration_N, run.balance[of], label=f"{name}, last {run.balance[of][-1]:.2f}", **look)
     axes.axhline(1, color=drawing.GREY, linestyle="--", linewidth=1.2, label="all ranks equal")
+    for place, change in enumerate(run.changes):
+        label = f"experts moved, {len(run.changes)} times" if place == 0 else None
+        axes.axvline(change["iteration"], color=drawing.GREY, linewidth=1, alpha=0.6, zorder=0, label=label)
     axes.set(title="Balance of the ranks", xlabel=drawing.X_LABEL, ylabel="busiest rank / mean of the ranks")
     axes.set_ylim(0.98, max(NOISE, axes.get_ylim()[1]))
     figure.legend(loc="outside lower center", ncols=2)

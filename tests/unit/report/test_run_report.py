@@ -334,3 +334,32 @@ def test_files_that_are_not_of_this_run_are_refused(run_dir, tmp_path, capsys):
     events.write_bytes(events.read_bytes()[:-9])  # a killed run: what is whole before stays
     assert run_report.main([str(run_dir), "--png", str(tmp_path / "pngs")]) == 0
     assert [path.name for path in sorted((tmp_path / "pngs").iterdir())] == sorted(PICTURES)
+
+
+CHANGES = [
+    {"iteration": 10, "layers": [0], "bytes": 2e6, "seconds": 0.5, "balance_before": 1.3, "balance_after": 1.01},
+    {"iteration": 20, "layers": [0, 2], "bytes": 1e6, "seconds": 0.25, "balance_before": 1.1, "balance_after": 1.02},
+]
+
+
+def test_changes_of_plan_are_drawn_and_counted(run_dir):
+    from hmoe_megatron.tools.report import run_page, training_pictures
+
+    (run_dir / run_files.REPLANS_FILE).write_text("".join(json.dumps(change) + "\n" for change in CHANGES))
+    run = read(run_dir)
+    assert run.changes == CHANGES
+    (axes,) = training_pictures.rank_balance(run).axes
+    lines = [line.get_xdata() for line in axes.lines if len(set(line.get_xdata())) == 1]
+    assert [places[0] for places in lines] == [10, 20]
+    assert run_page._facts(run)["experts moved"] == "2 times, 3.0 MB in 0.8 s; slowest rank over mean 1.30 → 1.02"
+    assert "experts moved" not in run_page._facts(replace(run, changes=[]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"bytes": -1}, {"seconds": "1"}, {"balance_after": 1e9}, {"iteration": 1.5}]
+)
+def test_changes_of_plan_are_untrusted(run_dir, change):
+    path = run_dir / run_files.REPLANS_FILE
+    path.write_text(json.dumps(CHANGES[0]) + "\n" + json.dumps(CHANGES[1] | change) + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")):
+        read(run_dir)
