@@ -66,10 +66,11 @@ class HMoEConfig:
         None, "Most cuts a layer that --hmoe-placement auto may make; default: ranks - 1. 0: whole experts only."
     )
     cut_multiple: int = _setting(16, "Experts are cut at multiples of this width (--hmoe-placement auto).")
-    replan_interval: int | None = _setting(
+    replan_interval: str | None = _setting(
         None,
         "Look every so many steps whether experts should be on other ranks, by the tokens that came since, and move "
-        "them with their optimizer state where that pays. Off unless given.",
+        "them with their optimizer state where that pays. auto: after 10 steps, and then after twice as many each time "
+        "that nothing was moved. Off unless given.",
     )
     replan_max_loss: float = _setting(0.015, "Share of the run's time that moves of --hmoe-replan-interval may take.")
     replan_room: float = _setting(
@@ -139,10 +140,12 @@ class HMoEConfig:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 yield f"{flag_of(name)} {value}: give a finite number, 0 or more (0 turns the loss off)"
         counts = "total_width width_multiple max_experts_per_token cut_multiple idle_expert_steps max_failed_saves"
-        for name in (*counts.split(), "replan_interval"):
+        for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{flag_of(name)} {value}: give a whole number of at least 1"
+        if (interval := self.replan_interval) not in (None, "auto") and not (interval.isdecimal() and int(interval)):
+            yield f"--hmoe-replan-interval {interval:.40}: give a whole number of at least 1, or auto"
         for name, most in (("replan_max_loss", 1.0), ("replan_room", 100.0)):
             if not 0 <= (value := getattr(self, name)) <= most:
                 yield f"{flag_of(name)} {value}: give a number from 0 to {most:g}"

@@ -16,6 +16,8 @@ from hmoe_megatron.replan.moves import change_plan
 from hmoe_megatron.replan.proposal import proposed_plan
 from hmoe_megatron.telemetry.writer import TelemetryFile
 
+FIRST_INTERVAL, LONGEST_INTERVAL = 10, 1000  # steps, of `auto`
+
 
 class Replanner:
     """layout: ExpertLayout, whose plan changes. finish_saves: waits until no checkpoint is being written."""
@@ -23,7 +25,10 @@ class Replanner:
     def __init__(self, layout, cut_multiple: int, run_dir: Path | None, finish_saves):
         settings = layout.settings
         self.layout, self.finish_saves, self.run_dir = layout, finish_saves, run_dir
-        self.interval, self.max_cuts, self.cut_multiple = settings.replan_interval, settings.max_cuts, cut_multiple
+        self.is_auto = settings.replan_interval == "auto"
+        self.interval = FIRST_INTERVAL if self.is_auto else int(settings.replan_interval)
+        self.next_look = None
+        self.max_cuts, self.cut_multiple = settings.max_cuts, cut_multiple
         self.decision = Decision(settings.replan_max_loss)
         self.file = TelemetryFile(run_dir, REPLANS_FILE) if run_dir else None
         self.began_s = None
@@ -33,15 +38,21 @@ class Replanner:
         """done: steps of the run so far. Every rank calls it before a step. Ordinary steps wait for nothing here."""
         if self.began_s is None:  # the first step of this start: there are no loads yet
             self.began_s = time.monotonic()
-            return
-        if done % self.interval:
+            self.next_look = self._after(done)
+        if done < self.next_look:
             return
         tokens_LE = self._loads()
         verdict = collectives.run_on_rank0(lambda: self._judged(tokens_LE))
+        if self.is_auto:
+            self.interval = FIRST_INTERVAL if verdict.plan else min(2 * self.interval, LONGEST_INTERVAL)
+        self.next_look = self._after(done)
         if verdict.plan is None:
             if verdict.why and collectives.rank() == 0:
                 print(f" step {done:>6} | {verdict.why}", flush=True)
             return
+        self._change(done, verdict, model, optimizer)
+
+    def _change(self, done: int, verdict: Verdict, model, optimizer) -> None:
         self.finish_saves()
         before = self.layout.plan
         moved = change_plan(model, optimizer, self.layout, verdict.plan)
@@ -53,6 +64,10 @@ class Replanner:
         if collectives.rank() == 0:
             self.decision.made(before, self.layout.plan, verdict.gain, moved.seconds)
             self._say(done, verdict, moved, sent_bytes)
+
+    def _after(self, done: int) -> int:
+        """The next step at which to look: steps that are multiples of the interval, where it does not change."""
+        return done + (self.interval if self.is_auto else self.interval - done % self.interval)
 
     def _loads(self) -> list[np.ndarray]:
         """Tokens of each expert of each layer since the last call, of all ranks."""

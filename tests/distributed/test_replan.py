@@ -4,12 +4,14 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmoe_megatron.config import HMoEConfig
 from hmoe_megatron.files import PLAN_FILE, REPLANS_FILE
 from hmoe_megatron.moe.compute.flat import MATRICES
 from hmoe_megatron.placement.plan import Piece, PlacementPlan
@@ -309,7 +311,8 @@ def _moved_ways(plan):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--hmoe-replan-interval 0", "--hmoe-replan-interval 0: give a whole number of at least 1"),
+        ("--hmoe-replan-interval 0", "--hmoe-replan-interval 0: give a whole number of at least 1, or auto"),
+        ("--hmoe-replan-interval often", "--hmoe-replan-interval often: give a whole number"),
         ("--hmoe-replan-max-loss 2", "--hmoe-replan-max-loss 2.0: give a number from 0 to 1"),
         ("--hmoe-replan-room -1", "--hmoe-replan-room -1.0: give a number from 0 to 100"),
         ("--hmoe-replan-interval 2 --expert-model-parallel-size 1", "needs --expert-model-parallel-size of 2 or more"),
@@ -318,3 +321,22 @@ def _moved_ways(plan):
 def test_what_can_not_be_is_refused(flags, said):
     (ended,) = run_ranks(1, pretrain, flags)
     assert ended.code == 2 and said in ended.errors()[0]
+
+
+@pytest.mark.parametrize(
+    ("interval", "changes", "looks"),
+    [("4", (), [4, 8, 12, 16]), ("auto", (), [10, 30, 70]), ("auto", (30,), [10, 30, 40, 60, 100])],
+)
+def test_when_is_looked(interval, changes, looks, monkeypatch):
+    from hmoe_megatron.replan import replanner
+
+    settings = HMoEConfig(replan_interval=interval)
+    layout = SimpleNamespace(settings=settings, stats=SimpleNamespace(open_window=lambda: None), plan=None)
+    found = []
+    look = replanner.Replanner(layout, 16, None, lambda: None)
+    monkeypatch.setattr(look, "_loads", lambda: found.append(step))
+    monkeypatch.setattr(look, "_judged", lambda _: replanner.Verdict("plan" if step in changes else None, 0, 1, 1, ""))
+    monkeypatch.setattr(look, "_change", lambda *_: None)
+    for step in range(looks[-1] + 1):
+        look.before_step(step, [], None)
+    assert found == looks

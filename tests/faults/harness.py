@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hmoe_megatron.checkpoint import directory, manifest
 from hmoe_megatron.checkpoint.lock import LOCK_FILE
-from hmoe_megatron.files import LOG_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE
+from hmoe_megatron.files import LOG_FILE, PLAN_FILE, REPLANS_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE
 from tests.distributed.ranks import RankEnd, end_ranks
 from tests.distributed.training_run import TINY
 from tests.faults.inside import CPU_S, KILLED, LOSSES, pretrain
@@ -25,6 +25,7 @@ MODEL = (
     f"--num-workers 0 --train-iters {STEPS} --save-interval {INTERVAL}"
 ).split()
 KEPT = {directory.TRACKER_FILE, LOCK_FILE, LOG_FILE, PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, TELEMETRY_FILE}
+KEPT |= {REPLANS_FILE}
 ERROR = re.compile(r"pretrain_hmoe\.py: error: (.*)")
 
 

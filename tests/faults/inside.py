@@ -204,3 +204,36 @@ def bind_read_only(folder: Path) -> None:
     """What opens a path under `folder` from here on finds read-only storage; files that are open stay as they are."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
+def kill_in_a_change(scratch, victim: int, number: int) -> None:
+    """SIGKILL of this rank at the event of this number (from 1) of changes of plan: before a layer is staged, before
+    the numbers of a weight are exchanged, and before and after a layer is switched."""
+    from hmoe_megatron.replan import moves
+
+    if rank() != victim:
+        return
+    seen = [0]
+
+    def at(what):
+        seen[0] += 1
+        if seen[0] == number:
+            _enter("changes of plan")
+            die(scratch, what)
+
+    def around(owner, name):
+        stock = getattr(owner, name)
+
+        @functools.wraps(stock)
+        def call(*args, **named):
+            at(f"before {name}")
+            out = stock(*args, **named)
+            if name == "switch":
+                at("after switch")
+            return out
+
+        setattr(owner, name, call)
+
+    around(moves._Stage, "__init__")
+    around(moves._Stage, "switch")
+    around(moves, "exchange")

@@ -8,12 +8,17 @@ from functools import partial
 
 import pytest
 
-from tests.faults.harness import check_finished, check_lasting, check_little_lost, run
-from tests.faults.inside import kill_after, kill_at_operation
+from hmoe_megatron.checkpoint import directory
+from tests.faults.harness import check_finished, check_lasting, check_little_lost, reference, run
+from tests.faults.inside import kill_after, kill_at_operation, kill_in_a_change
 from tests.rows import rarely
 
 KILLS, SEEDED_KILLS = int(os.environ.get("FAULTS_KILLS", "100")), 2  # on two ranks, and as many on four
 OPERATIONS_OF_A_SAVE = 30  # on files of --save, by rank 0
+MOVING = (
+    "--hmoe-replan-interval 1 --hmoe-replan-max-loss 1 --hmoe-max-cuts 0 --hmoe-placement contiguous "
+    "--deterministic-mode --moe-token-dispatcher-type alltoall"
+)
 FLAVOURS = {
     "asynchronous saves": "--async-save --use-persistent-ckpt-worker",
     "data loader's workers": "--num-workers 2",
@@ -100,6 +105,32 @@ def test_kills_before_every_file_operation_of_a_save(two, tmp_path, told):
     for name in (".latest_checkpointed", ".iter_0000002.saving", ".iter_0000002.saving/.metadata"):
         assert any(f"os.rename of {name}" in at for at in where)
     told("SIGKILL before every file operation of a save", OPERATIONS_OF_A_SAVE, "every run went on bitwise")
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    return reference(2, tmp_path_factory.mktemp("moving"), MOVING)
+
+
+@pytest.mark.parametrize("kills", [1, *rarely(30)])
+def test_kills_while_experts_move(kills, moving, tmp_path, told):
+    """Each run goes on from the last checkpoint, under its plan or another; the bits are those of the run whose changes
+    came to their end."""
+    draw, root, scratch, where = random.Random(kills), tmp_path / "run", tmp_path / "scratch", Counter()
+    while where.total() < kills:
+        victim, flags = draw.randrange(2), f"{MOVING} {draw.choice(('', '--hmoe-placement checkpoint'))}"
+        flags = flags if directory.complete_iterations(root) else MOVING
+        ended = run(2, root, scratch, partial(kill_in_a_change, victim=victim, number=draw.randint(1, 17)), flags=flags)
+        if ended.killed:
+            assert ended.codes[victim] == -9, ended.tail
+            check_little_lost(ended, check_lasting(root, moving) if root.exists() else None)
+            where[ended.killed.partition(": ")[2]] += 1
+        else:  # the plan was even, or had come far
+            check_finished(ended, root, moving)
+            shutil.rmtree(root)
+            shutil.rmtree(scratch)
+    check_finished(run(2, root, scratch, flags=MOVING), root, moving)
+    told("SIGKILL of a rank while experts move", where.total(), f"{dict(where)}; every run went on bitwise")
 
 
 def test_a_kill_while_a_checkpoint_is_replaced(two, tmp_path, told):

@@ -112,7 +112,7 @@ def rank_balance(run: Run) -> Figure:
         axes.plot(run.iteration_N, run.balance[of], label=f"{name}, last {run.balance[of][-1]:.2f}", **look)
     axes.axhline(1, color=drawing.GREY, linestyle="--", linewidth=1.2, label="all ranks equal")
     for place, change in enumerate(run.changes):
-        label = f"experts moved, {len(run.changes)} times" if place == 0 else None
+        label = f"changes of plan, {len(run.changes)}" if place == 0 else None
         axes.axvline(change["iteration"], color=drawing.GREY, linewidth=1, alpha=0.6, zorder=0, label=label)
     axes.set(title="Balance of the ranks", xlabel=drawing.X_LABEL, ylabel="busiest rank / mean of the ranks")
     axes.set_ylim(0.98, max(NOISE, axes.get_ylim()[1]))

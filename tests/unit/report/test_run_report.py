@@ -355,9 +355,7 @@ def test_changes_of_plan_are_drawn_and_counted(run_dir):
     assert "experts moved" not in run_page._facts(replace(run, changes=[]))
 
 
-@pytest.mark.parametrize(
-    "change", [{"bytes": -1}, {"seconds": "1"}, {"balance_after": 1e9}, {"iteration": 1.5}]
-)
+@pytest.mark.parametrize("change", [{"bytes": -1}, {"seconds": "1"}, {"balance_after": 1e9}, {"iteration": 1.5}])
 def test_changes_of_plan_are_untrusted(run_dir, change):
     path = run_dir / run_files.REPLANS_FILE
     path.write_text(json.dumps(CHANGES[0]) + "\n" + json.dumps(CHANGES[1] | change) + "\n")
