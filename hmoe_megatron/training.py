@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import traceback
@@ -22,7 +21,7 @@ from hmoe_megatron.data.checks import check_data, data_is_here
 from hmoe_megatron.exits import DataRefused, RunEnded, SavingFailed
 from hmoe_megatron.files import PLAN_FILE, RUN_ARGUMENTS_FILE, RUN_SOFTWARE_FILE, atomic_write
 from hmoe_megatron.launch.mpi import set_environment_from_mpi
-from hmoe_megatron.launch.process import check_rank_environment, tell_torchrun
+from hmoe_megatron.launch.process import alone_without_torchrun, check_rank_environment, tell_torchrun
 from hmoe_megatron.launch.stop import end_after_the_step, end_at_once
 from hmoe_megatron.machine import software
 from hmoe_megatron.moe import gradient_norm
@@ -45,7 +44,7 @@ from hmoe_megatron.telemetry.accounting import (
 from hmoe_megatron.telemetry.counters import RoutingStats
 from hmoe_megatron.telemetry.speed import step_flops, tokens_per_s
 from hmoe_megatron.validate_args import check_dispatch, check_megatron_arguments, met_flags
-from hmoe_megatron.validate_args.memory import fullest_rank, memory_lines
+from hmoe_megatron.validate_args.memory import fullest_rank, memory_lines, moving_bytes
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size, pad_vocabulary
 from hmoe_megatron.validate_args.unread import unread_problems
 
@@ -62,15 +61,6 @@ def prepare() -> None:
     from hmoe_megatron.moe.specs import prediction_layers_with_experts  # Megatron is patched by now
 
     hooks.multi_token_prediction(prediction_layers_with_experts)
-
-
-def alone_without_torchrun() -> None:
-    """Let one process start without torchrun: it is a world of one."""
-    if "RANK" in os.environ:
-        return
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    # Port 0: the system gives a free one when the store is made. One looked for now may be taken by then.
-    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"})
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ExpertLayout, Start | None]:
@@ -270,7 +260,7 @@ def check_only(argv: list[str]) -> int:
     except (ValueError, AssertionError, RunEnded) as error:
         return refuse(error)
     announce(args, layout, parameter_counts(args, layout.widths))
-    print("\n".join(memory_lines(fullest_rank(args, layout))))
+    print("\n".join(memory_lines(fullest_rank(args, layout), moving_bytes(args, layout))))
     print(f" {args.world_size} ranks: all that can be checked without them is in order, nothing was written")
     if not there:
         print(" the data is not on this machine and was not looked at")
@@ -303,6 +293,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
 
     from hmoe_megatron.data.batches import datasets_provider, forward_step
     from hmoe_megatron.nan_guard import guard as numeric_guard
+    from hmoe_megatron.replan.replanner import replanner_of
     from hmoe_megatron.telemetry.tracker import HMoEMetricsTracker
 
     start_megatron(args)
@@ -317,7 +308,7 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
         expected_active_width(layout.settings, args.moe_router_topk, widths) for widths in layout.widths.values()
     ) / len(layout.widths)
     report_real_widths(layout.widths, lambda: tracker.active_width or expected)
-    numeric_guard.install(layout.stats, replanner(args, layout, run_dir))
+    numeric_guard.install(layout.stats, replanner_of(args, layout, run_dir))
     if screen := console.current():
         peak = peak_flops(torch.cuda.get_device_name()) if machine.has_gpu() else None
         screen.run_is(args.seq_length, partial(step_flops, args), peak and peak * args.world_size)
@@ -348,18 +339,6 @@ def train(args: argparse.Namespace, layout: ExpertLayout, checkpoints: Checkpoin
             checkpoints.end()
         raise
     checkpoints.end()
-
-
-def replanner(args: argparse.Namespace, layout: ExpertLayout, run_dir: Path | None):
-    """What --hmoe-replan-interval does before each step; None without it."""
-    if layout.settings.replan_interval is None:
-        return None
-    from megatron.training.async_utils import maybe_finalize_async_save
-
-    from hmoe_megatron.replan.replanner import Replanner
-
-    multiple = layout.settings.cut_multiple * expert_tensor_parallel_size(args)
-    return Replanner(layout, multiple, run_dir, lambda: maybe_finalize_async_save(blocking=True)).before_step
 
 
 def announce(args: argparse.Namespace, layout: ExpertLayout, parameters) -> None:

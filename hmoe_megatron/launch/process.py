@@ -60,3 +60,12 @@ def set_environment(ranks: int) -> None:
 
 def say(line: str) -> None:
     print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
+def alone_without_torchrun() -> None:
+    """Let one process start without torchrun: it is a world of one."""
+    if "RANK" in os.environ:
+        return
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    # Port 0: the system gives a free one when the store is made. One looked for now may be taken by then.
+    os.environ.update(alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"})

@@ -1,11 +1,13 @@
 """Between two training steps: loads of the window, a decision on rank 0, the moves, what is said of them."""
 
+import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.training import async_utils
 from megatron.training.global_vars import get_tensorboard_writer
 
 from hmoe_megatron import collectives
@@ -15,6 +17,7 @@ from hmoe_megatron.replan.decision import Decision, Verdict
 from hmoe_megatron.replan.moves import change_plan
 from hmoe_megatron.replan.proposal import proposed_plan
 from hmoe_megatron.telemetry.writer import TelemetryFile
+from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
 FIRST_INTERVAL, LONGEST_INTERVAL = 10, 1000  # steps, of `auto`
 
@@ -106,3 +109,13 @@ class Replanner:
                     "failure": moved.failure,
                 }
             )
+
+
+def replanner_of(args: argparse.Namespace, layout, run_dir: Path | None):
+    """What --hmoe-replan-interval does before each step; None without it."""
+    if layout.settings.replan_interval is None:
+        return None
+    multiple = layout.settings.cut_multiple * expert_tensor_parallel_size(args)
+    return Replanner(
+        layout, multiple, run_dir, lambda: async_utils.maybe_finalize_async_save(blocking=True)
+    ).before_step

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from hmoe_megatron.config import expert_hidden_size, mtp_layers
 from hmoe_megatron.moe.layout import ExpertLayout
 from hmoe_megatron.telemetry.accounting import dense_parameters, expert_parameters
-from hmoe_megatron.validate_args.activations import Activations
+from hmoe_megatron.validate_args.activations import FP32, Activations
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
 
@@ -104,9 +104,13 @@ def _copies(args, replicas: int) -> _Copies:
     is_half = args.bf16 or args.fp16
     weight = 2 if is_half else 4
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not is_half else 2
-    moments = {"adam": 8, "lion": 4, "sgd": 4 if args.sgd_momentum else 0}[args.optimizer]
-    state = moments + (4 if is_half else 0)  # and the fp32 weight
+    state = _moments(args) + (4 if is_half else 0)  # and the fp32 weight
     return _Copies(weight, gradient, state / (replicas if args.use_distributed_optimizer else 1))
+
+
+def _moments(args) -> int:
+    """Bytes of a parameter's moments."""
+    return {"adam": 8, "lion": 4, "sgd": 4 if args.sgd_momentum else 0}[args.optimizer]
 
 
 def _live_micro_batches(args, stage: int) -> float:
@@ -118,8 +122,16 @@ def _live_micro_batches(args, stage: int) -> float:
     return min(count * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
 
 
-def memory_lines(memory: RankMemory) -> list[str]:
-    """For people, at most 100 columns."""
+def moving_bytes(args: argparse.Namespace, layout: ExpertLayout) -> int:
+    """The most that a rank has beside all else while experts move (--hmoe-replan-interval): the state of its widest
+    layer once more, in fp32, and of one matrix what it was, what is sent and what is received. 0 where none move."""
+    widest = max((layout.most_width(layer) or 0 for layer in layout.layers), default=0)
+    held = expert_parameters(expert_hidden_size(args), widest) // expert_tensor_parallel_size(args)
+    return round(held * FP32 * (1 + _moments(args) / FP32 + 3 * 2 / 3))  # the larger matrix is two of three
+
+
+def memory_lines(memory: RankMemory, moving: int = 0) -> list[str]:
+    """For people, at most 100 columns. moving: bytes of `moving_bytes`."""
     gib = {name: value / 2**30 for name, value in zip(memory._fields[2:], memory[2:], strict=True)}
     last = "logits" if memory.logits > memory.backward else "backward"
     peak = {"logits": "logits", "backward": "one layer's backward pass"}[last]
@@ -127,6 +139,7 @@ def memory_lines(memory: RankMemory) -> list[str]:
         f" memory of the fullest rank, {memory.total / 2**30:.2f} GiB with even routing (pipeline stage "
         f"{memory.stage}, expert-parallel rank {memory.rank}):",
         f"   weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer {gib['optimizer']:.2f}",
+        *([f"   while experts move, between steps, {moving / 2**30:.2f} more at most"] if moving else []),
         f"   activations about {memory.activations / 2**30:.2f}: attention {gib['attention']:.2f}, "
         f"experts {gib['experts']:.2f}, at the peak {peak} {gib[last]:.2f}",
     ]

@@ -81,7 +81,7 @@ def test_the_tracker_is_megatrons():
 
 
 def test_a_process_alone_takes_no_port_that_another_may_have_by_then(monkeypatch):
-    from hmoe_megatron.training import alone_without_torchrun
+    from hmoe_megatron.launch.process import alone_without_torchrun
 
     monkeypatch.setattr(os, "environ", {})
     alone_without_torchrun()
