@@ -30,7 +30,7 @@ class Replanner:
         self.layout, self.finish_saves, self.run_dir = layout, finish_saves, run_dir
         self.is_auto = settings.replan_interval == "auto"
         self.interval = FIRST_INTERVAL if self.is_auto else int(settings.replan_interval)
-        self.next_look = None
+        self.next_look, self.waits = None, False
         self.max_cuts, self.cut_multiple = settings.max_cuts, cut_multiple
         self.decision = Decision(settings.replan_max_loss)
         self.file = TelemetryFile(run_dir, REPLANS_FILE) if run_dir else None
@@ -50,9 +50,11 @@ class Replanner:
             self.interval = FIRST_INTERVAL if verdict.plan else min(2 * self.interval, LONGEST_INTERVAL)
         self.next_look = self._after(done)
         if verdict.plan is None:
-            if verdict.why and collectives.rank() == 0:
+            if verdict.why and not self.waits and collectives.rank() == 0:  # once, until something moves
                 print(f" step {done:>6} | {verdict.why}", flush=True)
+            self.waits |= bool(verdict.why)
             return
+        self.waits = False
         self._change(done, verdict, model, optimizer)
 
     def _change(self, done: int, verdict: Verdict, model, optimizer) -> None:
