@@ -12,7 +12,7 @@ from hmoe_megatron.files import PLAN_FILE, REPLANS_FILE
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.replan.decision import Decision, Verdict
 from hmoe_megatron.replan.moves import change_plan
-from hmoe_megatron.replan.proposal import proposed_plan
+from hmoe_megatron.replan.proposal import proposed_plan, rows_like
 from hmoe_megatron.telemetry.writer import TelemetryFile
 
 
@@ -46,7 +46,7 @@ class Replanner:
         moved = change_plan(model, optimizer, self.layout, verdict.plan)
         sent_bytes = sum(collectives.all_ranks(lambda: moved.sent_bytes))
         if collectives.rank() == 0:
-            self.decision.made(before, self.layout.plan, verdict.gain, moved.seconds)
+            self.decision.made(before, self.layout.plan, moved.seconds)
             self._say(done, verdict, moved, sent_bytes)
 
     def _loads(self) -> list[np.ndarray]:
@@ -62,6 +62,7 @@ class Replanner:
         plan = self.layout.plan
         if min(tokens_E.sum() for tokens_E in tokens_LE) <= 0:  # no step yet, or one that was left out
             return Verdict(None, 0.0, 1.0, 1.0, "")
+        tokens_LE = rows_like(plan, tokens_LE)
         proposed = proposed_plan(plan, tokens_LE, self.layout.most, self.max_cuts, self.cut_multiple)
         return self.decision.judge(plan, proposed, tokens_LE, time.monotonic() - self.began_s)
 
