@@ -94,6 +94,7 @@ class Decision:
         self.plans = self.plans or [now]
         self.windows = [*self.windows, tokens_LE][-REMEMBERED:]
         self._look_back(now, tokens_LE, run_s)
+        pausing, self.pausing = self.pausing, max(self.pausing - 1, 0)
         room_s, first = self.max_loss * run_s - self.spent_s - max(self.behind_s, 0.0), self.plans[0]
         self.is_way_back = self.behind_s > 0 and room_s < self._seconds(now, first) and gain(now, first, tokens_LE) > 0
         if self.is_way_back:
@@ -104,8 +105,8 @@ class Decision:
         verdict = _verdict(now, proposed, tokens_LE, "")
         if verdict.gain < LEAST_GAIN:
             return verdict._replace(plan=None, after=verdict.before)
-        if self.pausing:
-            return _waits(verdict, f"the last ones did not keep what they promised; {self.pausing} windows more")
+        if pausing:
+            return _waits(verdict, f"the last ones did not keep what they promised; {pausing} windows more")
         return self._if_it_fits(now, verdict, run_s, room_s)
 
     def _back_to_best(self, now: PlacementPlan, tokens_LE, run_s: float, room_s: float) -> Verdict:
@@ -143,7 +144,6 @@ class Decision:
         """What the window says of the plan in force."""
         self.behind_s += (run_s - self.judged_s) * gain(now, self.plans[0], tokens_LE)
         self.judged_s = run_s
-        self.pausing = max(self.pausing - 1, 0)
         if self.promised > 0:
             is_kept = gain(self.plans[-1], now, tokens_LE) >= self.promised / 2
             self.disappointments = 0 if is_kept else self.disappointments + 1
