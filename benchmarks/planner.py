@@ -219,13 +219,16 @@ def plan_large() -> str:
 
 
 def policy_lines():
-    yield (
-        f"\n## Experts that move while training\n\n`python -m benchmarks.replan_simulation` on "
-        f"{stamp('numpy', 'scipy')}: 8 H100 by published figures, one layer of 16 or 64 experts, "
-        f"h100 and FLOPs profiles, {STEPS:,} steps, one seed. --hmoe-replan-interval {WINDOW}, room {ROOM:g}, max-loss {MAX_LOSS:g}. A change takes {PAUSE_STEPS} "
-        "steps and the busiest rank's bytes between nodes, times 0.5 to 2 at random; changes are included, planning is "
-        "not. A gain below zero is a loss against staying.\n"
-    )
+    yield f"""
+## Experts that move while training
+
+`python -m benchmarks.replan_simulation` on {stamp("numpy", "scipy")}.
+
+8 H100 by published figures, one layer of 16 or 64 experts, h100 and FLOPs profiles, {STEPS:,} steps, one seed; plans for
+windows of {WINDOW} steps, --hmoe-replan-room {ROOM:g}, --hmoe-replan-max-loss {MAX_LOSS:g}. A change takes {PAUSE_STEPS} steps
+and the busiest rank's bytes between nodes, times 0.5 to 2 at random. It is included, planning is not. A gain below zero
+is a loss against staying.
+"""
     yield campaign_table(campaign(standard_cases()))
 
 
