@@ -18,7 +18,16 @@ import numpy as np
 from benchmarks.cases import under_caps, whole_layer
 from benchmarks.load_traces import TRACES, snapshot
 from benchmarks.machine import ROOT, stamp
-from benchmarks.replan_simulation import campaign, campaign_table, standard_cases
+from benchmarks.replan_simulation import (
+    MAX_LOSS,
+    PAUSE_STEPS,
+    ROOM,
+    STEPS,
+    WINDOW,
+    campaign,
+    campaign_table,
+    standard_cases,
+)
 from hmoe_megatron.files import atomic_write
 from hmoe_megatron.placement import CostModel, nodes_of, plan_layer, plan_model
 from hmoe_megatron.placement.baselines import CONTIGUOUS, EPLB_TOKENS, EPLB_WORK, baselines, equal_counts
@@ -210,10 +219,16 @@ def plan_large() -> str:
 
 
 def policy_lines():
-    yield (
-        "\n## When to plan again\n\n8 H100 by published figures, one layer, 16 or 64 experts, h100 and FLOPs "
-        "profiles, three seeds; moving and planning included. A gain below zero is a loss against staying.\n"
-    )
+    yield f"""
+## Experts that move while training
+
+`python -m benchmarks.replan_simulation` on {stamp("numpy", "scipy")}.
+
+8 H100 by published figures, one layer of 16 or 64 experts, h100 and FLOPs profiles, {STEPS:,} steps, one seed; plans for
+windows of {WINDOW} steps, --hmoe-replan-room {ROOM:g}, --hmoe-replan-max-loss {MAX_LOSS:g}. A change takes {PAUSE_STEPS} steps
+and the busiest rank's bytes between nodes, times 0.5 to 2 at random. It is included, planning is not. A gain below zero
+is a loss against staying.
+"""
     yield campaign_table(campaign(standard_cases()))
 
 

@@ -18,7 +18,6 @@ _PLACES = {
     "moves": "Move diff",
     "plan": "LayerPlan Piece PlacementPlan validate_pieces",
     "planner": "contiguous_plan plan_layer plan_model",
-    "replan": "ReplanPolicy moving_time",
     "profiles": "FLOPS PROFILES Profile profile_named",
     "ranks": "Rank nodes_of",
     "solver": "InfeasiblePlan",

@@ -93,30 +93,10 @@ def check_same_experts(old: Sequence[LayerPlan], new: Sequence[LayerPlan], numbe
         )
 
 
-def state_bytes(width: int, cost: CostModel) -> float:
-    """What one copy of an expert sends for this much of its width, activations and gradients left out.
+def moved_bytes(moves: Iterable[Move], cost: CostModel) -> float:
+    """State bytes that one copy of the experts sends for all moves, activations and gradients left out.
 
     A parameter: the weight, and over the copies two fp32 Adam moments and in bf16 an fp32 master weight. Experts move
     between steps, when gradients are zero.
     """
-    return expert_params(width, cost.hidden_size) * cost.state_bytes
-
-
-def moved_bytes(moves: Iterable[Move], cost: CostModel) -> float:
-    """State bytes of all moves."""
-    return state_bytes(sum(move.width for move in moves), cost)
-
-
-def traffic(moves: Iterable[Move], plan: PlacementPlan, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """State bytes that each rank sends and receives: two arrays [pipeline stage, rank].
-
-    plan: either of the two; ranks: the larger number of theirs. Rows are in the order of the stages' numbers.
-    """
-    rows = {stage: row for row, stage in enumerate(sorted(set(plan.stages)))}
-    stage_of = dict(zip(plan.numbers, plan.stages, strict=True))
-    sent, received = np.zeros((2, len(rows), ranks))
-    for move in moves:
-        row = rows[stage_of[move.layer]]
-        sent[row, move.source] += move.width
-        received[row, move.to] += move.width
-    return sent * state_bytes(1, plan.cost), received * state_bytes(1, plan.cost)
+    return expert_params(sum(move.width for move in moves), cost.hidden_size) * cost.state_bytes

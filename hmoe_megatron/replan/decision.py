@@ -1,10 +1,15 @@
 """When experts move: whether the plan proposed for the loads of a window is worth it, and whether the last ones were.
 
-A change is made where the proposed plan is faster by LEAST_GAIN under the loads of the window, and where all changes
-together, this one as long as the last one took for its bytes, take at most the share ``max_loss`` of the run's time so
-far. So whatever the loads do, a run with changes loses at most that share, and what a wrong plan loses in one window: a
-plan that is slower under the next loads is replaced, and after three in a row that gave less than half of what they
-promised the best plan so far comes back.
+A change is made where the proposed plan is faster by LEAST_GAIN under the loads of the window, and where three times
+together are less than the share ``max_loss`` of the run's time so far: that of all changes, this one as long as the
+earlier ones took for their bytes; that of the way back from it to the first plan; what the run lost by its plans, as
+predicted under the loads it had, against the first plan. When just the way back is left, it is taken. So whatever the
+loads do, a run loses against one without changes at most
+
+    max_loss of its time + one window under a wrong plan + a change and its way back,
+
+the last because nobody knows before what a change takes. After three changes in a row that gave less than half of what
+they promised the best plan so far comes back, and no other is tried for a while.
 """
 
 from collections.abc import Sequence
@@ -19,7 +24,7 @@ from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.replan.proposal import LEAST_GAIN
 
 DISAPPOINTMENTS = 3  # in a row: changes that gave less than half of what they promised
-REMEMBERED = 8  # plans that may come back
+REMEMBERED = 8  # windows over which plans are compared, and plans that may come back beside the first
 
 
 class Verdict(NamedTuple):
@@ -42,6 +47,12 @@ def stage_time(plan: PlacementPlan, tokens_LE: Sequence[np.ndarray]) -> float:
     return max(times.values())
 
 
+def gain(now: PlacementPlan, other: PlacementPlan, tokens_LE: Sequence[np.ndarray]) -> float:
+    """Share of the experts' time that ``other`` saves; 0 without tokens."""
+    time = stage_time(now, tokens_LE)
+    return 1 - stage_time(other, tokens_LE) / time if time else 0.0
+
+
 def over_mean(plan: PlacementPlan, tokens_LE: Sequence[np.ndarray]) -> float:
     """Time of the slowest rank over the mean, layer by layer, all layers together."""
     times = _rank_times(plan, tokens_LE)
@@ -58,59 +69,99 @@ def _rank_times(plan: PlacementPlan, tokens_LE) -> list[list[float]]:
 
 @dataclass
 class Decision:
-    """max_loss: share of the run's time that changes may take. One object a run, on one rank."""
+    """max_loss: share of the run's time that may be lost. One object a run, on one rank; all times are of one clock.
+
+    After each verdict with a plan the caller makes the change and says so (`made`), also where only part of it, or
+    nothing, has come about.
+    """
 
     max_loss: float
     spent_s: float = 0.0
     spent_bytes: float = 0.0
-    promised: float | None = None  # gain of the last change, until the window after it
+    behind_s: float = 0.0  # the first plan, changes left out, as if steps were experts alone; ahead of it below 0
+    judged_s: float = 0.0  # end of the last window and of the change after it
+    promised: float = 0.0  # gain of the last change, until the window after it
     disappointments: int = 0
-    plans: list[PlacementPlan] = field(default_factory=list)  # in force before, the newest last
+    pause: int = DISAPPOINTMENTS  # windows without changes once the best plan is back; doubled each time
+    pausing: int = 0  # of these, to come
+    is_way_back: bool = False  # the last verdict: it promises nothing that can be broken
+    plans: list[PlacementPlan] = field(default_factory=list)  # the first, then others in force before, the newest last
+    windows: list[Sequence[np.ndarray]] = field(default_factory=list)  # tokens_LE of the last ones
 
     def judge(self, now: PlacementPlan, proposed: PlacementPlan, tokens_LE, run_s: float) -> Verdict:
-        """run_s: how long the run has taken so far. ``now`` is in force, ``proposed`` was made for tokens_LE."""
-        time, before = stage_time(now, tokens_LE), over_mean(now, tokens_LE)
-        if self._look_back(time, tokens_LE):
-            best = min(self.plans, key=lambda plan: stage_time(plan, tokens_LE))
-            if stage_time(best, tokens_LE) < time:
-                proposed, why = best, f"{DISAPPOINTMENTS} changes in a row gave less than half of what they promised"
-                return self._verdict(
-                    now, proposed, time, before, tokens_LE, run_s, f"{why}: back to the best plan so far"
-                )
-        return self._verdict(now, proposed, time, before, tokens_LE, run_s, "")
+        """At the end of a window. ``now`` is in force, ``proposed`` was made for tokens_LE; run_s: the run's time so
+        far."""
+        self.plans = self.plans or [now]
+        self.windows = [*self.windows, tokens_LE][-REMEMBERED:]
+        self._look_back(now, tokens_LE, run_s)
+        pausing, self.pausing = self.pausing, max(self.pausing - 1, 0)
+        room_s, first = self.max_loss * run_s - self.spent_s - max(self.behind_s, 0.0), self.plans[0]
+        self.is_way_back = self.behind_s > 0 and room_s < self._seconds(now, first) and gain(now, first, tokens_LE) > 0
+        if self.is_way_back:
+            lost = f"changes have lost what --hmoe-replan-max-loss {self.max_loss:g} allows"
+            return _verdict(now, first, tokens_LE, f"{lost}: back to the first plan")
+        if self.disappointments >= DISAPPOINTMENTS:
+            return self._back_to_best(now, tokens_LE, run_s, room_s)
+        verdict = _verdict(now, proposed, tokens_LE, "")
+        if verdict.gain < LEAST_GAIN:
+            return verdict._replace(plan=None, after=verdict.before)
+        if pausing:
+            return _waits(verdict, f"the last ones did not keep what they promised; {pausing} windows more")
+        return self._if_it_fits(now, verdict, run_s, room_s)
 
-    def _look_back(self, time: float, tokens_LE) -> bool:
-        """Whether changes have disappointed often enough."""
-        if self.promised is not None and self.plans:
-            came_true = 1 - time / stage_time(self.plans[-1], tokens_LE)
-            self.disappointments = self.disappointments + 1 if came_true < self.promised / 2 else 0
-            self.promised = None
-        if self.disappointments < DISAPPOINTMENTS:
-            return False
-        self.disappointments = 0
-        return True
+    def _back_to_best(self, now: PlacementPlan, tokens_LE, run_s: float, room_s: float) -> Verdict:
+        best = min([now, *self.plans], key=lambda plan: sum(stage_time(plan, of) for of in self.windows))
+        broken = f"{DISAPPOINTMENTS} changes in a row gave less than half of what they promised: the best plan so far"
+        if best is now:
+            self._begin_pause()
+            return _verdict(now, now, tokens_LE, f"{broken} is in force and stays")._replace(plan=None)
+        verdict = self._if_it_fits(now, _verdict(now, best, tokens_LE, f"{broken} comes back"), run_s, room_s)
+        if verdict.plan:
+            self.is_way_back = True
+            self._begin_pause()
+        return verdict
 
-    def _verdict(self, now, proposed, time, before, tokens_LE, run_s, why: str) -> Verdict:
-        gain = 1 - stage_time(proposed, tokens_LE) / time if time else 0.0
-        after = over_mean(proposed, tokens_LE)
-        if gain < LEAST_GAIN:
-            return Verdict(None, gain, before, before, "")
-        amount = moved_bytes(diff(now, proposed), now.cost)
-        next_s = self.spent_s / self.spent_bytes * amount if self.spent_bytes else 0.0
-        if self.spent_s + next_s > self.max_loss * run_s:
-            return Verdict(
-                None,
-                gain,
-                before,
-                after,
-                f"a change that would make experts {gain:.1%} faster waits: with it changes would have taken "
-                f"{self.spent_s + next_s:.1f} s of {run_s:.0f} s, more than --hmoe-replan-max-loss {self.max_loss:g}",
-            )
-        return Verdict(proposed, gain, before, after, why)
+    def _if_it_fits(self, now: PlacementPlan, verdict: Verdict, run_s: float, room_s: float) -> Verdict:
+        needed_s = self._seconds(now, verdict.plan) + self._seconds(verdict.plan, self.plans[0])
+        if needed_s < room_s:
+            return verdict
+        return _waits(
+            verdict,
+            f"with its way back it takes {needed_s:.1f} s, and of {self.max_loss * run_s:.1f} s that "
+            f"--hmoe-replan-max-loss {self.max_loss:g} allows so far {max(room_s, 0.0):.1f} s are left",
+        )
 
-    def made(self, before: PlacementPlan, now: PlacementPlan, gain: float, seconds: float) -> None:
-        """A change was made."""
+    def made(self, before: PlacementPlan, now: PlacementPlan, seconds: float) -> None:
+        """The change of the last verdict took so long, and ``now`` is what it has brought into force."""
         self.spent_s += seconds
         self.spent_bytes += moved_bytes(diff(before, now), now.cost)
-        self.promised = gain
-        self.plans = [*self.plans, before][-REMEMBERED:]
+        self.judged_s += seconds
+        self.promised = 0.0 if self.is_way_back else gain(before, now, self.windows[-1])
+        first, *others = self.plans
+        self.plans = [first, *[*others, before][-REMEMBERED:]]
+
+    def _look_back(self, now: PlacementPlan, tokens_LE, run_s: float) -> None:
+        """What the window says of the plan in force."""
+        self.behind_s += (run_s - self.judged_s) * gain(now, self.plans[0], tokens_LE)
+        self.judged_s = run_s
+        if self.promised > 0:
+            is_kept = gain(self.plans[-1], now, tokens_LE) >= self.promised / 2
+            self.disappointments = 0 if is_kept else self.disappointments + 1
+            self.pause = DISAPPOINTMENTS if is_kept else self.pause
+        self.promised = 0.0
+
+    def _begin_pause(self) -> None:
+        self.disappointments, self.pausing, self.pause = 0, self.pause, 2 * self.pause
+
+    def _seconds(self, now: PlacementPlan, then: PlacementPlan) -> float:
+        """What a change is expected to take: 0 until the first is made."""
+        return self.spent_s / self.spent_bytes * moved_bytes(diff(now, then), now.cost) if self.spent_bytes else 0.0
+
+
+def _verdict(now: PlacementPlan, then: PlacementPlan, tokens_LE, why: str) -> Verdict:
+    return Verdict(then, gain(now, then, tokens_LE), over_mean(now, tokens_LE), over_mean(then, tokens_LE), why)
+
+
+def _waits(verdict: Verdict, reason: str) -> Verdict:
+    why = f"a change that would make experts {verdict.gain:.1%} faster waits: {reason}"
+    return verdict._replace(plan=None, why=why)

@@ -26,14 +26,25 @@ def proposed_plan(
 ) -> PlacementPlan:
     """``now`` with another layout for each layer that it would make faster under loads tokens_LE by LEAST_GAIN.
 
-    most: decoder layer -> width that a rank has room for. A layer that no other layout fits in that room stays as it
-    is. Pure: the same on every rank.
+    tokens_LE: in the unit of ``now`` (`rows_like`). most: decoder layer -> width that a rank has room for. A layer that
+    no other layout fits in that room stays as it is, all of them where the ranks' own bytes would not hold the plan:
+    it could not be read again. Pure: the same on every rank.
     """
     layers = [
         _proposed(now, number, layer, tuple(map(float, tokens_E)), most[number], max_cuts, cut_multiple)
         for number, layer, tokens_E in zip(now.numbers, now.layers, tokens_LE, strict=True)
     ]
-    return replace(now, layers=tuple(layers))
+    plan = replace(now, layers=tuple(layers))
+    return now if plan.missing_bytes() else plan
+
+
+def rows_like(plan: PlacementPlan, tokens_LE: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Tokens of a window as the rows of one micro-batch that ``plan`` was made for: each layer's with the sum it has
+    there. Costs of a hardware profile are not proportional to rows, so sums of a window would make cuts look free."""
+    return [
+        np.asarray(tokens_E, dtype=float) * (sum(layer.tokens) / max(np.sum(tokens_E), 1.0))
+        for layer, tokens_E in zip(plan.layers, tokens_LE, strict=True)
+    ]
 
 
 def _proposed(now, number, layer: LayerPlan, tokens, most: int, max_cuts, cut_multiple: int) -> LayerPlan:

@@ -15,7 +15,7 @@ from hmoe_megatron.files import PLAN_FILE, REPLANS_FILE
 from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.replan.decision import Decision, Verdict
 from hmoe_megatron.replan.moves import change_plan
-from hmoe_megatron.replan.proposal import proposed_plan
+from hmoe_megatron.replan.proposal import proposed_plan, rows_like
 from hmoe_megatron.telemetry.writer import TelemetryFile
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
@@ -67,7 +67,7 @@ class Replanner:
             for name, value in (values | {"balance-after": verdict.after}).items():
                 writer.add_scalar(f"replan/{name}", value, done)
         if collectives.rank() == 0:
-            self.decision.made(before, self.layout.plan, verdict.gain, moved.seconds)
+            self.decision.made(before, self.layout.plan, moved.seconds)
             self._say(done, verdict, moved, sent_bytes)
 
     def _after(self, done: int) -> int:
@@ -87,6 +87,7 @@ class Replanner:
         plan = self.layout.plan
         if min(tokens_E.sum() for tokens_E in tokens_LE) <= 0:  # no step yet, or one that was left out
             return Verdict(None, 0.0, 1.0, 1.0, "")
+        tokens_LE = rows_like(plan, tokens_LE)
         proposed = proposed_plan(plan, tokens_LE, self.layout.most, self.max_cuts, self.cut_multiple)
         return self.decision.judge(plan, proposed, tokens_LE, time.monotonic() - self.began_s)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hmoe_megatron.placement.cost import CostModel, predict
-from hmoe_megatron.placement.moves import Move, diff, moved_bytes, traffic
+from hmoe_megatron.placement.moves import Move, diff, moved_bytes
 from hmoe_megatron.placement.plan import LayerPlan, Piece, PlacementPlan
 from hmoe_megatron.placement.ranks import as_ranks
 
@@ -112,23 +112,12 @@ def test_plans_of_other_models_are_refused():
 
 
 @pytest.mark.parametrize("copies", [1, 2, 4])  # powers of two: bytes are whole, sums exact
-@pytest.mark.parametrize("stages", [(), (0, 0, 0), (3, 1, 3)])
-def test_bytes_of_moves(copies, stages):
+def test_bytes_of_moves(copies):
     rng, cost = random.Random(copies), CostModel(hidden_size=7, expert_data_parallel_size=copies)
     widths = [[rng.randint(1, 60) for _ in range(6)] for _ in range(3)]
-    old, new = (
-        replace(random_plan(rng, widths, ranks), cost=cost, stages=stages, numbers=(2, 3, 7)) for ranks in (4, 5)
-    )
+    old, new = (replace(random_plan(rng, widths, ranks), cost=cost) for ranks in (4, 5))
     moves = diff(old, new)
     (state,), gradient = cost.memory([0.0])[1], 4 * 3 * 7
     unit = state - gradient  # gradients are held, but not sent
     assert moved_bytes(moves, cost) == unit * sum(move.hi - move.lo for move in moves) > 0
-    sent, received = traffic(moves, new, 5)
-    rows = {1: 0, 3: 1} if 3 in stages else {0: 0}
-    assert sent.shape == received.shape == (len(rows), 5)
-    for number, row in rows.items():
-        of_stage = [move for move in moves if new.stages[new.index(move.layer)] == number]
-        for rank in range(5):
-            assert sent[row, rank] == moved_bytes([move for move in of_stage if move.source == rank], cost)
-            assert received[row, rank] == moved_bytes([move for move in of_stage if move.to == rank], cost)
     assert moved_bytes([], cost) == 0
