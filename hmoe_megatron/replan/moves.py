@@ -40,8 +40,8 @@ def change_plan(model: Sequence, optimizer, layout, new: PlacementPlan) -> Moved
     """Bring the experts of ``model``, its chunks on this rank, with the optimizer's state under ``new``. Every rank
     calls it, between two steps.
 
-    Memory beyond what is held: the state of one layer on this rank, and of one of its matrices what is sent and received,
-    with the distributed optimizer all of it.
+    Memory beyond what is held: the state of one layer on this rank, and of one of its matrices what is sent and
+    received, with the distributed optimizer all of it.
     """
     began_s = time.monotonic()
     part, mine = expert_part(optimizer), layers_of(model)
