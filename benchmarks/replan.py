@@ -43,8 +43,8 @@ CHANGES = (
     "break-even steps, of a restart"
 )
 TIME = (
-    "loads, steps, ms a step still, over mean, by rows, ms a step moving, over mean, by rows, moving over still, moved, "
-    "ms of the look"
+    "loads, steps, ms a step still, over mean, by rows, ms a step moving, over mean, by rows, moving over still, "
+    "moved, ms of the look"
 )
 
 
@@ -232,7 +232,8 @@ def page(of: dict[str, dict[str, Run]], restart: dict, given, load: float) -> st
     rows, shares = {}, {}
     for workload, runs in of.items():
         rows[workload], shares[workload] = summary(workload, runs)
-    restart_s = restart["save_s"] + restart["start_s"]
+    save_s, start_s = restart["save_s"], restart["start_s"]
+    restart_s = save_s + start_s
     changes = [row for workload, runs in of.items() for row in change_rows(workload, runs, restart_s)]
     times = [row for workload, runs in of.items() for row in over_time(workload, runs)]
     command = f"--steps {given.steps} --workloads {given.workloads}"
@@ -257,8 +258,8 @@ the mean would gain. Step times and gains are medians of steps without looks, af
 ## Each change
 
 "alone": one all_to_all_single of as many bytes between the same processes, median of {SENDS}. A restart instead took
-{restart_s:.1f} s here: {restart["save_s"]:.1f} s for the checkpoint, {restart["start_s"]:.1f} s for new processes, model, load and
-the first step. Break-even: steps until the gain has paid for a change, or for a restart.
+{restart_s:.1f} s here: {save_s:.1f} s for the checkpoint, {start_s:.1f} s for new processes, model, load and the first
+step. Break-even: steps until the gain has paid for a change, or for a restart.
 
 {table(CHANGES, changes)}
 
