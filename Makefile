@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test campaign layouts lint gpu bench-compute bench-planner bench-planner-real bench-data bench-convert bench-restart faults doctor lock clean
+.PHONY: help venv demo test campaign layouts lint gpu bench-compute bench-planner bench-planner-real bench-data bench-convert bench-restart bench-replan faults doctor lock clean
 
 PY := .venv/bin/python
 PYTEST_ARGS ?=
@@ -53,6 +53,9 @@ bench-convert: venv ## time and peak memory of exports to Hugging Face at three 
 
 bench-restart: venv ## from a killed rank to the next training step, to benchmarks/restart.md
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.restart
+
+bench-replan: venv ## experts that move while training beside those that stay, to benchmarks/replan.md; 10 minutes
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.replan $(BENCH_ARGS)
 
 faults: venv ## the fault campaign, its outcome to docs/faults.md (KILLS=100: kills on two ranks, as many on four); an hour
 	@mkdir -p $(dir $(FAULTS_ROWS)); rm -f $(FAULTS_ROWS); FAULTS_ROWS=$(FAULTS_ROWS) FAULTS_KILLS=$(KILLS) OMP_NUM_THREADS=1 \

@@ -139,12 +139,12 @@ def pin() -> None:
         torch.set_num_threads(1)
 
 
-def build(side: str, flags: list[str]) -> tuple[Worker, dict]:
+def build(side: str, flags: list[str], kind: type[Worker]) -> tuple[Worker, dict]:
     """The worker, and what is answered: seconds of building the model and of all its set-up, and its parameters."""
     from benchmarks.trainer import Trainer
 
     begun = time.perf_counter()
-    worker = Worker(Trainer(flags, stock=side == "stock", guarded=True), side == "stock")
+    worker = kind(Trainer(flags, stock=side == "stock", guarded=True), side == "stock")
     return worker, {
         "build_s": worker.trainer.build_s,
         "set_up_s": time.perf_counter() - begun,
@@ -152,7 +152,7 @@ def build(side: str, flags: list[str]) -> tuple[Worker, dict]:
     }
 
 
-def main() -> None:
+def main(kind: type[Worker] = Worker) -> None:
     side, *flags = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -174,7 +174,7 @@ def main() -> None:
     say({"ready_s": time.time() - psutil.Process().create_time()})
     if first and not sys.stdin.readline():  # the first that is asked for is to build; the other ranks wait for this one
         return
-    worker, built = build(side, flags)
+    worker, built = build(side, flags, kind)
     say(built)
     control = torch.distributed.new_group(backend="gloo") if worker.ranks > 1 else None
     while True:

@@ -40,7 +40,8 @@ def change_plan(model: Sequence, optimizer, layout, new: PlacementPlan) -> Moved
     """Bring the experts of ``model``, its chunks on this rank, with the optimizer's state under ``new``. Every rank
     calls it, between two steps.
 
-    Memory beyond what is held: the state of one layer on this rank, and what of one matrix is sent and received.
+    Memory beyond what is held: the state of one layer on this rank, and of one of its matrices what is sent and
+    received, with the distributed optimizer all of it.
     """
     began_s = time.monotonic()
     part, mine = expert_part(optimizer), layers_of(model)
@@ -96,17 +97,19 @@ class _Stage:
 
     def exchange(self) -> str:
         """Fill the new state from all ranks; what is wrong with it, or "". Collective over the stage's ranks."""
-        rank, widths_E, wrong = self.group.rank(), self.layer.experts.widths, []
-        for (matrix, kind), after in self.after.items():
-            weight = self.weights[matrix]
-            before = whole(self.part, weight, held_of(self.part, weight), kind)
+        rank, widths_E, sums = self.group.rank(), self.layer.experts.widths, []
+        for matrix, weight in self.weights.items():
+            held = held_of(self.part, weight)
+            before = [whole(self.part, weight, held, kind) for kind in self.kinds]
+            after = [self.after[matrix, kind] for kind in self.kinds]
             self.sent_bytes += exchange(matrix, before, after, self.old, self.new, self.ways, self.group)
-            sums = torch.stack(
-                [digest(matrix, before, self.old[rank], widths_E), digest(matrix, after, self.new[rank], widths_E)]
+            sums.append(
+                digest(matrix, before, self.old[rank], widths_E) - digest(matrix, after, self.new[rank], widths_E)
             )
-            torch.distributed.all_reduce(sums, group=self.group)
-            differ = (sums[0] != sums[1]).nonzero().flatten().tolist()
-            wrong += [f"{kind} of {matrix} of expert {expert}" for expert in differ]
+        differ = torch.cat(sums)
+        torch.distributed.all_reduce(differ, group=self.group)
+        of = list(self.after)
+        wrong = [f"{of[row][1]} of {of[row][0]} of expert {expert}" for row, expert in differ.nonzero().tolist()]
         return f"changed on the way: {', '.join(wrong[:8])}" if wrong else ""
 
     def switch(self) -> int:

@@ -38,53 +38,67 @@ def segments(old: Sequence[Sequence[Piece]], new: Sequence[Sequence[Piece]]) -> 
     return sorted(found)
 
 
-def range_of(matrix: str, tensor: torch.Tensor, pieces: Sequence[Piece], expert: int, lo: int, hi: int) -> torch.Tensor:
-    """The view of [lo, hi) of an expert in a tensor of the weight ``matrix``: [2, hi - lo, H] or [H, hi - lo]."""
+def parts_of(matrix: str, tensor: torch.Tensor, pieces: Sequence[Piece]) -> list[tuple[Piece, torch.Tensor]]:
+    """Each piece's view in a tensor of the weight ``matrix``, width w second from the end in fc1 and last in fc2:
+    [2, w, H] or [H, w]."""
     parts = MATRICES[matrix](tensor, [piece.width for piece in pieces])
-    for piece, part in zip(pieces, parts, strict=True):
-        if piece.expert == expert and piece.lo <= lo and hi <= piece.hi:
-            part = part.view(2, piece.width, -1) if matrix == "linear_fc1_weight" else part
-            return part[:, lo - piece.lo : hi - piece.lo]
-    raise ValueError(f"expert {expert} [{lo}:{hi}) is not in {[*map(str, pieces)]}")
+    if matrix == "linear_fc1_weight":
+        parts = [part.view(2, piece.width, -1) for piece, part in zip(pieces, parts, strict=True)]
+    return list(zip(pieces, parts, strict=True))
 
 
-def exchange(matrix: str, before: torch.Tensor, after: torch.Tensor, old, new, ways: Sequence[Segment], group) -> int:
-    """Fill ``after``, laid out by ``new``, from every rank's ``before``, laid out by ``old``; the bytes this rank sent.
-    old, new: pieces of each rank; ways: of `segments`. Collective over ``group``."""
+def range_of(parts: Sequence[tuple[Piece, torch.Tensor]], way: Segment) -> torch.Tensor:
+    """The view of a segment in the tensor of `parts_of`: [2, hi - lo, H] or [H, hi - lo]."""
+    for piece, part in parts:
+        if piece.expert == way.expert and piece.lo <= way.lo and way.hi <= piece.hi:
+            return part[:, way.lo - piece.lo : way.hi - piece.lo]
+    raise ValueError(f"expert {way.expert} [{way.lo}:{way.hi}) is not in {[str(piece) for piece, _ in parts]}")
+
+
+def exchange(matrix: str, before: Sequence, after: Sequence, old, new, ways: Sequence[Segment], group) -> int:
+    """Fill each tensor of ``after``, laid out by ``new``, from every rank's tensor of ``before``, laid out by ``old``;
+    the bytes this rank sent. old, new: pieces of each rank; ways: of `segments`. Collective over ``group``."""
     rank, size = group.rank(), group.size()
-    for way in ways:
-        if way.source == way.to == rank:
-            span = way.expert, way.lo, way.hi
-            range_of(matrix, after, new[rank], *span).copy_(range_of(matrix, before, old[rank], *span))
     out = [[way for way in ways if way.source == rank != way.to == other] for other in range(size)]
     back = [[way for way in ways if way.to == rank != way.source == other] for other in range(size)]
-    packed = [range_of(matrix, before, old[rank], w.expert, w.lo, w.hi).reshape(-1) for ws in out for w in ws]
-    sent = torch.cat(packed) if packed else before.new_empty(0)
-    per_unit = before.shape[1] * (2 if matrix == "linear_fc1_weight" else 1)
-    numbers = [[sum(way.hi - way.lo for way in ways) * per_unit for ways in of] for of in (back, out)]
-    received = before.new_empty(sum(numbers[0]))
+    stay = [way for way in ways if way.source == way.to == rank]
+    here = [parts_of(matrix, tensor, old[rank]) for tensor in before]
+    there = [parts_of(matrix, tensor, new[rank]) for tensor in after]
+    for source, to in zip(here, there, strict=True):
+        for way in stay:
+            range_of(to, way).copy_(range_of(source, way))
+    packed = [range_of(source, way).reshape(-1) for of in out for source in here for way in of]
+    sent = torch.cat(packed) if packed else before[0].new_empty(0)
+    per_unit = before[0].shape[1] * (2 if matrix == "linear_fc1_weight" else 1) * len(before)
+    numbers = [[sum(way.hi - way.lo for way in of) * per_unit for of in ways] for ways in (back, out)]
+    received = before[0].new_empty(sum(numbers[0]))
     torch.distributed.all_to_all_single(received, sent, *numbers, group=group)
-    start = 0
-    for way in (way for ways in back for way in ways):
-        there = range_of(matrix, after, new[rank], way.expert, way.lo, way.hi)
-        there.copy_(received[start : start + there.numel()].view(there.shape))
-        start += there.numel()
+    views = [range_of(to, way) for of in back for to in there for way in of]
+    for view, numbers in zip(views, received.split([view.numel() for view in views]), strict=True):
+        view.copy_(numbers.view(view.shape))
     return sent.nbytes
 
 
-def digest(matrix: str, tensor: torch.Tensor, pieces: Sequence[Piece], widths_E: Sequence[int]) -> torch.Tensor:
-    """[E] int64: over the bits of each expert's numbers here, times a hash of where in the expert they are, modulo
-    2^64. The sum over the ranks that hold a layer is the same under any plan, and with one bit or place wrong another.
-    """
-    found = torch.zeros(len(widths_E), dtype=torch.int64, device=tensor.device)
-    bits = torch.int32 if tensor.element_size() == 4 else torch.int16
-    for piece in pieces:
-        part = range_of(matrix, tensor, pieces, *piece).contiguous()
-        unit = torch.arange(piece.lo, piece.hi, device=tensor.device)
-        other, across = (torch.arange(n, device=tensor.device) for n in (part.shape[0], part.shape[-1]))
-        if matrix == "linear_fc1_weight":
-            place = (other[:, None, None] * widths_E[piece.expert] + unit[:, None]) * len(across) + across
-        else:
-            place = other[:, None] * widths_E[piece.expert] + unit
-        found[piece.expert] += (part.view(bits).long() * ((place + 1) * _HASH)).sum()
+def digest(matrix: str, tensors: Sequence, pieces: Sequence[Piece], widths_E: Sequence[int]) -> torch.Tensor:
+    """[K, E] int64, of each of K tensors: over the bits of each expert's numbers here, times a hash of where in the
+    expert they are, modulo 2^64. The sum over the ranks that hold a layer is the same under any plan, and with one bit
+    or place wrong another."""
+    device, hidden = tensors[0].device, tensors[0].shape[1]
+    found = torch.zeros(len(tensors), len(widths_E), dtype=torch.int64, device=device)
+    bits = torch.int32 if tensors[0].element_size() == 4 else torch.int16
+    hash_H = _hash(torch.arange(-hidden, 0, device=device))
+    for same in zip(*(parts_of(matrix, tensor, pieces) for tensor in tensors), strict=True):
+        parts = [part if matrix == "linear_fc1_weight" else part.t()[None] for _, part in same]
+        piece, other = same[0][0], torch.arange(len(parts[0]), device=device)
+        unit = torch.arange(piece.lo, piece.hi, device=device)
+        hashed = _hash(other[:, None] * widths_E[piece.expert] + unit)
+        # H first, which no piece cuts: a hash of every place would be most of a change's time.
+        rows = torch.stack([(part.view(bits) * hash_H).sum(-1) for part in parts])
+        found[:, piece.expert] += (rows * hashed).sum((1, 2))
     return found
+
+
+def _hash(place: torch.Tensor) -> torch.Tensor:
+    """Odd, so that a product with it keeps every bit; not in proportion to the place."""
+    spread = (place + 1) * _HASH
+    return (spread ^ (spread >> 32)) | 1

@@ -101,7 +101,7 @@ def _fail_in_staging(replan, phase: str, rank: int, layer: int) -> None:
 
         def _garbled(self, matrix, before, after, *given):
             sent = exchange(matrix, before, after, *given)
-            after.view(torch.int32)[0, 0] ^= 1
+            after[0].view(torch.int32)[0, 0] ^= 1
             return sent
 
     replan._Stage = Failing
@@ -267,16 +267,16 @@ def test_the_digest_knows_bits_and_places(matrix):
     pieces = (Piece(1, 0, 8), Piece(0, 0, 16))
     rows = 48 if matrix == "linear_fc1_weight" else 24
     tensor = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0))
-    told = digest(matrix, tensor, pieces, (16, 8))
+    told = digest(matrix, [tensor], pieces, (16, 8))
     flipped, swapped, negated = tensor.clone(), tensor.clone(), tensor.clone()
     flipped.view(torch.int32)[3, 2] ^= 1
     swapped[[0, 1]] = tensor[[1, 0]]
     negated[0, 0] = -0.0
     zero = tensor.clone()
     zero[0, 0] = 0.0
-    assert not torch.equal(digest(matrix, flipped, pieces, (16, 8)), told)
-    assert not torch.equal(digest(matrix, swapped, pieces, (16, 8)), told)
-    assert not torch.equal(digest(matrix, negated, pieces, (16, 8)), digest(matrix, zero, pieces, (16, 8)))
+    assert not torch.equal(digest(matrix, [flipped], pieces, (16, 8)), told)
+    assert not torch.equal(digest(matrix, [swapped], pieces, (16, 8)), told)
+    assert not torch.equal(digest(matrix, [negated], pieces, (16, 8)), digest(matrix, [zero], pieces, (16, 8)))
     split = (Piece(1, 0, 3), Piece(1, 3, 8), Piece(0, 0, 16))
     parts = MATRICES[matrix](tensor, (8, 16))
     if matrix == "linear_fc1_weight":
@@ -284,7 +284,7 @@ def test_the_digest_knows_bits_and_places(matrix):
         laid = torch.cat([first[:, :3].flatten(0, 1), first[:, 3:].flatten(0, 1), parts[1]])
     else:
         laid = torch.cat([parts[0][:, :3].reshape(3, 5), parts[0][:, 3:].reshape(5, 5), parts[1].reshape(16, 5)])
-    assert torch.equal(digest(matrix, laid, split, (16, 8)), told)
+    assert torch.equal(digest(matrix, [laid], split, (16, 8)), told)
 
 
 RUN = (

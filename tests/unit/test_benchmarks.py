@@ -1,11 +1,12 @@
 """The benchmarks' tables from small inputs: they run, and the numbers in them are those of the plans."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import planner, planner_real
+from benchmarks import planner, planner_real, replan
 from benchmarks.machine import stamp
 from hmoe_megatron.placement import contiguous_plan
 
@@ -57,3 +58,27 @@ def test_the_report_of_a_training_run():
 
 def test_a_figure_says_where_it_is_from():
     assert re.search(r", \d+ cores, Python 3\.\d+\.\d+, numpy [\d.]+; \d{4}-\d\d-\d\d, commit \w+", stamp("numpy"))
+
+
+def test_the_page_of_runs_whose_experts_move():
+    def run(first_s, then_s, first_ms, then_ms, changes):
+        count = replan.INTERVAL
+        return replan.Run(
+            [first_s] * count + [then_s] * count,
+            [0.0] * 2 * count,
+            [[[first_ms], [100.0]]] * count + [[[then_ms], [100.0]]] * count,
+            [1.75] * 2 * count,
+            changes,
+        )
+
+    change = {"s": 0.2, "bytes": [1_000_000, 2_000_000], "sending_s": 0.1, "failure": ""}
+    runs = {
+        replan.STILL: run(1.0, 1.0, 300.0, 300.0, []),
+        replan.MOVING: run(1.0, 0.875, 300.0, 100.0, [(replan.INTERVAL, change)]),
+    }
+    text = replan.page({"own": runs}, {"save_s": 1.0, "start_s": 9.0}, SimpleNamespace(steps=30, workloads="own"), 0.0)
+    assert "| own | 1 | 1000 | 875 | 125 | 150 | 0.83 | 1.500 | 1.000 | 1.333 | 0.0 | 0.938 |" in text
+    assert "| own | 15 | 3.0 | 200 | 100.0 | 2.0 | 0.21 | 0.020 | 1.500 | 1.000 | 125 | 2 | 80 |" in text
+    assert "| own | 16 to 30 | 1000 | 1.500 | 1.750 | 875 | 1.000 | 1.750 | 0.875 | 3.0 MB | 0 |" in text
+    verdicts = [line.rstrip(" |").rsplit("| ", 1)[1] for line in text.splitlines() if "| at " in line]
+    assert verdicts == ["MISSED", "met", "met", "MISSED", "met"]
