@@ -61,6 +61,7 @@ def change_plan(model: Sequence, optimizer, layout, new: PlacementPlan) -> Moved
         layout.plan = replace(layout.plan, layers=tuple(layers))
         if stage:
             sent_bytes += stage.switch()
+        stage = None  # its memory is the next one's
         done.append(number)
     if done and mine:
         _to_model(part, model)

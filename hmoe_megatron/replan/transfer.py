@@ -4,7 +4,7 @@ Legend: E experts of the layer, H hidden size, w width of a piece. Ranks are tho
 expert-tensor-parallel group, whose pieces tile the layer's experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,16 +67,21 @@ def exchange(matrix: str, before: Sequence, after: Sequence, old, new, ways: Seq
     for source, to in zip(here, there, strict=True):
         for way in stay:
             range_of(to, way).copy_(range_of(source, way))
-    packed = [range_of(source, way).reshape(-1) for of in out for source in here for way in of]
-    sent = torch.cat(packed) if packed else before[0].new_empty(0)
     per_unit = before[0].shape[1] * (2 if matrix == "linear_fc1_weight" else 1) * len(before)
     numbers = [[sum(way.hi - way.lo for way in of) * per_unit for of in ways] for ways in (back, out)]
-    received = before[0].new_empty(sum(numbers[0]))
+    received, sent = (before[0].new_empty(sum(of)) for of in numbers)
+    for view, packed in _beside([range_of(source, way) for of in out for source in here for way in of], sent):
+        packed.copy_(view)
     torch.distributed.all_to_all_single(received, sent, *numbers, group=group)
-    views = [range_of(to, way) for of in back for to in there for way in of]
-    for view, numbers in zip(views, received.split([view.numel() for view in views]), strict=True):
-        view.copy_(numbers.view(view.shape))
+    for view, packed in _beside([range_of(to, way) for of in back for to in there for way in of], received):
+        view.copy_(packed)
     return sent.nbytes
+
+
+def _beside(views: list[torch.Tensor], flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(view, its place in ``flat``, of its shape), one behind the other."""
+    places = flat.split([view.numel() for view in views]) if views else ()
+    return ((view, place.view(view.shape)) for view, place in zip(views, places, strict=True))
 
 
 def digest(matrix: str, tensors: Sequence, pieces: Sequence[Piece], widths_E: Sequence[int]) -> torch.Tensor:

@@ -124,10 +124,11 @@ def _live_micro_batches(args, stage: int) -> float:
 
 def moving_bytes(args: argparse.Namespace, layout: ExpertLayout) -> int:
     """The most that a rank has beside all else while experts move (--hmoe-replan-interval): the state of its widest
-    layer once more, in fp32, and of one matrix what it was, what is sent and what is received. 0 where none move."""
+    layer once more, in fp32, and of its larger matrix, two thirds of it, what is sent, what is received, and where the
+    copies share it what it was. 0 where none move."""
     widest = max((layout.most_width(layer) or 0 for layer in layout.layers), default=0)
     held = expert_parameters(expert_hidden_size(args), widest) // expert_tensor_parallel_size(args)
-    return round(held * FP32 * (1 + _moments(args) / FP32 + 3 * 2 / 3))  # the larger matrix is two of three
+    return round(held * (FP32 + _moments(args)) * (1 + 2 / 3 * (2 + args.use_distributed_optimizer)))
 
 
 def memory_lines(memory: RankMemory, moving: int = 0) -> list[str]:
