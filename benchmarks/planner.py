@@ -224,10 +224,10 @@ def policy_lines():
 
 `python -m benchmarks.replan_simulation` on {stamp("numpy", "scipy")}.
 
-8 H100 by published figures, one layer of 16 or 64 experts, h100 and FLOPs profiles, {STEPS:,} steps, one seed; plans for
-windows of {WINDOW} steps, --hmoe-replan-room {ROOM:g}, --hmoe-replan-max-loss {MAX_LOSS:g}. A change takes {PAUSE_STEPS} steps
-and the busiest rank's bytes between nodes, times 0.5 to 2 at random. It is included, planning is not. A gain below zero
-is a loss against staying.
+8 H100 by published figures, one layer of 16 or 64 experts, h100 and FLOPs profiles, {STEPS:,} steps, one seed; plans
+for windows of {WINDOW} steps, --hmoe-replan-room {ROOM:g}, --hmoe-replan-max-loss {MAX_LOSS:g}. A change takes
+{PAUSE_STEPS} steps and the busiest rank's bytes between nodes, times 0.5 to 2 at random. It is included, planning is
+not. A gain below zero is a loss against staying.
 """
     yield campaign_table(campaign(standard_cases()))
 
