@@ -85,7 +85,7 @@ class Run:
         return (mean_N * (np.array(self.by_rows[first:]) - 1)).tolist()
 
 
-def train(workload: str, steps: int, restart: bool) -> tuple[dict[str, Run], dict | None]:
+def train(workload: str, steps: int, warm_up: int, restart: bool) -> tuple[dict[str, Run], dict | None]:
     """Both sides in turns; with ``restart`` also what a checkpoint and a start from it with the new plan take."""
     base = flags("topp" if workload == "own" else "topk")
     sides_of = {STILL: base, MOVING: f"{base} --hmoe-replan-interval {INTERVAL}"}
@@ -100,7 +100,7 @@ def train(workload: str, steps: int, restart: bool) -> tuple[dict[str, Run], dic
         for name, side in sides.items():
             side.ready()
             side.ask("build")
-            side.ask("begin", workload=workload, replan=name == MOVING)
+            side.ask("begin", workload=workload, replan=name == MOVING, warm_up=warm_up)
         for turn in range(steps // TURN):
             for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
                 runs[name].add(sides[name].ask("train", count=TURN))
@@ -211,21 +211,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="of each run; default: 60")
     parser.add_argument("--workloads", default=",".join(("own", *FORCED)), help="default: own,W1,W3,W6")
+    parser.add_argument(
+        "--warm-up", type=int, default=60, help="steps of the model's own router before they are counted; default: 60"
+    )
     given = parser.parse_args(argv)
     workloads = given.workloads.split(",")
     if unknown := [name for name in workloads if name not in ("own", *TRACES)]:
         parser.error(f"--workloads {','.join(unknown)}: give own or {', '.join(TRACES)}")
+    if given.warm_up % INTERVAL:
+        parser.error(f"--warm-up {given.warm_up}: give a multiple of {INTERVAL}")
     if given.steps % INTERVAL or given.steps <= INTERVAL:
         parser.error(f"--steps {given.steps}: give a multiple of {INTERVAL}, at least {2 * INTERVAL}")
     RUNS.mkdir(parents=True, exist_ok=True)
     load, of, restart = os.getloadavg()[0], {}, None
     for number, workload in enumerate(workloads):
-        of[workload], restarted = train(workload, given.steps, number == 0)
+        of[workload], restarted = train(workload, given.steps, given.warm_up if workload == "own" else 0, number == 0)
         restart = restart or restarted
+        text = page(of, restart, given, load)
+        atomic_write(OUTPUT, text.encode())
         print(*over_time(workload, of[workload]), sep="\n", flush=True)
-    text = page(of, restart, given, load)
     print(text)
-    atomic_write(OUTPUT, text.encode())
 
 
 def page(of: dict[str, dict[str, Run]], restart: dict, given, load: float) -> str:
@@ -236,16 +241,16 @@ def page(of: dict[str, dict[str, Run]], restart: dict, given, load: float) -> st
     restart_s = save_s + start_s
     changes = [row for workload, runs in of.items() for row in change_rows(workload, runs, restart_s)]
     times = [row for workload, runs in of.items() for row in over_time(workload, runs)]
-    command = f"--steps {given.steps} --workloads {given.workloads}"
+    command = f"--steps {given.steps} --warm-up {given.warm_up} --workloads {given.workloads}"
     return f"""# Experts that move while training, beside those that stay
 
 `make bench-replan` (`{command}`) on {stamp("torch", "megatron-core")}.
 
 The model of `make demo` (4 layers, 8 experts, hidden size 256), fp32, gloo, two ranks of one core each, 2,048 tokens a
 step: bytes of docs/*.md. "still" never moves an expert; "moving" looks every {INTERVAL} steps, with the default
-room and most loss. They train in turns of {TURN} steps, {given.steps} each. "own": the Top-P router and its own drift.
-W1, W3 and W6 (load_traces.py): Top-2, and a bias makes the router choose just the rows of the trace. Load average
-before: {load:.1f}.
+room and most loss. They train in turns of {TURN} steps, {given.steps} each. "own": the Top-P router and its own drift,
+after {given.warm_up} steps of training. W1, W3 and W6 (load_traces.py): Top-2, and a bias makes the router choose just
+the rows of the trace. Processes that wanted a core: {load:.1f} before, {os.getloadavg()[0]:.1f} after.
 
 "over mean": experts' time of the busiest rank over the mean, layer by layer, of median steps; "by rows": the same by
 rows and widths, mean over steps, so with what loads change from step to step. "perfect": what a step with no rank over

@@ -18,8 +18,9 @@ SENDS = 7  # of the same bytes alone; their median counts
 class ReplanWorker(Worker):
     """``begin`` first; then ``train`` a few steps at a time."""
 
-    def begin(self, workload: str, replan: bool) -> dict:
-        """workload: "own", or a name of `load_traces`, which the routers are forced to follow."""
+    def begin(self, workload: str, replan: bool, warm_up: int = 0) -> dict:
+        """workload: "own", or a name of `load_traces`, which the routers are forced to follow. warm_up: steps before
+        experts may move."""
         from megatron.core.rerun_state_machine import RerunDataIterator
 
         from hmoe_megatron.replan import replanner
@@ -32,6 +33,10 @@ class ReplanWorker(Worker):
             for module in unwrapped(trainer.model[0]).modules():
                 if hasattr(module, "gating"):
                     force(module, workload, trainer)
+        for _ in range(warm_up):
+            trainer.step()
+        trainer.layout.stats.take((), torch.device("cpu"))
+        self._expert_ms()
         if replan:
             self.before_step = replanner_of(trainer.args, trainer.layout, None)
             change_plan = replanner.change_plan

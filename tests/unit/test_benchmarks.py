@@ -76,7 +76,9 @@ def test_the_page_of_runs_whose_experts_move():
         replan.STILL: run(1.0, 1.0, 300.0, 300.0, []),
         replan.MOVING: run(1.0, 0.875, 300.0, 100.0, [(replan.INTERVAL, change)]),
     }
-    text = replan.page({"own": runs}, {"save_s": 1.0, "start_s": 9.0}, SimpleNamespace(steps=30, workloads="own"), 0.0)
+    text = replan.page(
+        {"own": runs}, {"save_s": 1.0, "start_s": 9.0}, SimpleNamespace(steps=30, warm_up=0, workloads="own"), 0.0
+    )
     assert "| own | 1 | 1000 | 875 | 125 | 150 | 0.83 | 1.500 | 1.000 | 1.333 | 0.0 | 0.938 |" in text
     assert "| own | 15 | 3.0 | 200 | 100.0 | 2.0 | 0.21 | 0.020 | 1.500 | 1.000 | 125 | 2 | 80 |" in text
     assert "| own | 16 to 30 | 1000 | 1.500 | 1.750 | 875 | 1.000 | 1.750 | 0.875 | 3.0 MB | 0 |" in text
