@@ -72,13 +72,7 @@ class ReplanWorker(Worker):
             done_s = time.perf_counter()
             counts_LE, _, _ = stats.take((), torch.device("cpu"))
             steps.append(
-                (
-                    looked_s - begun_s,
-                    done_s - looked_s,
-                    stats.take_expert_time_ms(),
-                    counts_LE,
-                    self.trainer.layout.plan,
-                )
+                (looked_s - begun_s, done_s - looked_s, self._expert_ms(), counts_LE, self.trainer.layout.plan)
             )
         self.left_s = time.monotonic()
         by_rank = gathered([(step[2], step[3]) for step in steps])
