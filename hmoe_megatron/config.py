@@ -72,7 +72,9 @@ class HMoEConfig:
         "them with their optimizer state where that pays. auto: after 10 steps, and then after twice as many each time "
         "that nothing was moved. Off unless given.",
     )
-    replan_max_loss: float = _setting(0.015, "Share of the run's time that moves of --hmoe-replan-interval may take.")
+    replan_max_loss: float = _setting(
+        0.015, "Share of the run's time that --hmoe-replan-interval may lose: by looks, moves and wrong plans."
+    )
     replan_room: float = _setting(
         0.25,
         "Room that every rank keeps for experts that may come, as a share of an even share of each layer's width: so "

@@ -1,7 +1,7 @@
 """When experts move: whether the plan proposed for the loads of a window is worth it, and whether the last ones were.
 
 A change is made where the proposed plan is faster by LEAST_GAIN under the loads of the window, and where three times
-together are less than the share ``max_loss`` of the run's time so far: that of all changes, this one as long as the
+together are less than the share ``max_loss`` of the run's time so far: that of all looks and changes, this one as the
 earlier ones took for their bytes; that of the way back from it to the first plan; what the run lost by its plans, as
 predicted under the loads it had, against the first plan. When just the way back is left, it is taken. So whatever the
 loads do, a run loses against one without changes at most
@@ -76,6 +76,7 @@ class Decision:
     """
 
     max_loss: float
+    looked_s: float = 0.0  # planning, which every rank waits for
     spent_s: float = 0.0
     spent_bytes: float = 0.0
     behind_s: float = 0.0  # the first plan, changes left out, as if steps were experts alone; ahead of it below 0
@@ -95,7 +96,8 @@ class Decision:
         self.windows = [*self.windows, tokens_LE][-REMEMBERED:]
         self._look_back(now, tokens_LE, run_s)
         pausing, self.pausing = self.pausing, max(self.pausing - 1, 0)
-        room_s, first = self.max_loss * run_s - self.spent_s - max(self.behind_s, 0.0), self.plans[0]
+        lost_s, first = self.looked_s + self.spent_s + max(self.behind_s, 0.0), self.plans[0]
+        room_s = self.max_loss * run_s - lost_s
         self.is_way_back = self.behind_s > 0 and room_s < self._seconds(now, first) and gain(now, first, tokens_LE) > 0
         if self.is_way_back:
             lost = f"changes have lost what --hmoe-replan-max-loss {self.max_loss:g} allows"

@@ -84,11 +84,12 @@ class Replanner:
         return list(counts_LE.numpy())
 
     def _judged(self, tokens_LE) -> Verdict:
-        plan = self.layout.plan
+        plan, began_s = self.layout.plan, time.monotonic()
         if min(tokens_E.sum() for tokens_E in tokens_LE) <= 0:  # no step yet, or one that was left out
             return Verdict(None, 0.0, 1.0, 1.0, "")
         tokens_LE = rows_like(plan, tokens_LE)
         proposed = proposed_plan(plan, tokens_LE, self.layout.most, self.max_cuts, self.cut_multiple)
+        self.decision.looked_s += time.monotonic() - began_s
         return self.decision.judge(plan, proposed, tokens_LE, time.monotonic() - self.began_s)
 
     def _say(self, done: int, verdict: Verdict, moved, sent_bytes: int) -> None:

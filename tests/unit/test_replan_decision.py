@@ -291,3 +291,11 @@ def test_tokens_of_a_window_become_rows_of_a_micro_batch():
     rows_LE = rows_like(plan, [tokens_E * 640 for tokens_E in loads([2])])
     np.testing.assert_allclose(rows_LE, loads([2]))
     assert rows_like(plan, [np.zeros(EXPERTS)])[0].sum() == 0
+
+
+def test_looks_count_too():
+    hot = loads(hot=(0, 1))
+    plan = propose(FIRST, hot)
+    for looked_s, is_made in ((0.9, True), (1.1, False)):
+        decision = Decision(max_loss=0.01, looked_s=looked_s)
+        assert (decision.judge(FIRST, plan, hot, run_s=100.0).plan is not None) == is_made
