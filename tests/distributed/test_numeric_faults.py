@@ -11,6 +11,7 @@ from tests.distributed.pretrain_run import pretrain
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plans import TOKENS
 from tests.distributed.training_run import EXPERTS, LAYERS, losses, steps
+from tests.rows import rarely
 
 MODEL = f"--hmoe-widths {','.join(map(str, WIDTHS))}"
 TOPP = "--hmoe-router topp --hmoe-top-p 0.6"
@@ -222,7 +223,7 @@ def test_all_tokens_on_one_expert_for_many_steps(tmp_path, told, dispatcher):
     told(f"all tokens on one expert, a rank whose experts get none for 100 steps, {dispatcher}", 1, "it trains on")
 
 
-@pytest.mark.parametrize(("count", "patience"), [(12, 8), pytest.param(1100, 1000, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(("count", "patience"), rarely((12, 8), (1100, 1000)))
 def test_an_expert_without_tokens_is_warned_of_once_and_stays_in_the_checkpoint(tmp_path, told, count, patience):
     """Its gradient is zero in every step, so are its Adam moments; it moves to another plan like the others."""
     used, run = 2, tmp_path / "run"

@@ -188,7 +188,7 @@ def norms_under_plans(shared):
                 SimpleNamespace(
                     pieces=[Piece(expert, 0, MANY_WIDTHS[expert]) for expert in on_rank],
                     ep_group=experts,
-                    piece_widths=[MANY_WIDTHS[expert] for expert in on_rank],
+                    held_width=sum(MANY_WIDTHS[expert] for expert in on_rank),
                     **weights,
                     config=SimpleNamespace(num_moe_experts=len(MANY_WIDTHS)),
                 )

@@ -39,7 +39,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("where", mostly_rarely(FULL_AT, ("the middle of a shard", "the tracker")))
+@pytest.mark.parametrize("where", mostly_rarely(FULL_AT, ("the middle of a shard",)))
 def test_a_full_disk_ends_the_run_after_three_saves(where, two, disk, tmp_path, told):
     root, scratch = disk / "run", tmp_path / "scratch"
     function, left = FULL_AT[where]

@@ -215,6 +215,7 @@ def test_padding_that_has_learnt_something_is_not_dropped(exported, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.campaign
 def test_killed_while_it_is_proven_it_leaves_nothing_under_the_name(exported, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("any")
