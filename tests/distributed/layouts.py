@@ -178,12 +178,12 @@ AGAINST_ONE_RANK = _layouts(
     2: MTP EP2 alltoall
     2: Top-P EP2 allgather
     2: capacity EP2 alltoall
-    4: Top-P TP2 EP2 ETP2 alltoall
     4: PP2 EP2 recompute-full
     8: Top-P TP2 PP2 EP2 ETP1 DO overlap alltoall
     """,
     """
     2: 4-layers PP2 VPP2
+    4: Top-P TP2 EP2 ETP2 alltoall
     4: Top-P EP2 DO overlap alltoall
     2: TP2
     2: TP2 ETP1

@@ -192,7 +192,12 @@ def start(tmp_path):
 @pytest.mark.parametrize(
     ("packages", "words"),
     [
-        pytest.param(HALF, "transformer-engine-cu13 2.9.0, but its torch part is missing", id="half an engine"),
+        pytest.param(
+            HALF,
+            "transformer-engine-cu13 2.9.0, but its torch part is missing",
+            id="half an engine",
+            marks=pytest.mark.campaign,
+        ),
         pytest.param(PYRAMIDS, "not installed", id="no engine, another apex", marks=pytest.mark.campaign),
     ],
 )

