@@ -3,7 +3,7 @@
 import argparse
 
 from hmoe_megatron.data.data_set import DataSet
-from hmoe_megatron.data.splits import check_splits, given_blends
+from hmoe_megatron.data.splits import check_splits, given_prefixes
 from hmoe_megatron.data.tokenizer_flags import check_tokenizer_file
 from hmoe_megatron.files import file_hashes
 
@@ -12,9 +12,7 @@ def data_sets(args: argparse.Namespace) -> list[DataSet]:
     """Those that --data-path and its kin name on this disk, each once; none with --sft, whose files are text."""
     if args.mock_data or args.sft:
         return []
-    blend, per_split = given_blends(args)
-    prefixes = [prefix for prefixes, _ in filter(None, [blend, *(per_split or [])]) for prefix in prefixes]
-    return [DataSet(prefix) for prefix in dict.fromkeys(prefixes) if "://" not in prefix]
+    return [DataSet(prefix) for prefix in given_prefixes(args) if "://" not in prefix]
 
 
 def data_is_here(args: argparse.Namespace) -> bool:

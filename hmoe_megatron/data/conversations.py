@@ -7,13 +7,14 @@ Legend: B samples of a micro-batch, S sequence length.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 import torch
 from megatron.training.datasets.sft_dataset import SFTDataset
 
-from hmoe_megatron.data.splits import given_blends
+from hmoe_megatron.data.splits import given_prefixes
 
 MAX_LINE_BYTES = 1 << 24
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,16 +28,18 @@ class Conversations(SFTDataset):
         return read_conversations(Path(dataset_path))
 
 
+@functools.cache
 def read_conversations(path: Path) -> list[list[dict]]:
-    """The messages of each line. Raises ValueError with file, line and remedy."""
+    """The messages of each line; read once, for the check and the data set. Raises ValueError with file, line and
+    remedy."""
     conversations = []
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                if problem := _problem(line):
-                    raise ValueError(f"{path}:{number}: {problem}")
-                if line.strip():
-                    conversations.append(json.loads(line)["messages"])
+                try:
+                    conversations += [_messages(line)] if line.strip() else []
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: give the .jsonl file of conversations (--sft)") from None
     if not conversations:
@@ -44,30 +47,27 @@ def read_conversations(path: Path) -> list[list[dict]]:
     return conversations
 
 
-def _problem(line: bytes) -> str | None:
-    if not line.strip():
-        return None
+def _messages(line: bytes) -> list[dict]:
     if len(line) == MAX_LINE_BYTES:
-        return f"longer than {MAX_LINE_BYTES} bytes: split it"
+        raise ValueError(f"longer than {MAX_LINE_BYTES} bytes: split it")
     try:
         messages = json.loads(line)["messages"]
         fields = [(message["role"], message["content"]) for message in messages]
     except (ValueError, TypeError, KeyError, RecursionError):
         fields = []
     if not fields or any(type(content) is not str or role not in ROLES for role, content in fields):
-        return (
+        raise ValueError(
             f'give {{"messages": [{{"role": ..., "content": ...}}, ...]}}, roles of {", ".join(ROLES)}, text as content'
         )
     for before, (role, content) in zip((None, *fields), fields, strict=False):
         if role == "assistant" and (not content or before is None or before[0] not in ("user", "tool")):
-            return "an answer of the assistant is empty, or follows no message of the user or of a tool"
-    return None
+            raise ValueError("an answer of the assistant is empty, or follows no message of the user or of a tool")
+    return messages
 
 
 def check_conversations(args: argparse.Namespace) -> None:
     """Every file that a run with --sft names. Raises ValueError."""
-    blend, per_split = given_blends(args)
-    for path in dict.fromkeys(path for paths, _ in filter(None, [blend, *(per_split or [])]) for path in paths):
+    for path in given_prefixes(args):
         read_conversations(Path(path))
 
 

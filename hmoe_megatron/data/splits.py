@@ -35,6 +35,12 @@ class Part(NamedTuple):
     end: float
 
 
+def given_prefixes(args: argparse.Namespace) -> list[str]:
+    """Those of all blends, each once."""
+    blend, per_split = given_blends(args)
+    return list(dict.fromkeys(p for prefixes, _ in filter(None, [blend, *(per_split or [])]) for p in prefixes))
+
+
 def given_blends(args: argparse.Namespace):
     """(blend of all, blend of each of NAMES), as Megatron's datasets take them; a blend is (prefixes, weights or None).
 

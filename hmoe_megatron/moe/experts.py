@@ -89,7 +89,9 @@ class HMoEExperts(MegatronModule):
             return None
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         hidden = self.config.moe_latent_size or self.config.hidden_size
-        weight = torch.nn.Parameter(torch.zeros(rows, hidden, device=device, dtype=self.config.params_dtype))
+        # Rows of no piece stay zero.
+        make = torch.empty if self.held_width == sum(self.piece_widths) else torch.zeros
+        weight = torch.nn.Parameter(make(rows, hidden, device=device, dtype=self.config.params_dtype))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
         # Also without expert parallelism: otherwise EP 1 has one optimizer and EP 2 has two, and neither can load the
         # other's checkpoint.
@@ -219,4 +221,6 @@ def _with_rows_of_no_piece(shape, pieces: list[torch.Tensor]) -> torch.Tensor:
     """[rows, H] of a weight from its pieces; the rows behind them are zero."""
     if not pieces:
         return torch.zeros(shape)
-    return torch.nn.functional.pad(joined := torch.cat(pieces), (0, 0, 0, shape[0] - len(joined)))
+    joined = torch.cat(pieces)
+    more = shape[0] - len(joined)
+    return torch.nn.functional.pad(joined, (0, 0, 0, more)) if more else joined

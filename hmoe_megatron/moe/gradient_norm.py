@@ -16,19 +16,13 @@ from hmoe_megatron.moe.experts import HMoEExperts
 
 def attach(optimizer, model_chunks) -> None:
     """Replace what the experts' part of the ChainedOptimizer ``optimizer`` hands to Megatron's norm."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     layers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, HMoEExperts)]
     if not layers:
         return
-    (experts,) = (
-        part
-        for part in optimizer.chained_optimizers
-        if any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
-    )
+    experts = expert_part(optimizer)
     if experts.config.use_precision_aware_optimizer:  # Transformer Engine's keeps gradients elsewhere
         return
-    distributed = isinstance(experts, DistributedOptimizer)
+    distributed = is_shared(experts)
     shared_by = experts.data_parallel_group if distributed and experts.data_parallel_group.size() > 1 else None
     stock = experts.get_grads_for_grad_norm
 
@@ -38,6 +32,23 @@ def attach(optimizer, model_chunks) -> None:
         return logical_norms(layers, _shards(experts) if distributed else _whole, shared_by)
 
     experts.get_grads_for_grad_norm = get_grads_for_grad_norm
+
+
+def expert_part(optimizer):
+    """Of Megatron's ChainedOptimizer, the one that has the routed experts."""
+    (part,) = (
+        part
+        for part in optimizer.chained_optimizers
+        if any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
+    )
+    return part
+
+
+def is_shared(part) -> bool:
+    """Whether the copies of an expert share its state: the distributed optimizer."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return isinstance(part, DistributedOptimizer)
 
 
 def _whole(weight):

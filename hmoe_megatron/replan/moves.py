@@ -16,9 +16,10 @@ from megatron.core import parallel_state
 from hmoe_megatron import collectives
 from hmoe_megatron.moe.compute.flat import MATRICES
 from hmoe_megatron.moe.experts import shares_of
+from hmoe_megatron.moe.gradient_norm import expert_part, is_shared
 from hmoe_megatron.moe.layer import HMoELayer
 from hmoe_megatron.placement.plan import LayerPlan, PlacementPlan
-from hmoe_megatron.replan.states import expert_part, held_of, is_shared, whole
+from hmoe_megatron.replan.states import held_of, whole
 from hmoe_megatron.replan.transfer import digest, exchange, segments
 
 
@@ -40,8 +41,7 @@ def change_plan(model: Sequence, optimizer, layout, new: PlacementPlan) -> Moved
     """Bring the experts of ``model``, its chunks on this rank, with the optimizer's state under ``new``. Every rank
     calls it, between two steps.
 
-    Memory beyond what is held: the state of one layer on this rank, and of one of its matrices what is sent and
-    received, with the distributed optimizer all of it.
+    Memory beyond what is held: validate_args.memory.moving_bytes.
     """
     began_s = time.monotonic()
     part, mine = expert_part(optimizer), layers_of(model)
@@ -115,10 +115,10 @@ class _Stage:
 
     def switch(self) -> int:
         """Put it in place, and the layer under the layout's plan; the bytes that this rank sent."""
-        for (matrix, kind), after in self.after.items():
-            held = held_of(self.part, self.weights[matrix])
-            if (now := held.states.get(kind)) is not None:
-                now.copy_(after.view(-1)[held.start : held.start + now.numel()])
+        for matrix, weight in self.weights.items():
+            held = held_of(self.part, weight)
+            for kind, now in held.states.items():
+                now.copy_(self.after[matrix, kind].view(-1)[held.start : held.start + now.numel()])
         self.layer.take_plan()
         return self.sent_bytes
 

@@ -58,5 +58,5 @@ def _proposed(now, number, layer: LayerPlan, tokens, most: int, max_cuts, cut_mu
     except InfeasiblePlan:
         return under
     (found,) = relabel([found], [layer], ranks, (), cut_multiple, [number])
-    found = predicted_layer(found.pieces, found.widths, tokens, now.rank_specs, now.cost)
+    found = predicted_layer(found.pieces, found.widths, tokens, now.rank_specs, now.cost, under.predicted.bound)
     return found if max(found.predicted.time) < max(under.predicted.time) * (1 - LEAST_GAIN) else under

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from megatron.training import async_utils
 from megatron.training.global_vars import get_tensorboard_writer
 
@@ -16,6 +15,7 @@ from hmoe_megatron.placement.plan import PlacementPlan
 from hmoe_megatron.replan.decision import Decision, Verdict
 from hmoe_megatron.replan.moves import change_plan
 from hmoe_megatron.replan.proposal import proposed_plan, rows_like
+from hmoe_megatron.telemetry.counters import groups_of_all_ranks
 from hmoe_megatron.telemetry.writer import TelemetryFile
 from hmoe_megatron.validate_args.sizes import expert_tensor_parallel_size
 
@@ -76,12 +76,8 @@ class Replanner:
 
     def _loads(self) -> list[np.ndarray]:
         """Tokens of each expert of each layer since the last call, of all ranks."""
-        groups = (
-            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_pipeline_model_parallel_group(),
-        )
-        counts_LE = self.layout.stats.take_window(groups, torch.device(torch.cuda.current_device()))
-        return list(counts_LE.numpy())
+        device = torch.device(torch.cuda.current_device())
+        return list(self.layout.stats.take_window(groups_of_all_ranks(), device).numpy())
 
     def _judged(self, tokens_LE) -> Verdict:
         plan, began_s = self.layout.plan, time.monotonic()

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from hmoe_megatron.moe.gradient_norm import is_shared
+
 KINDS_NOT_MOVED = ("step",)  # one number a weight, the same on every rank
 
 
@@ -14,23 +16,8 @@ class Held(NamedTuple):
     states: dict[str, torch.Tensor]
 
 
-def expert_part(optimizer):
-    """Of Megatron's ChainedOptimizer, the one that has the routed experts."""
-    (part,) = (
-        part
-        for part in optimizer.chained_optimizers
-        if any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
-    )
-    return part
-
-
-def is_shared(part) -> bool:
-    """Whether the copies of an expert share its state: the distributed optimizer."""
-    return hasattr(part, "model_param_group_index_map")
-
-
 def held_of(part, weight) -> Held:
-    """``part``: see `expert_part`. The tensors are those of the optimizer; "param" is the master, or the weight."""
+    """``part``: of `gradient_norm.expert_part`, whose tensors these are; "param" is the master, or the weight."""
     if is_shared(part):
         if weight not in part.model_param_group_index_map:
             return Held(0, {})

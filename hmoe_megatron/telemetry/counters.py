@@ -86,9 +86,7 @@ class RoutingStats:
         if self._window is not None:
             self._window = self._window + totals
         self._totals.zero_()
-        for group in groups:
-            torch.distributed.all_reduce(totals, group=group)
-        totals = totals.cpu()
+        totals = _over_ranks(totals, groups)
         return totals[:, :-2], totals[:, -2], self._marked(totals)
 
     def open_window(self) -> None:
@@ -100,9 +98,7 @@ class RoutingStats:
         summed over each group."""
         window = self._window + self._on(device)
         self._window = -self._on(device)  # what is in them has been seen
-        for group in groups:
-            torch.distributed.all_reduce(window, group=group)
-        return window.cpu()[:, :-2]
+        return _over_ranks(window, groups)[:, :-2]
 
     def take_expert_time_ms(self) -> float:
         """Milliseconds this rank spent in its experts, forward and backward, in the steps timed since the last call."""
@@ -111,3 +107,20 @@ class RoutingStats:
         elapsed_ms = sum(start.elapsed_time(end) for start, end in self._intervals)
         self._intervals.clear()
         return elapsed_ms
+
+
+def _over_ranks(totals: torch.Tensor, groups) -> torch.Tensor:
+    """Summed over each group in turn, on the CPU."""
+    for group in groups:
+        torch.distributed.all_reduce(totals, group=group)
+    return totals.cpu()
+
+
+def groups_of_all_ranks() -> tuple:
+    """Over which sums of counters are those of all ranks: those that share a stage's tokens, then the stages."""
+    from megatron.core import parallel_state  # whoever lays experts out without Megatron does without
+
+    return (
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 from hmoe_megatron.telemetry.accounting import ParameterCounts
+from hmoe_megatron.telemetry.counters import groups_of_all_ranks
 from hmoe_megatron.telemetry.idle_experts import IdleExperts
 from hmoe_megatron.telemetry.record import console_line, max_over_mean, over_layers, routing_record, scalars_of
 from hmoe_megatron.telemetry.writer import TelemetryFile
@@ -63,11 +63,7 @@ class HMoEMetricsTracker(MoEMetricsTracker):
 
     def _log(self, iteration, writer, wandb_writer):
         device = torch.device(torch.cuda.current_device())
-        groups = (
-            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_pipeline_model_parallel_group(),
-        )
-        counts_LE, tokens_L, not_finite = self.layout.stats.take(groups, device)
+        counts_LE, tokens_L, not_finite = self.layout.stats.take(groups_of_all_ranks(), device)
         if not_finite:
             self.end_for_router(iteration, not_finite)
         own_ms = torch.tensor([self.layout.stats.take_expert_time_ms()], dtype=torch.float64, device=device)
