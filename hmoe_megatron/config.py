@@ -177,7 +177,7 @@ class HMoEConfig:
                     f"--hmoe-placement {self.placement!r}: give auto, contiguous, checkpoint, or the path of a "
                     "plan file (.json)"
                 )
-            if self.max_cuts is not None:
+            if self.max_cuts is not None and self.replan_interval is None:  # else it is of the plans to come
                 yield (
                     f"--hmoe-max-cuts {self.max_cuts} contradicts --hmoe-placement {self.placement}: "
                     "a plan already says where experts are cut; remove one of them"

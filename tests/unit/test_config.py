@@ -96,6 +96,10 @@ def test_contradictions_among_our_flags(settings, message):
     assert message in str(refused.value)
 
 
+def test_cuts_of_plans_to_come_go_with_a_plan_at_the_start():
+    assert HMoEConfig(placement="checkpoint", max_cuts=0, replan_interval="10").max_cuts == 0
+
+
 def good_arguments(**changes):
     values = {name: next(iter(sorted(allowed, key=str))) for name, allowed, _, _ in (*REQUIRED, *REQUIRED_TOPP)}
     values |= {"eval_interval": 10, "deterministic_mode": False, "use_distributed_optimizer": False}
